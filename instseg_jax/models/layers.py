@@ -1,0 +1,351 @@
+"""Building blocks: convolution, dense layer, norms, attention, MLP, resizing, and how parameters get values.
+
+Convolutions choose the form that XLA runs fastest: 1x1 as a matrix product, depthwise as shifted
+multiply-adds (XLA's own depthwise convolution takes 30 times as long on a CPU), the rest as a convolution.
+
+Nothing here fixes a floating type. `dtype=None` computes in the type of inputs and parameters, so the same
+module runs in float32 and float64; `dtype=jnp.bfloat16` computes in bfloat16 with parameters as they are.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+NORM_EPS = 1e-5  # batch norm and layer norm of the reference
+BATCH_NORM_MOMENTUM = 0.9  # part of the old running value that is kept
+
+Activation = Callable[[Array], Array] | None
+
+
+# --- initial values -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Initializer:
+    """A distribution of initial values, drawable by Flax (jax key) and quickly on the host (numpy).
+
+    `scale` is the standard deviation of "normal", the half width of "uniform", the value of "constant";
+    `values`, when set, gives the numbers themselves.
+    """
+
+    kind: str
+    scale: float = 0.0
+    values: Callable[[], np.ndarray] | None = None
+
+    def __call__(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+        if self.kind == "normal":
+            return self.scale * jax.random.normal(key, shape, dtype)
+        if self.kind == "uniform":
+            return jax.random.uniform(key, shape, dtype, -self.scale, self.scale)
+        return jnp.asarray(self.sample(None, shape), dtype)
+
+    def sample(self, rng: np.random.Generator | None, shape: tuple[int, ...]) -> np.ndarray:
+        if self.kind == "normal":
+            return (self.scale * rng.standard_normal(shape)).astype(np.float32)
+        if self.kind == "uniform":
+            return rng.uniform(-self.scale, self.scale, shape).astype(np.float32)
+        if self.values is not None:
+            return np.asarray(self.values(), np.float32).reshape(shape)
+        return np.full(shape, self.scale, np.float32)
+
+
+def normal(std: float) -> Initializer:
+    return Initializer("normal", std)
+
+
+def uniform(limit: float) -> Initializer:
+    return Initializer("uniform", limit)
+
+
+def constant(value: float) -> Initializer:
+    return Initializer("constant", value)
+
+
+def kaiming_normal(fan_in: int) -> Initializer:
+    """Standard deviation sqrt(2 / fan_in)."""
+    return normal(math.sqrt(2.0 / fan_in))
+
+
+def fan_in_uniform(fan_in: int) -> Initializer:
+    """Uniform within +-1 / sqrt(fan_in)."""
+    return uniform(1.0 / math.sqrt(fan_in))
+
+
+def xavier_uniform(fan_in: int, fan_out: int) -> Initializer:
+    return uniform(math.sqrt(6.0 / (fan_in + fan_out)))
+
+
+_recorded: contextvars.ContextVar[dict | None] = contextvars.ContextVar("recorded", default=None)
+
+
+@contextlib.contextmanager
+def recorded_initializers():
+    """Collect {path: (Initializer, shape)} of every parameter that is declared inside."""
+    token = _recorded.set({})
+    try:
+        yield _recorded.get()
+    finally:
+        _recorded.reset(token)
+
+
+def declare(module: nn.Module, name: str, initializer: Initializer, shape: tuple[int, ...]) -> Array:
+    """Create or fetch a parameter of `module`; the only place where this package does."""
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded[(*module.path, name)] = (initializer, shape)
+    return module.param(name, initializer, shape)
+
+
+# --- linear maps ----------------------------------------------------------------------------------
+
+
+class Dense(nn.Module):
+    """y = x @ kernel + bias over the last axis: [..., I] -> [..., features]."""
+
+    features: int
+    kernel_init: Callable[[int, int], Initializer] = xavier_uniform
+    bias_init: Callable[[int], Initializer] = fan_in_uniform
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        fan_in = x.shape[-1]
+        kernel = declare(self, "kernel", self.kernel_init(fan_in, self.features), (fan_in, self.features))
+        bias = declare(self, "bias", self.bias_init(fan_in), (self.features,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return x @ kernel + bias
+
+
+def linear_default(fan_in: int, fan_out: int) -> Initializer:
+    """The kernel initialiser of a plain linear layer of the reference: +-1 / sqrt(fan_in)."""
+    del fan_out
+    return fan_in_uniform(fan_in)
+
+
+def zero_kernel(fan_in: int, fan_out: int) -> Initializer:
+    del fan_in, fan_out
+    return constant(0.0)
+
+
+def zero_bias(fan_in: int) -> Initializer:
+    del fan_in
+    return constant(0.0)
+
+
+class MLP(nn.Module):
+    """Dense layers with ReLU between them, named layers_0, layers_1, ..."""
+
+    features: tuple[int, ...]
+    kernel_init: Callable[[int, int], Initializer] = linear_default
+    last_kernel_init: Callable[[int, int], Initializer] | None = None
+    last_bias_init: Callable[[int], Initializer] = fan_in_uniform
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        last = len(self.features) - 1
+        for i, features in enumerate(self.features):
+            is_last = i == last
+            kernel_init = self.last_kernel_init if is_last and self.last_kernel_init else self.kernel_init
+            bias_init = self.last_bias_init if is_last else fan_in_uniform
+            x = Dense(features, kernel_init, bias_init, dtype=self.dtype, name=f"layers_{i}")(x)
+            if not is_last:
+                x = nn.relu(x)
+        return x
+
+
+# --- convolution ----------------------------------------------------------------------------------
+
+
+def depthwise_conv(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
+    """Depthwise convolution as a sum of shifted products: x [B, H, W, C], kernel [k, k, 1, C]."""
+    size = kernel.shape[0]
+    x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
+    height = (x.shape[1] - size) // stride + 1
+    width = (x.shape[2] - size) // stride + 1
+    total = None
+    for dy in range(size):
+        for dx in range(size):
+            window = x[:, dy : dy + (height - 1) * stride + 1 : stride, dx : dx + (width - 1) * stride + 1 : stride]
+            term = window * kernel[dy, dx, 0]
+            total = term if total is None else total + term
+    return total
+
+
+def convolve(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
+    """2-D convolution, NHWC x HWIO; a kernel with one input channel and as many outputs as x is depthwise."""
+    size, channels = kernel.shape[0], x.shape[-1]
+    if size == 1:
+        return x[:, ::stride, ::stride] @ kernel[0, 0]
+    if kernel.shape[2] == 1 and kernel.shape[3] == channels > 1:
+        return depthwise_conv(x, kernel, stride, padding)
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+class Conv(nn.Module):
+    """Convolution with symmetric padding (k - 1) // 2, or one row more below and right when k is even."""
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    depthwise: bool = False
+    use_bias: bool = False
+    kernel_init: Callable[[int, int], Initializer] = lambda fan_in, fan_out: kaiming_normal(fan_in)
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        k = self.kernel_size
+        in_channels = 1 if self.depthwise else x.shape[-1]
+        fan_in = k * k * in_channels
+        init = self.kernel_init(fan_in, k * k * self.features)
+        kernel = declare(self, "kernel", init, (k, k, in_channels, self.features))
+        bias = declare(self, "bias", constant(0.0), (self.features,)) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        before = (k - 1) // 2
+        y = convolve(x, kernel, self.stride, (before, k - 1 - before))
+        return y if bias is None else y + bias
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over [B, H, W]; with `frozen` it always uses (and keeps) the running statistics.
+
+    Under `jit` over a sharded batch the statistics are those of the global batch. The running variance is
+    the biased one, as PaddlePaddle's on a CPU.
+    """
+
+    frozen: bool = False
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        channels = (x.shape[-1],)
+        scale = declare(self, "scale", constant(1.0), channels)
+        bias = declare(self, "bias", constant(0.0), channels)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+        var = self.variable("batch_stats", "var", jnp.ones, channels)
+        if train and not self.frozen:
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # statistics in at least float32
+            batch_mean = wide.mean(axis=(0, 1, 2))
+            batch_var = jnp.square(wide - batch_mean).mean(axis=(0, 1, 2))
+            if not self.is_initializing():
+                keep = BATCH_NORM_MOMENTUM
+                mean.value = keep * mean.value + (1 - keep) * batch_mean.astype(mean.value.dtype)
+                var.value = keep * var.value + (1 - keep) * batch_var.astype(var.value.dtype)
+        else:
+            batch_mean, batch_var = mean.value, var.value
+        factor = scale * jax.lax.rsqrt(batch_var + NORM_EPS)
+        offset = bias - batch_mean * factor
+        x, factor, offset = nn.dtypes.promote_dtype(x, factor, offset, dtype=self.dtype)
+        return x * factor + offset
+
+
+class ConvNorm(nn.Module):
+    """Conv (no bias), batch norm, activation; parameters under `conv` and `bn`."""
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    depthwise: bool = False
+    activation: Activation = None
+    frozen_norm: bool = False
+    kernel_init: Callable[[int, int], Initializer] = lambda fan_in, fan_out: kaiming_normal(fan_in)
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        x = Conv(
+            self.features,
+            self.kernel_size,
+            self.stride,
+            self.depthwise,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+        x = BatchNorm(self.frozen_norm, dtype=self.dtype, name="bn")(x, train=train)
+        return x if self.activation is None else self.activation(x)
+
+
+# --- transformer pieces ---------------------------------------------------------------------------
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis, statistics in at least float32."""
+
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = (x.shape[-1],)
+        scale = declare(self, "scale", constant(1.0), channels)
+        bias = declare(self, "bias", constant(0.0), channels)
+        x, scale, bias = nn.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = wide - wide.mean(axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + NORM_EPS)
+        return (centred * inverse).astype(x.dtype) * scale + bias
+
+
+class MultiHeadAttention(nn.Module):
+    """Softmax attention with one fused in-projection [C, 3C], columns in the order q, k, v.
+
+    query, key [B, T, C], value [B, T, C]; `attention_mask` [T, T] is True where the row may attend to the
+    column. Scores and softmax are computed in at least float32.
+    """
+
+    num_heads: int
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, query: Array, key: Array, value: Array, attention_mask: Array | None = None) -> Array:
+        channels = query.shape[-1]
+        kernel = declare(self, "in_proj_weight", xavier_uniform(channels, 3 * channels), (channels, 3 * channels))
+        bias = declare(self, "in_proj_bias", constant(0.0), (3 * channels,))
+        query, key, value, kernel, bias = nn.dtypes.promote_dtype(query, key, value, kernel, bias, dtype=self.dtype)
+        kernels, biases = jnp.split(kernel, 3, axis=1), jnp.split(bias, 3)
+        q, k, v = (
+            (x @ w + b).reshape(*x.shape[:-1], self.num_heads, channels // self.num_heads)
+            for x, w, b in zip((query, key, value), kernels, biases, strict=True)
+        )
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (channels // self.num_heads) ** -0.5
+        scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+        if attention_mask is not None:
+            scores = jnp.where(attention_mask, scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        x = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(query.shape)
+        return Dense(channels, bias_init=zero_bias, dtype=self.dtype, name="out_proj")(x)
+
+
+# --- resizing -------------------------------------------------------------------------------------
+
+
+def upsample_nearest_2x(x: Array) -> Array:
+    """[B, H, W, C] -> [B, 2H, 2W, C], every value repeated."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def _double_axis(x: Array, axis: int) -> Array:
+    first = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
+    last = jax.lax.slice_in_dim(x, x.shape[axis] - 1, x.shape[axis], axis=axis)
+    before = jnp.concatenate([first, jax.lax.slice_in_dim(x, 0, x.shape[axis] - 1, axis=axis)], axis=axis)
+    after = jnp.concatenate([jax.lax.slice_in_dim(x, 1, x.shape[axis], axis=axis), last], axis=axis)
+    doubled = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis=axis + 1)
+    return doubled.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
+
+
+def upsample_bilinear_2x(x: Array) -> Array:
+    """[B, H, W, C] -> [B, 2H, 2W, C], bilinear with half-pixel centres, by slices: the weights are 1/4, 3/4."""
+    return _double_axis(_double_axis(x, 1), 2)

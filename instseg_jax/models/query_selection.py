@@ -1,0 +1,55 @@
+"""Which encoder tokens become decoder queries, and where these start to look."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from instseg_jax import boxes as box_ops
+
+ANCHOR_SIZE = 0.05  # of the image side, on the finest level; doubled on each further level
+ANCHOR_MARGIN = 0.01  # anchors with a coordinate within this of 0 or 1 are not valid
+
+
+def make_anchors(spatial_shapes: tuple[tuple[int, int], ...], rectangular: str) -> tuple[np.ndarray, np.ndarray]:
+    """One box a token: (anchors_unact [T, 4] inverse sigmoid of cxcywh, +inf where not valid; valid [T] bool).
+
+    `rectangular="official"` divides x by the height and y by the width of the map, as the reference does
+    (the same for square maps); "corrected" divides x by the width.
+    """
+    anchors = []
+    for level, (height, width) in enumerate(spatial_shapes):
+        rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+        across, down = (height, width) if rectangular == "official" else (width, height)
+        side = np.full(rows.shape, ANCHOR_SIZE * 2.0**level)
+        anchors.append(np.stack([(columns + 0.5) / across, (rows + 0.5) / down, side, side], axis=-1).reshape(-1, 4))
+    anchors = np.concatenate(anchors)
+    valid = ((anchors > ANCHOR_MARGIN) & (anchors < 1 - ANCHOR_MARGIN)).all(axis=-1)
+    inside = np.where(valid[:, None], anchors, 0.5)
+    return np.where(valid[:, None], np.log(inside / (1 - inside)), np.inf), valid
+
+
+def take_rows(x: Array, index: Array) -> Array:
+    """x [B, T, C], index [B, Q] -> [B, Q, C]."""
+    return jnp.take_along_axis(x, index[..., None], axis=1)
+
+
+def masks_to_boxes(mask_logits: Array) -> Array:
+    """Tight boxes of the positive area: [B, Q, h, w] -> [B, Q, 4] normalised cxcywh, zeros for an empty mask.
+
+    A box reaches to the far edge of its last pixel. No gradient flows through.
+    """
+    positive = jax.lax.stop_gradient(mask_logits) > 0
+    dtype = jnp.promote_types(mask_logits.dtype, jnp.float32)
+
+    def extent(occupied: Array) -> tuple[Array, Array]:
+        size = occupied.shape[-1]
+        first = jnp.argmax(occupied, axis=-1)
+        last = size - jnp.argmax(occupied[..., ::-1], axis=-1)
+        return first.astype(dtype) / size, last.astype(dtype) / size
+
+    x1, x2 = extent(positive.any(axis=-2))
+    y1, y2 = extent(positive.any(axis=-1))
+    corners = jnp.stack([x1, y1, x2, y2], axis=-1)
+    corners = jnp.where(positive.any(axis=(-2, -1))[..., None], corners, 0)
+    return box_ops.xyxy_to_cxcywh(corners)

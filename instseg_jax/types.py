@@ -1,0 +1,110 @@
+"""What the rooms hand to each other: batches, targets, predictions, detections.
+
+Dimension letters used in every shape of this package:
+
+    B images in a batch      Q queries               K classes
+    N target slots           D denoising slots       P prototypes (mask channels)
+    H, W network input       h, w = H/4, W/4         S prediction sets (encoder, initial, decoder layers)
+
+Boxes are normalised (cx, cy, w, h) in 0..1 of the network input unless the name says otherwise
+(`boxes_xyxy`, `boxes_xywh_px`). `*_valid` is True where an entry is real. Sizes are (height, width),
+coordinates are (x, y).
+"""
+
+import dataclasses
+
+import jax
+from jax.typing import ArrayLike
+
+Array = ArrayLike
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """Ground truth of a batch in static shapes; slots beyond an image's objects are not valid."""
+
+    labels: Array  # [B, N] int32, class index 0..K-1
+    boxes: Array  # [B, N, 4] float32, normalised cxcywh
+    masks: Array  # [B, N, Hm, Wm] uint8 0/1, the network input's frame (Hm = H / mask_stride)
+    valid: Array  # [B, N] bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Images with their targets, as the loader yields them (numpy) and the step takes them (jax)."""
+
+    images: Array  # [B, H, W, 3] float32 RGB, 0..1
+    targets: Targets
+    image_valid: Array  # [B] bool, False for the padding of a last partial batch
+    image_index: Array  # [B] int32, position in the data set (-1 for padding)
+    original_sizes: Array  # [B, 2] int32 (height, width) in pixels of the file
+    content_sizes: Array  # [B, 2] int32 (height, width) of the network input that the image fills,
+    #                       from the top left corner: all of it when stretched, less when letterboxed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What the network says about images at inference: the last decoder layer."""
+
+    class_logits: Array  # [B, Q, K]
+    boxes: Array  # [B, Q, 4] normalised cxcywh
+    mask_logits: Array  # [B, Q, h, w]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """S prediction sets stacked, the last one being the main one.
+
+    Masks stay factored: `mask_logits = mask_queries . mask_features`. Sampling points of the features
+    and multiplying afterwards gives the same logits without a [S, B, Q, h, w] tensor.
+    """
+
+    class_logits: Array  # [S, B, Q, K]
+    boxes: Array  # [S, B, Q, 4] normalised cxcywh
+    mask_queries: Array  # [S, B, Q, P]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainingOutputs:
+    """Everything the criterion needs.
+
+    `matching` holds [encoder, initial, layer 0 .. last] (no `initial` when there are no denoising
+    slots), `denoising` [initial, layer 0 .. last] for the D denoising slots, or None.
+    """
+
+    matching: Predictions
+    denoising: Predictions | None
+    mask_features: Array  # [B, h, w, P]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenoisingQueries:
+    """Noised ground truth that is fed beside the queries: G groups of n slots, then unused slots.
+
+    n is the largest number of objects of an image in the (global) batch, G = max(1, num_denoising // n);
+    slot d < n * G belongs to group d // n and to object d % n. Shapes are static, n and G are not.
+    """
+
+    labels: Array  # [B, D] int32; K where the slot holds no object
+    boxes_unact: Array  # [B, D, 4] inverse sigmoid of the noised cxcywh box
+    object_index: Array  # [D] int32, target slot of each denoising slot
+    valid: Array  # [B, D] bool, True where the slot holds a real object of that image
+    attention_mask: Array  # [D + Q, D + Q] bool, True = row may attend to column; denoising slots first
+    num_groups: Array  # [] int32, G
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Detections:
+    """The T best (query, class) pairs of each image, by falling score."""
+
+    scores: Array  # [B, T] float32, 0..1
+    labels: Array  # [B, T] int32
+    boxes_xyxy: Array  # [B, T, 4] normalised corners, not clipped
+    mask_logits: Array  # [B, T, h, w]

@@ -1,0 +1,85 @@
+"""Reads the reference's numbers: cases, sub-sampled tensors, synthetic weights and images.
+
+A case folder has the layout `VARIANT/eval_*`, `VARIANT/train_*`, `unit/*`, `preprocess/*`; it may lack any of
+them. `$INSTSEG_PARITY` names another folder than the one kept here.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+
+import numpy as np
+import synth
+
+HERE = pathlib.Path(__file__).parent
+CASES = pathlib.Path(os.environ.get("INSTSEG_PARITY", HERE / "cases"))
+NOISE_FACTOR = 5.0  # tolerance of a float32 run, in units of the official float32 run's own error
+RELATIVE_FLOOR = 1e-6  # ... and never asked below this
+
+
+def find_cases(pattern: str) -> list[str]:
+    """Names such as `s/eval_640` of the cases that match a glob over their .json files."""
+    return sorted(str(path.relative_to(CASES).with_suffix("")) for path in CASES.glob(pattern))
+
+
+@functools.cache
+def official_weights(variant: str) -> dict[str, np.ndarray]:
+    """Synthetic weights under their official names, rebuilt from names and shapes."""
+    path = CASES / variant / "state_shapes.json"
+    if not path.exists():
+        path = HERE / "cases" / variant / "state_shapes.json"
+    table = json.loads(path.read_text())["state"]
+    return synth.synth_state({name: entry["shape"] for name, entry in table.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One whole-model case. Tensors are NCHW, as the reference has them."""
+
+    name: str
+    info: dict
+    tensors: dict[str, np.ndarray]
+    tensors_f64: dict[str, np.ndarray]
+
+    @property
+    def variant(self) -> str:
+        return self.info["_case"]["variant"]
+
+    @property
+    def original_sizes(self) -> list[tuple[int, int]]:
+        return [tuple(size) for size in self.info["_case"]["orig_hw"]]
+
+    def images(self) -> np.ndarray:
+        """[B, H, W, 3] float32."""
+        case = self.info["_case"]
+        nchw = synth.synth_image(case["image_seed"], case["h"], case["w"], case["batch"])
+        return nchw.transpose(0, 2, 3, 1)
+
+    def tolerance(self, tensor: str) -> tuple[float, float]:
+        """(largest absolute difference, relative 2-norm) that a float32 run may have."""
+        noise = self.info["_noise"][tensor]
+        return NOISE_FACTOR * noise["max_abs"], max(NOISE_FACTOR * noise["rel"], RELATIVE_FLOOR)
+
+
+def load_case(name: str) -> Case:
+    path = CASES / name
+    double = path.with_name(path.name + "_f64.npz")
+    return Case(
+        name,
+        json.loads(path.with_suffix(".json").read_text()),
+        dict(np.load(path.with_suffix(".npz"))),
+        dict(np.load(double)) if double.exists() else {},
+    )
+
+
+def stored_values(tensors: dict[str, np.ndarray], name: str, mine: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """(reference, mine) over the values that are stored of a tensor; None when it is not in the case."""
+    if name in tensors:
+        assert tensors[name].shape == mine.shape, f"{name}: {tensors[name].shape} and {mine.shape}"
+        return tensors[name], mine
+    if f"{name}@s" not in tensors:
+        return None
+    reference = tensors[f"{name}@s"]
+    return reference, mine.reshape(-1)[synth.subsample_indices(name, mine.size, reference.size)]
