@@ -1,0 +1,123 @@
+"""The official recipe of Mask-RT-DETR, complete: `--config=configs/mask_rtdetr.py:l`, sizes n, s, m, l, x, h.
+
+Command:   python run.py train --config=configs/mask_rtdetr.py:l --config.data.dir=DIR --workdir=output
+Source:    PaddleDetection at 666f597fd0, configs/mask_rtdetr; 72 epochs on COCO 2017, 4 GPUs of 4 images.
+Published: mask AP on COCO val 41.0 / 42.7 / 45.7 / 47.5 / 50.6 for S / M / L / X / H, from pretrained
+           backbones. Not yet run here: size N is ours and has no published number.
+
+Every field stands here with its unit; other configs start from this one and change what they must.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+# Learning rate of the backbone's stages relative to the rest; the stem is frozen in all official sizes.
+BACKBONE_MULTIPLIER = {"n": 1.0, "s": 0.1, "m": 0.1, "l": 0.05, "x": 0.01, "h": 0.01}
+
+
+def get_config(size: str = "l") -> ConfigDict:
+    """The recipe for one size: n, s, m, l, x or h."""
+    if size not in BACKBONE_MULTIPLIER:
+        raise ValueError(f"unknown size {size!r} of configs/mask_rtdetr.py, it must be one of n, s, m, l, x, h")
+    config = ConfigDict()
+    config.seed = 0
+    config.device = "auto"  # auto, cpu, gpu, gpu:0,1
+
+    config.model = model = ConfigDict()
+    model.name = f"mask_rtdetr_{size}"  # the sizes themselves: instseg_jax/models/variants.py
+    model.num_classes = placeholder(int)  # None: as many as the data set has
+    model.num_queries = 300
+    model.num_decoder_layers = placeholder(int)  # None: as the size has it
+    model.num_prototypes = placeholder(int)  # None: as the size has it
+    model.mask_enhanced = True  # reference boxes start from the encoder's masks; False: from its boxes
+    model.rectangular = "corrected"  # positions of non-square inputs; "official" swaps height and width
+    model.frozen_backbone_norm = True  # batch norms of the backbone keep their running statistics
+    model.dtype = "float32"  # or bfloat16: compute in it; parameters, boxes and losses stay float32
+    model.remat = False  # recompute decoder layers in the backward pass: less memory, more time
+    model.weights = ""  # start from this file, checkpoint or known name; "": from scratch
+
+    config.data = data = ConfigDict()
+    data.dir = ""  # folder with annotations/ and images/ (or COCO 2017's own layout)
+    data.train_annotations = placeholder(str)  # None: found by the layout; relative to dir
+    data.val_annotations = placeholder(str)
+    data.train_images = placeholder(str)
+    data.val_images = placeholder(str)
+    data.image_size = 640  # pixels, of evaluation and prediction
+    data.train_sizes = (480, 512, 544, 576, 608, 640, 640, 640, 672, 704, 736, 768, 800)  # one is drawn a batch
+    data.resize = "stretch"  # or letterbox: keep the aspect ratio and fill the rest
+    data.interpolations = ("nearest", "linear", "area", "cubic", "lanczos")  # one is drawn a batch
+    data.eval_interpolation = "cubic"
+    data.max_instances = 100  # target slots of an image; of more objects a random choice is trained on
+    data.mask_stride = 1  # target masks at the network input's resolution divided by this
+    data.mask_rasterization = "exact"  # or polygon: rasterise at the target resolution, quicker
+    data.keep_empty = False  # train on images without objects too
+    data.refit_boxes = False  # fit boxes to what a crop leaves of the masks
+    data.num_workers = 2  # threads
+    data.prefetch = 4  # batches prepared ahead
+
+    data.augment = augment = ConfigDict()
+    augment.photometric_probability = 0.8
+    augment.expand_probability = 0.5
+    augment.expand_max_ratio = 4.0
+    augment.crop_probability = 0.8
+    augment.flip_probability = 0.5
+    augment.vertical_flip_probability = 0.0
+    augment.quarter_turns = False
+    augment.scale_jitter = (1.0, 1.0)  # zoom range, milder than expand and crop; (1, 1): off
+
+    config.denoising = denoising = ConfigDict()
+    denoising.num_denoising = 100  # noised objects fed beside the queries; 0: none
+    denoising.label_noise_ratio = 0.5
+    denoising.box_noise_scale = 1.0
+
+    config.loss = loss = ConfigDict()
+    loss.weights = {"class": 4.0, "box_l1": 5.0, "box_giou": 2.0, "mask_bce": 5.0, "mask_dice": 5.0}
+    loss.match_weights = {"class": 4.0, "box_l1": 5.0, "box_giou": 2.0, "mask_bce": 5.0, "mask_dice": 5.0}
+    loss.num_points = 12544  # sampled in each mask, for the costs and for the losses
+    loss.oversample_ratio = 3.0  # candidates, of which the most uncertain are kept
+    loss.important_ratio = 0.75  # share of the points that are chosen by uncertainty
+    loss.iou_target = "mask"  # class target of matched queries: IoU of masks, boxes ("box") or 1 ("none")
+    loss.aux_iou_target = "box"  # the same, for the auxiliary prediction sets
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 1e-4  # for batch_size 16
+    optimizer.multipliers = ((r"^backbone/", BACKBONE_MULTIPLIER[size]),)  # first match of the parameter's path
+    optimizer.frozen = (r"^backbone/stem/", r"^backbone/.*/bn/(scale|bias)$")
+    optimizer.weight_decay = 1e-4  # on every trainable parameter, norms and biases too
+    optimizer.decay_exclude = ()  # patterns of parameters without weight decay
+    optimizer.beta1 = 0.9
+    optimizer.beta2 = 0.999
+    optimizer.epsilon = 1e-8
+    optimizer.clip_norm = 0.1  # of all gradients together
+    optimizer.schedule = "constant"  # or cosine
+    optimizer.warmup_steps = 2000
+    optimizer.warmup_start = 0.001  # of the learning rate
+    optimizer.final_fraction = 0.0  # of the learning rate, where a cosine ends
+    optimizer.ema_decay = 0.9999
+    optimizer.ema_ramp_steps = 2000  # decay(k) = ema_decay * (1 - exp(-(k + 1) / ema_ramp_steps))
+
+    config.train = train = ConfigDict()
+    train.epochs = 72
+    train.batch_size = 16  # images a step, over all devices
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.every_epochs = 1
+    evaluation.batch_size = 4
+    evaluation.num_detections = 100  # (query, class) pairs kept an image
+    evaluation.best_metric = "segm/AP"
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every_steps = 1000
+    checkpoint.keep = 3
+
+    config.log = log = ConfigDict()
+    log.every_steps = 1  # rows of metrics.jsonl
+    if size == "n":
+        _without_pretrained_backbone(config)
+    return config
+
+
+def _without_pretrained_backbone(config: ConfigDict) -> None:
+    """Size N has no pretrained backbone: everything trains, batch norms too."""
+    config.model.frozen_backbone_norm = False
+    config.optimizer.frozen = ()

@@ -1,0 +1,122 @@
+"""The command line: one verb, one function.
+
+A verb's options are declared here and nowhere else; `--config.section.field=value` sets a field of the config.
+Errors that a user can mend are one sentence and exit code 1; `--debug` shows where they come from.
+"""
+
+import argparse
+import os
+import sys
+
+import instseg_jax
+
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+HUGE_PAGES_SWITCH = "INSTSEG_HUGE_PAGES"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="run.py",
+        description="Instance segmentation in JAX with Mask-RT-DETR.",
+        epilog="Any field of the config can be set: --config.train.epochs=20 --config.data.dir=my/data. "
+        "`run.py VERB --help` shows the options of a verb.",
+    )
+    parser.add_argument("--version", action="version", version=instseg_jax.__version__)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", required=True)
+
+    def add(verb: str, help_text: str, config: str | None) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(verb, help=help_text, description=help_text)
+        sub.add_argument("--config", metavar="FILE[:ARG]", default=config, help="config file (default: %(default)s)")
+        sub.add_argument("--workdir", metavar="DIR", default="output", help="all results go below it (%(default)s)")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    add("quickstart", "check the embedded pictures, train size N on them, evaluate, predict", "configs/quickstart.py")
+    add("train", "train a model; the same command again resumes", "configs/mask_rtdetr.py:l")
+    sub = add("evaluate", "COCO metrics of a model on the validation images", None)
+    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint or .pdparams (default: workdir)")
+    sub = add("predict", "segment pictures: drawings and JSON", None)
+    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint or .pdparams (default: workdir)")
+    sub.add_argument("--input", metavar="FILE|FOLDER", required=True, help="a picture or a folder of pictures")
+    sub.add_argument("--threshold", type=float, default=0.5, help="lowest score that is shown (%(default)s)")
+    sub.add_argument("--save_path", metavar="DIR", help="where the results go (default: WORKDIR/predictions)")
+    sub = add("benchmark", "time forward pass, training step and data loading of a config", "configs/mask_rtdetr.py:s")
+    sub.add_argument("--repeats", type=int, default=5, help="timed repetitions after a warm-up (%(default)s)")
+    sub = add("import_weights", "turn official weights into a checkpoint", "configs/mask_rtdetr.py:l")
+    sub.add_argument("--weights", metavar="FILE|URL|NAME", required=True, help="e.g. mask_rtdetr_l_coco")
+    sub = add("export_weights", "write a checkpoint's weights for the official tools", None)
+    sub.add_argument("--weights", metavar="PATH", help="workdir of a run or checkpoint (default: workdir)")
+    sub.add_argument("--format", choices=("pdparams", "safetensors"), default="pdparams", help="(%(default)s)")
+    return parser
+
+
+def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Part `--config.field=value` (or `--config.field value`) from the other arguments."""
+    rest, overrides = [], {}
+    iterator = iter(arguments)
+    for argument in iterator:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        field, equals, value = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(iterator, None)
+            if value is None or value.startswith("--"):
+                raise ValueError(f"--config.{field} has no value; write --config.{field}=VALUE")
+        overrides[field] = value
+    return rest, overrides
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        arguments, overrides = split_overrides(arguments)
+        options = build_parser().parse_args(arguments)
+        _relaunch_with_huge_pages()
+        return run_verb(options, overrides) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        if debug:
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+    except Exception as error:
+        if debug:
+            raise
+        name = type(error).__name__
+        print(f"error: unexpected {name}: {_one_line(error)} (--debug shows where)", file=sys.stderr)
+    return 1
+
+
+def run_verb(options: argparse.Namespace, overrides: dict[str, str]) -> int | None:
+    """Load the config and call the verb's function."""
+    from instseg_jax import verbs
+    from instseg_jax.config import load_config
+
+    config = load_config(options.config, overrides) if options.config else None
+    if config is None and options.verb in ("evaluate", "predict", "export_weights"):
+        # The config of the checkpoint is used; overrides apply to it.
+        return getattr(verbs, options.verb)(overrides, options)
+    return getattr(verbs, options.verb)(config, options)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def _relaunch_with_huge_pages() -> None:
+    """Start Python again with glibc's allocator on huge pages, once.
+
+    XLA's buffers on a CPU are mapped anew at every step; huge pages make that cheap (about 1.5 times the
+    training speed). glibc reads the setting only when a process starts. INSTSEG_HUGE_PAGES=0 switches it off.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    off = os.environ.get(HUGE_PAGES_SWITCH, "1") == "0" or "hugetlb" in tunables
+    if off or not sys.platform.startswith("linux") or sys.argv[0] in ("", "-c"):
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, HUGE_PAGES]))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

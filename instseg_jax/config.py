@@ -1,0 +1,126 @@
+"""Reads config files and overrides: `--config=FILE[:ARGUMENT] --config.section.field=value`.
+
+A config file is Python with `get_config(argument)` that returns an ml_collections ConfigDict. Files beside it,
+and in the folders above it up to `configs`, can be imported by name.
+"""
+
+import ast
+import difflib
+import importlib.util
+import pathlib
+import sys
+
+from ml_collections import ConfigDict
+
+PACKAGED = pathlib.Path(__file__).parent / "configs"  # where a wheel has them
+CHECKOUT = pathlib.Path(__file__).parent.parent / "configs"
+
+
+def load_config(spec: str, overrides: dict[str, str] | None = None) -> ConfigDict:
+    """Run the config file and apply overrides (dotted field -> text).
+
+    `spec` is `FILE` or `FILE:ARGUMENT`; a file `configs/NAME.py` that is not below the current folder is
+    taken from the installation. The result is locked: an unknown field cannot be set or read.
+
+    Raises: FileNotFoundError, or ValueError that names the field and the nearest known one.
+    """
+    name, _, argument = spec.partition(":")
+    path = _find(name)
+    get_config = _load_module(path).get_config
+    config = get_config(argument) if argument else get_config()
+    for field, text in (overrides or {}).items():
+        override(config, field, text)
+    return config.lock()
+
+
+def _find(name: str) -> pathlib.Path:
+    path = pathlib.Path(name)
+    parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
+    candidates = [path, *(root.joinpath(*parts) for root in (CHECKOUT, PACKAGED))]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.resolve()
+    known = sorted(p.stem for root in (CHECKOUT, PACKAGED) if root.is_dir() for p in root.glob("*.py"))
+    raise FileNotFoundError(f"there is no config file {name!r}; the project has configs/{{{','.join(known)}}}.py")
+
+
+def _load_module(path: pathlib.Path):
+    """Import a file by path, its neighbours importable while it runs."""
+    folders = [str(path.parent)]
+    for parent in path.parents:
+        if str(parent) not in folders:
+            folders.append(str(parent))
+        if parent.name == "configs":
+            break
+    else:
+        folders = folders[:1]
+    spec = importlib.util.spec_from_file_location(f"instseg_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    before, known = list(sys.path), set(sys.modules)
+    sys.path[:0] = folders
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = before
+        for name in set(sys.modules) - known:  # neighbours of one config must not pass for those of the next
+            origin = getattr(sys.modules[name], "__file__", None)
+            if origin and str(pathlib.Path(origin).parent) in folders:
+                del sys.modules[name]
+    return module
+
+
+def override(config: ConfigDict, field: str, text: str) -> None:
+    """Set a dotted field from text: numbers, True/False/None, tuples and names as in Python, else a string.
+
+    Raises: ValueError when the field is unknown or the value has another type than the field.
+    """
+    node, parts = config, field.split(".")
+    for depth, part in enumerate(parts):
+        known = list(node.keys()) if isinstance(node, ConfigDict) else []
+        if part not in known:
+            raise ValueError(_unknown_field(config, field, ".".join(parts[:depth]), part, known))
+        if depth < len(parts) - 1:
+            node = node[part]
+    old = node[parts[-1]]
+    if isinstance(old, ConfigDict):
+        raise ValueError(f"config.{field} is a section with the fields {', '.join(old.keys())}; set one of them")
+    value = _parse(text, old)
+    try:
+        with node.unlocked():
+            node[parts[-1]] = value
+    except (TypeError, ValueError) as error:
+        expected = node.get_type(parts[-1]).__name__
+        raise ValueError(f"config.{field}={text}: {text!r} is not of type {expected}") from error
+
+
+def _unknown_field(config: ConfigDict, field: str, section: str, part: str, known: list[str]) -> str:
+    where = f"config.{section}" if section else "config"
+    everywhere = _all_fields(config)
+    same_name = [name for name in everywhere if name.split(".")[-1] == field.split(".")[-1]]
+    near = difflib.get_close_matches(part, known, 1, 0.5)
+    nearest = [f"{section}.{near[0]}".lstrip(".")] if near else same_name
+    nearest = nearest or difflib.get_close_matches(field, everywhere, 1, 0.0)
+    hint = f"; did you mean config.{nearest[0]}?" if nearest else ""
+    return f"unknown field config.{field}: {where} has no {part!r}{hint}"
+
+
+def _all_fields(config: ConfigDict, prefix: str = "") -> list[str]:
+    names = []
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        names += _all_fields(value, f"{name}.") if isinstance(value, ConfigDict) else [name]
+    return names
+
+
+def _parse(text: str, old: object) -> object:
+    if isinstance(old, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if isinstance(old, tuple) and not isinstance(value, tuple):
+        value = tuple(value) if isinstance(value, list) else (value,)
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    return value

@@ -1,0 +1,122 @@
+"""AdamW with per-path learning rates, global-norm clipping, schedules, and the moving average of weights."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from instseg_jax.types import Array
+
+SCHEDULES = ("constant", "cosine", "step")
+
+
+def make_schedule(
+    *,
+    learning_rate: float,
+    schedule: str,
+    total_steps: int,
+    warmup_steps: int,
+    warmup_start: float,
+    final_fraction: float,
+    step_milestones: tuple[float, ...] = (),
+    step_factor: float = 1.0,
+) -> optax.Schedule:
+    """Learning rate by update, counted from 0: linear warm-up, then constant, cosine or steps.
+
+    The warm-up starts at `warmup_start * learning_rate` in update 0 and is over in update `warmup_steps`; a
+    cosine ends at `final_fraction * learning_rate` in update `total_steps`. `step_milestones` are fractions
+    of `total_steps` at which the rate is multiplied by `step_factor`.
+
+    Raises: ValueError for an unknown schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"optimizer.schedule is {schedule!r}, it must be one of {', '.join(SCHEDULES)}")
+    if schedule == "cosine":
+        after = optax.cosine_decay_schedule(learning_rate, max(1, total_steps - warmup_steps), final_fraction)
+    elif schedule == "step":
+        boundaries = {int(total_steps * fraction) - warmup_steps: step_factor for fraction in step_milestones}
+        after = optax.piecewise_constant_schedule(learning_rate, boundaries)
+    else:
+        after = optax.constant_schedule(learning_rate)
+    if warmup_steps < 1:
+        return after
+    before = optax.linear_schedule(warmup_start * learning_rate, learning_rate, warmup_steps)
+    return optax.join_schedules([before, after], [warmup_steps])
+
+
+def parameter_path(key_path: tuple) -> str:
+    """`backbone/stem/stem1/conv/kernel`, the form that patterns of a config are searched in."""
+    return "/".join(str(key.key) for key in key_path)
+
+
+def learning_rate_multipliers(
+    params: dict, multipliers: tuple[tuple[str, float], ...], frozen: tuple[str, ...]
+) -> dict:
+    """A factor for each parameter: 0 where a frozen pattern is found, else of the first pattern found, else 1.
+
+    Raises: ValueError when a pattern is found in no parameter: a silent typo would train what should rest.
+    """
+    rules = [(pattern, 0.0) for pattern in frozen] + [(pattern, float(factor)) for pattern, factor in multipliers]
+    unused = {pattern for pattern, _ in rules}
+
+    def factor_of(key_path: tuple, _) -> float:
+        path = parameter_path(key_path)
+        found = [(pattern, factor) for pattern, factor in rules if re.search(pattern, path)]
+        unused.difference_update(pattern for pattern, _ in found)
+        return found[0][1] if found else 1.0
+
+    tree = jax.tree_util.tree_map_with_path(factor_of, params)
+    if unused:
+        raise ValueError(f"no parameter's path contains {', '.join(repr(p) for p in sorted(unused))}")
+    return tree
+
+
+def matches_none(params: dict, patterns: tuple[str, ...]) -> dict:
+    """True for each parameter in whose path no pattern is found."""
+    return jax.tree_util.tree_map_with_path(
+        lambda key_path, _: not any(re.search(pattern, parameter_path(key_path)) for pattern in patterns), params
+    )
+
+
+def make_optimizer(
+    schedule: optax.Schedule,
+    *,
+    multipliers: dict,
+    decayed: dict,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    clip_norm: float,
+) -> optax.GradientTransformation:
+    """Clip the global norm, Adam, decoupled weight decay, then each parameter's own learning rate.
+
+    Args:
+      multipliers: factor of the learning rate of each parameter; 0 freezes it (its gradient must be 0 too, so
+        that it does not count in the norm).
+      decayed: whether weight decay applies to each parameter.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.scale_by_adam(beta1, beta2, epsilon),
+        optax.add_decayed_weights(weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(schedule),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, multipliers)),
+    )
+
+
+def ema_decay(count: Array, *, decay: float, ramp_steps: int) -> Array:
+    """Decay of the moving average in its update `count` (from 0): grows from 0 towards `decay`."""
+    if ramp_steps < 1:
+        return jnp.asarray(decay, jnp.float32)
+    return decay * -jnp.expm1(-(jnp.asarray(count, jnp.float32) + 1) / ramp_steps)
+
+
+def update_ema(average: dict, values: dict, decay: Array, averaged: dict | None = None) -> dict:
+    """average * decay + values * (1 - decay); where `averaged` is False, the value itself."""
+    if averaged is None:
+        averaged = jax.tree.map(lambda _: True, values)
+    return jax.tree.map(
+        lambda a, v, use: decay * a + (1 - decay) * v if use else v, average, values, averaged
+    )

@@ -1,0 +1,46 @@
+"""What training carries from step to step, and nothing else: the model and the optimizer are closed over."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instseg_jax.types import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a checkpoint must hold for training to go on as if it had never stopped.
+
+    `step` counts batches, `num_updates` those of them that changed the weights: a batch whose loss or
+    gradient is not finite is skipped. Randomness is a function of seed and step, so no key is kept.
+    """
+
+    step: Array  # [] int32
+    num_updates: Array  # [] int32
+    params: dict
+    batch_stats: dict
+    ema_params: dict
+    ema_batch_stats: dict
+    opt_state: tuple
+
+    @property
+    def ema_variables(self) -> dict:
+        """What is evaluated, shown and shipped."""
+        return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}
+
+
+def initial_state(variables: dict, optimizer) -> TrainState:
+    """State before the first step. Moving averages start from zero, as in the reference."""
+    zeros = jax.tree.map(np.zeros_like, variables)
+    return TrainState(
+        step=np.zeros((), np.int32),
+        num_updates=np.zeros((), np.int32),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        ema_params=zeros["params"],
+        ema_batch_stats=zeros["batch_stats"],
+        opt_state=jax.tree.map(np.asarray, optimizer.init(jax.tree.map(jnp.asarray, variables["params"]))),
+    )
