@@ -63,7 +63,7 @@ def get_config(size: str = "l") -> ConfigDict:
     augment.flip_probability = 0.5
     augment.vertical_flip_probability = 0.0
     augment.quarter_turns = False
-    augment.scale_jitter = (1.0, 1.0)  # zoom range, milder than expand and crop; (1, 1): off
+    augment.scale_jitter = placeholder(tuple)  # (least, most) zoom, milder than expand and crop; None: off
 
     config.denoising = denoising = ConfigDict()
     denoising.num_denoising = 100  # noised objects fed beside the queries; 0: none
@@ -71,8 +71,14 @@ def get_config(size: str = "l") -> ConfigDict:
     denoising.box_noise_scale = 1.0
 
     config.loss = loss = ConfigDict()
-    loss.weights = {"class": 4.0, "box_l1": 5.0, "box_giou": 2.0, "mask_bce": 5.0, "mask_dice": 5.0}
-    loss.match_weights = {"class": 4.0, "box_l1": 5.0, "box_giou": 2.0, "mask_bce": 5.0, "mask_dice": 5.0}
+    for prefix in ("", "match_"):  # of the loss terms, and of the costs that match queries with objects
+        loss[f"{prefix}class_weight"] = 4.0
+        loss[f"{prefix}box_l1_weight"] = 5.0
+        loss[f"{prefix}box_giou_weight"] = 2.0
+        loss[f"{prefix}mask_bce_weight"] = 5.0
+        loss[f"{prefix}mask_dice_weight"] = 5.0
+    loss.alpha = 0.75  # of the varifocal class loss: weight of the background
+    loss.gamma = 2.0
     loss.num_points = 12544  # sampled in each mask, for the costs and for the losses
     loss.oversample_ratio = 3.0  # candidates, of which the most uncertain are kept
     loss.important_ratio = 0.75  # share of the points that are chosen by uncertainty
@@ -89,16 +95,19 @@ def get_config(size: str = "l") -> ConfigDict:
     optimizer.beta2 = 0.999
     optimizer.epsilon = 1e-8
     optimizer.clip_norm = 0.1  # of all gradients together
-    optimizer.schedule = "constant"  # or cosine
+    optimizer.schedule = "constant"  # or cosine, step
     optimizer.warmup_steps = 2000
     optimizer.warmup_start = 0.001  # of the learning rate
     optimizer.final_fraction = 0.0  # of the learning rate, where a cosine ends
+    optimizer.step_milestones = (0.8, 0.95)  # of the whole run, where a step schedule multiplies the rate
+    optimizer.step_factor = 0.1
     optimizer.ema_decay = 0.9999
     optimizer.ema_ramp_steps = 2000  # decay(k) = ema_decay * (1 - exp(-(k + 1) / ema_ramp_steps))
 
     config.train = train = ConfigDict()
     train.epochs = 72
     train.batch_size = 16  # images a step, over all devices
+    train.max_skipped_steps = 20  # steps with non-finite losses in a row after which training gives up
 
     config.eval = evaluation = ConfigDict()
     evaluation.every_epochs = 1

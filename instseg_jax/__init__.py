@@ -1,1 +1,65 @@
-"""instseg_jax: instance segmentation in JAX."""
+"""instseg_jax: instance segmentation in JAX with Mask-RT-DETR.
+
+The public face: `create_model`, `train`, `evaluate`. The verbs of the command line do the same.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from instseg_jax.models.mask_rtdetr import MaskRTDETR
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "create_model", "evaluate", "train"]
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 80,
+    weights: str | os.PathLike[str] | None = None,
+    num_queries: int = 300,
+    seed: int = 0,
+) -> tuple["MaskRTDETR", dict]:
+    """Create a network and its variables.
+
+    Args:
+      name: mask_rtdetr_n, _s, _m, _l, _x or _h; the official spelling Mask-RT-DETR-L works too.
+      num_classes: K.
+      weights: None for fresh values, else an official `.pdparams` file, a checkpoint, the folder of a run, or a
+        known name such as mask_rtdetr_l_coco. The file must have num_classes classes.
+      num_queries: Q; any number, no parameter depends on it.
+      seed: of fresh values.
+
+    Returns: (model, variables); `variables` is {"params": every parameter, "batch_stats": ...} in numpy, and
+      `model.apply(variables, images)` with images [B, H, W, 3] float32 RGB in 0..1, sides multiples of 32, gives
+      class_logits [B, Q, K], boxes [B, Q, 4] (normalised cxcywh) and mask_logits [B, Q, H/4, W/4].
+
+    Raises: ValueError for an unknown name (lists the names) or weights that do not fit.
+    """
+    from instseg_jax.models.mask_rtdetr import initial_variables, make_model
+
+    model = make_model(name, num_classes=num_classes, num_queries=num_queries)
+    variables = initial_variables(model, seed=seed)
+    if weights is not None:
+        from instseg_jax.weights import merge_weights, read_weights
+
+        variables, _ = merge_weights(variables, read_weights(weights))
+    return model, variables
+
+
+def train(config: "ConfigDict", workdir: str | os.PathLike[str]) -> dict:
+    """Train as the verb `train` does; see `instseg_jax.training.loop.train`."""
+    from instseg_jax.training.loop import train as run
+
+    return run(config, workdir)
+
+
+def evaluate(config: "ConfigDict", weights: str | os.PathLike[str]) -> dict:
+    """Metrics of `weights` on the validation images of `config`, as the verb `evaluate` computes them: 0..1."""
+    from instseg_jax.verbs import evaluate_weights
+
+    metrics, _ = evaluate_weights(config, weights)
+    return metrics

@@ -164,6 +164,30 @@ def make_model(
     )
 
 
+def build_model(config, num_classes: int) -> MaskRTDETR:
+    """The network that the section `model` of a config describes, for a data set's number of classes.
+
+    Raises: ValueError when the config names another number of classes, or holds a value that is not allowed.
+    """
+    if config.num_classes is not None and config.num_classes != num_classes:
+        raise ValueError(
+            f"model.num_classes is {config.num_classes}, but the data or the weights have {num_classes} classes; "
+            "leave it None to follow them"
+        )
+    return make_model(
+        config.name,
+        num_classes=num_classes,
+        num_queries=config.num_queries,
+        num_decoder_layers=config.num_decoder_layers,
+        num_prototypes=config.num_prototypes,
+        rectangular=config.rectangular,
+        mask_enhanced=config.mask_enhanced,
+        frozen_backbone_norm=config.frozen_backbone_norm,
+        remat=config.remat,
+        dtype=config.dtype,
+    )
+
+
 def abstract_variables(model: MaskRTDETR, channels: int = 3) -> dict:
     """Shapes and types of the variables, without computing anything."""
     images = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)

@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from instseg_jax.types import Array
 
@@ -19,8 +20,8 @@ def make_schedule(
     warmup_steps: int,
     warmup_start: float,
     final_fraction: float,
-    step_milestones: tuple[float, ...] = (),
-    step_factor: float = 1.0,
+    step_milestones: tuple[float, ...],
+    step_factor: float,
 ) -> optax.Schedule:
     """Learning rate by update, counted from 0: linear warm-up, then constant, cosine or steps.
 
@@ -43,6 +44,38 @@ def make_schedule(
         return after
     before = optax.linear_schedule(warmup_start * learning_rate, learning_rate, warmup_steps)
     return optax.join_schedules([before, after], [warmup_steps])
+
+
+def build_schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
+    """The schedule of a config's section `optimizer`."""
+    return make_schedule(
+        learning_rate=config.learning_rate,
+        schedule=config.schedule,
+        total_steps=total_steps,
+        warmup_steps=config.warmup_steps,
+        warmup_start=config.warmup_start,
+        final_fraction=config.final_fraction,
+        step_milestones=tuple(config.step_milestones),
+        step_factor=config.step_factor,
+    )
+
+
+def build_optimizer(
+    config: ConfigDict, params: dict, schedule: optax.Schedule
+) -> tuple[optax.GradientTransformation, dict]:
+    """The optimizer of a config's section `optimizer`, and each parameter's learning rate multiplier."""
+    multipliers = learning_rate_multipliers(params, tuple(config.multipliers), tuple(config.frozen))
+    optimizer = make_optimizer(
+        schedule,
+        multipliers=multipliers,
+        decayed=matches_none(params, tuple(config.decay_exclude)),
+        weight_decay=config.weight_decay,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        epsilon=config.epsilon,
+        clip_norm=config.clip_norm,
+    )
+    return optimizer, multipliers
 
 
 def parameter_path(key_path: tuple) -> str:

@@ -1,0 +1,1 @@
+"""Where examples come from: annotation files, augmentation, batches. numpy only, no jax arrays."""

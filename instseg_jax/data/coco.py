@@ -1,0 +1,391 @@
+"""COCO annotation files as plain records: finding, reading and filtering them.
+
+Two layouts are recognised: `annotations/instance_{split}.json` with `images/`, and COCO 2017's own
+`annotations/instances_{split}2017.json` with `{split}2017/`. Masks stay polygons or run-length codes;
+drawing them is `masks.py` and `data/rasterize.py`. No image is opened here.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instseg_jax import masks
+
+MIN_BOX_SIDE_PX = 1e-5  # of the reference: a training box must be wider and higher than this
+EMBEDDED = "embedded"  # the name, instead of a folder, of the data set that comes with the package
+MAX_LISTED = 5  # names or ids that an error message lists before it only counts
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One picture: its id in the file, its path relative to the image folder, its size in pixels."""
+
+    id: int
+    file_name: str
+    height: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Annotation:
+    """One object of a picture; `label` is the class index, the box is as the file has it."""
+
+    id: int
+    label: int
+    box_xywh_px: tuple[float, float, float, float]
+    area: float
+    segmentation: masks.Segmentation
+    is_crowd: bool
+    is_ignored: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class CocoDataset:
+    """Pictures and their objects; `annotations[i]` belongs to `images[i]`.
+
+    Class index k is `categories[k]` and stands for `category_ids[k]`, ids ascending. `skipped` names
+    every annotation of the file that is not in here: (annotation id, reason).
+    """
+
+    name: str
+    image_folder: Path
+    images: tuple[ImageRecord, ...]
+    annotations: tuple[tuple[Annotation, ...], ...]
+    categories: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    skipped: tuple[tuple[int, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image_path(self, index: int) -> Path:
+        """Path of the picture at a position of the data set."""
+        return self.image_folder / self.images[index].file_name
+
+
+def data_root(dir: str | Path) -> Path:
+    """Folder of a data set; the name "embedded" stands for the one that comes with the package.
+
+    Raises FileNotFoundError when it does not exist. A folder of one's own of that name is "./embedded".
+    """
+    root = Path(__file__).parent / EMBEDDED if dir == EMBEDDED else Path(dir)
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no data set folder {str(root)!r}.")
+    return root
+
+
+def find_split(
+    dir: str | Path, split: str, annotations: str | Path | None = None, images: str | Path | None = None
+) -> tuple[Path, Path]:
+    """Find the annotation file and the image folder of a split ("train", "val") below `dir`.
+
+    Paths given explicitly win; relative ones are relative to `dir`. Raises FileNotFoundError that
+    names everything that was looked for.
+    """
+    root = data_root(dir)
+    if annotations is not None:
+        files = [root / annotations]
+    else:
+        names = (f"instance_{split}.json", f"instances_{split}2017.json")
+        files = [root / "annotations" / name for name in names]
+    file = next((f for f in files if f.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"The {split} annotations are missing: there is no {_either(files)}.")
+    if images is not None:
+        folders = [root / images]
+    else:
+        names = [f"{split}2017", f"images/{split}2017", "images"]
+        folders = [root / name for name in (names if file.name == f"instances_{split}2017.json" else names[::-1])]
+    folder = next((f for f in folders if f.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"The {split} images are missing: there is no folder {_either(folders)}.")
+    return file, folder
+
+
+def read_split(
+    dir: str | Path,
+    split: str,
+    *,
+    annotations: str | Path | None = None,
+    images: str | Path | None = None,
+    skip_invalid: bool = False,
+) -> CocoDataset:
+    """Find and read a split with everything in it; see `find_split` and `read_coco`."""
+    return read_coco(*find_split(dir, split, annotations, images), skip_invalid=skip_invalid)
+
+
+def read_coco(annotation_file: str | Path, image_folder: str | Path, *, skip_invalid: bool = False) -> CocoDataset:
+    """Read a COCO instance file with everything in it: crowds, images without objects, tiny objects.
+
+    That is what evaluation wants; training takes `select_trainable` of it. A missing `bbox` or `area`
+    is computed from the mask. `skip_invalid` leaves out annotations whose mask or box is malformed
+    and names them in `skipped`; otherwise they raise ValueError, as all other flaws of the file do.
+    """
+    file = Path(annotation_file)
+    content = _read_json(file)
+    categories = _read_categories(content["categories"], file)
+    label_of_id = {category_id: label for label, (category_id, _) in enumerate(categories)}
+    images = _read_images(content["images"], file)
+    position_of_id = {image.id: position for position, image in enumerate(images)}
+    annotations: list[list[Annotation]] = [[] for _ in images]
+    skipped: list[tuple[int, str]] = []
+    for number, entry in enumerate(content["annotations"]):
+        _require(entry, ("id", "image_id", "category_id"), f"Annotation number {number + 1} of {file}")
+    _check_ids([entry["id"] for entry in content["annotations"]], "annotations", file)
+    for entry in content["annotations"]:
+        what = f"Annotation {entry['id']} of {file}"
+        position, label = _find(position_of_id, entry["image_id"]), _find(label_of_id, entry["category_id"])
+        if position is None:
+            raise ValueError(f"{what} belongs to the image id {entry['image_id']!r}, which the file does not list.")
+        if label is None:
+            raise ValueError(f"{what} has the category id {entry['category_id']!r}, which the file does not list.")
+        try:
+            annotations[position].append(_read_annotation(entry, label, images[position]))
+        except ValueError as error:
+            if not skip_invalid:
+                raise ValueError(f"{what}: {error}") from error
+            skipped.append((entry["id"], str(error)))
+    return CocoDataset(
+        name=file.stem,
+        image_folder=Path(image_folder),
+        images=tuple(images),
+        annotations=tuple(tuple(of_image) for of_image in annotations),
+        categories=tuple(name for _, name in categories),
+        category_ids=tuple(category_id for category_id, _ in categories),
+        skipped=tuple(skipped),
+    )
+
+
+def select_trainable(dataset: CocoDataset, *, keep_empty: bool) -> CocoDataset:
+    """Keep what training uses, as the reference does; whatever goes is named in `skipped`.
+
+    Crowds and ignored objects go, and objects without area or with a box that is thinner than 1e-5
+    pixels or outside the picture. Images that are left without objects go unless `keep_empty`.
+    """
+    skipped = list(dataset.skipped)
+    images, annotations = [], []
+    for image, of_image in zip(dataset.images, dataset.annotations, strict=True):
+        kept = []
+        for annotation in of_image:
+            reason = _untrainable_reason(annotation, image)
+            if reason is None:
+                kept.append(annotation)
+            else:
+                skipped.append((annotation.id, reason))
+        if kept or keep_empty:
+            images.append(image)
+            annotations.append(tuple(kept))
+    return dataclasses.replace(dataset, images=tuple(images), annotations=tuple(annotations), skipped=tuple(skipped))
+
+
+def training_box_xyxy_px(annotation: Annotation) -> tuple[float, float, float, float]:
+    """Corners of an annotation's box in pixels, rounded to 3 decimals as the reference does."""
+    x, y, w, h = annotation.box_xywh_px
+    return round(x, 3), round(y, 3), round(x + w, 3), round(y + h, 3)
+
+
+def to_coco(dataset: CocoDataset) -> dict[str, Any]:
+    """The data set as COCO writes it: images, annotations, categories; what evaluation scores against."""
+    annotations = []
+    for image, of_image in zip(dataset.images, dataset.annotations, strict=True):
+        for annotation in of_image:
+            segmentation = annotation.segmentation
+            if not isinstance(segmentation, dict):
+                segmentation = [np.asarray(polygon).ravel().tolist() for polygon in segmentation]
+            annotations.append(
+                {
+                    "id": annotation.id,
+                    "image_id": image.id,
+                    "category_id": dataset.category_ids[annotation.label],
+                    "bbox": list(annotation.box_xywh_px),
+                    "area": annotation.area,
+                    "iscrowd": int(annotation.is_crowd),
+                    "ignore": int(annotation.is_ignored),
+                    "segmentation": segmentation,
+                }
+            )
+    return {
+        "images": [dataclasses.asdict(image) for image in dataset.images],
+        "annotations": annotations,
+        "categories": [
+            {"id": i, "name": name} for i, name in zip(dataset.category_ids, dataset.categories, strict=True)
+        ],
+    }
+
+
+def check_images(dataset: CocoDataset) -> None:
+    """Raise FileNotFoundError, listing the first few, unless every image file exists; none is opened."""
+    missing = [image.file_name for image in dataset.images if not (dataset.image_folder / image.file_name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(dataset)} images of {dataset.name} are missing in "
+            f"{str(dataset.image_folder)!r}: {_first_few(missing)}."
+        )
+
+
+def check_same_categories(a: CocoDataset, b: CocoDataset) -> None:
+    """Raise ValueError, naming what differs, unless both have the same category ids with the same names."""
+    of_a = dict(zip(a.category_ids, a.categories, strict=True))
+    of_b = dict(zip(b.category_ids, b.categories, strict=True))
+    differing = [
+        f"id {i} is {_name(of_a, i)} in {a.name} and {_name(of_b, i)} in {b.name}"
+        for i in sorted(of_a.keys() | of_b.keys())
+        if of_a.get(i) != of_b.get(i)
+    ]
+    if differing:
+        raise ValueError(f"The categories of {a.name} and {b.name} differ: {_first_few(differing)}.")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no annotation file {str(file)!r}.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: {error.msg} in line {error.lineno}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a UTF-8 text file.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object with images, annotations and categories.")
+    _require(content, ("images", "annotations", "categories"), str(file))
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content[key], list):
+            raise ValueError(f"{key!r} of {file} must be a list.")
+    return content
+
+
+def _read_categories(entries: list[Any], file: Path) -> list[tuple[int, str]]:
+    """(id, name) of each category, by ascending id: the rank is the class index."""
+    for number, entry in enumerate(entries):
+        _require(entry, ("id", "name"), f"Category number {number + 1} of {file}")
+    if not entries:
+        raise ValueError(f"{file} lists no categories.")
+    _check_ids([entry["id"] for entry in entries], "categories", file)
+    return sorted((entry["id"], str(entry["name"])) for entry in entries)
+
+
+def _read_images(entries: list[Any], file: Path) -> list[ImageRecord]:
+    records = []
+    for number, entry in enumerate(entries):
+        _require(entry, ("id", "file_name", "height", "width"), f"Image number {number + 1} of {file}")
+        height, width = entry["height"], entry["width"]
+        for name, value in (("height", height), ("width", width)):
+            if not isinstance(value, (int, float)) or value != int(value) or value < 1:
+                raise ValueError(f"Image {entry['id']} of {file} has the {name} {value!r}, not a number of pixels.")
+        records.append(ImageRecord(entry["id"], str(entry["file_name"]), int(height), int(width)))
+    _check_ids([record.id for record in records], "images", file)
+    return records
+
+
+def _read_annotation(entry: dict[str, Any], label: int, image: ImageRecord) -> Annotation:
+    segmentation = _read_segmentation(entry.get("segmentation"), image)
+    box, area = entry.get("bbox"), entry.get("area")
+    if box is None or area is None:
+        rle = masks.segmentation_to_rle(segmentation, image.height, image.width)
+        if area is None:
+            area = masks.rle_area(rle)
+        if box is None:
+            x1, y1, x2, y2 = masks.rle_box_xyxy_px(rle)
+            box = [x1, y1, x2 - x1, y2 - y1]
+    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(_is_number(v) for v in box):
+        raise ValueError(f"its bbox must be four numbers [x, y, width, height], got {box!r}.")
+    if not _is_number(area):
+        raise ValueError(f"its area must be a number, got {area!r}.")
+    return Annotation(
+        id=entry["id"],
+        label=label,
+        box_xywh_px=tuple(float(v) for v in box),
+        area=float(area),
+        segmentation=segmentation,
+        is_crowd=bool(entry.get("iscrowd", 0)),
+        is_ignored=bool(entry.get("ignore", 0)),
+    )
+
+
+def _read_segmentation(segmentation: Any, image: ImageRecord) -> masks.Segmentation:
+    if isinstance(segmentation, dict):
+        rle = masks.segmentation_to_rle(segmentation, image.height, image.width)
+        masks.check_rle(rle)
+        return rle
+    if not isinstance(segmentation, list) or not segmentation:
+        raise ValueError("it has no segmentation: neither polygons nor a run-length code.")
+    if not all(isinstance(polygon, list) for polygon in segmentation):
+        raise ValueError("its segmentation must be a list of polygons [x1, y1, x2, y2, ...], not a flat list.")
+    return tuple(_read_polygon(polygon, image) for polygon in segmentation)
+
+
+def _read_polygon(polygon: list[Any], image: ImageRecord) -> np.ndarray:
+    if len(polygon) < 6:
+        raise ValueError(f"it has a polygon with {len(polygon) // 2} points, at least 3 are needed.")
+    if len(polygon) % 2:
+        raise ValueError(f"it has a polygon with {len(polygon)} numbers, but x and y come in pairs.")
+    try:
+        points = np.array(polygon, np.float64).reshape(-1, 2)
+    except (TypeError, ValueError):
+        raise ValueError("it has a polygon with coordinates that are not numbers.") from None
+    # Drawing takes memory and time in proportion to the coordinates: a stray 1e9 would end the process.
+    limit = 10 * max(image.height, image.width)
+    if not np.abs(points).max() <= limit:
+        raise ValueError(f"it has a polygon that reaches far outside its {image.width}x{image.height} image.")
+    return points
+
+
+def _untrainable_reason(annotation: Annotation, image: ImageRecord) -> str | None:
+    x, y, w, h = annotation.box_xywh_px
+    if annotation.is_crowd:
+        return "crowd"
+    if annotation.is_ignored:
+        return "marked to be ignored"
+    if annotation.area <= 0:
+        return "area is not positive"
+    if w <= MIN_BOX_SIDE_PX or h <= MIN_BOX_SIDE_PX:
+        return "box has no width or height"
+    inside_w, inside_h = min(x + w, image.width) - max(x, 0), min(y + h, image.height) - max(y, 0)
+    if min(inside_w, inside_h) <= MIN_BOX_SIDE_PX:
+        return "box is outside the image"
+    return None
+
+
+def _require(entry: Any, keys: Sequence[str], what: str) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{what} must be a JSON object, got {type(entry).__name__}.")
+    missing = [key for key in keys if key not in entry]
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(repr(key) for key in missing)}.")
+
+
+def _check_ids(ids: Sequence[Any], what: str, file: Path) -> None:
+    """Raise ValueError unless the ids are whole numbers that differ."""
+    for value in ids:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"The ids of the {what} in {file} must be whole numbers, got {value!r}.")
+    if len(set(ids)) < len(ids):
+        seen: set[int] = set()
+        twice = [value for value in ids if value in seen or seen.add(value)]
+        raise ValueError(f"Several {what} of {file} share an id: {_first_few(twice)}.")
+
+
+def _find(table: dict[int, int], key: Any) -> int | None:
+    return table.get(key) if isinstance(key, int) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _either(paths: Sequence[Path]) -> str:
+    return " and no ".join(repr(str(path)) for path in paths)
+
+
+def _name(names: dict[int, str], category_id: int) -> str:
+    return repr(names[category_id]) if category_id in names else "missing"
+
+
+def _first_few(items: Sequence[Any]) -> str:
+    listed = ", ".join(str(item) for item in items[:MAX_LISTED])
+    return listed + (f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else "")

@@ -1,0 +1,235 @@
+"""From a source picture and its segmentations to the pixels of the network input.
+
+Cropping, padding, flipping and turning are not carried out one after the other: a `View` remembers
+which rectangle of the source is seen and how it is turned, and pixels and masks are made once, at the
+end. Everything before the resize moves whole pixels, so the result equals doing each step in turn.
+The random choices are in `data/transforms.py`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from instseg_jax import masks
+
+INTERPOLATIONS = {
+    "nearest": cv2.INTER_NEAREST,
+    "linear": cv2.INTER_LINEAR,
+    "area": cv2.INTER_AREA,
+    "cubic": cv2.INTER_CUBIC,
+    "lanczos": cv2.INTER_LANCZOS4,
+}
+OUTSIDE = -1  # stands for "no source pixel" where a network pixel is padding
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A rectangle of the source picture in whole pixels, then transposed, then flipped.
+
+    The rectangle may reach beyond the picture; of the picture one sees what is in `visible`, so that
+    nothing that was cropped away comes back when the rectangle grows again. `size` and all functions
+    below speak of the frame that one sees, after turning.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    visible: tuple[int, int, int, int]  # (top, left, bottom, right) in the source picture
+    transposed: bool = False
+    flip_y: bool = False
+    flip_x: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of what is seen."""
+        return (self.width, self.height) if self.transposed else (self.height, self.width)
+
+
+def whole_view(height: int, width: int) -> View:
+    """See a whole picture as it is."""
+    return View(0, 0, height, width, visible=(0, 0, height, width))
+
+
+def move_view(view: View, y: int, x: int, height: int, width: int) -> View:
+    """See the rectangle at (x, y) of a view's frame; one that reaches beyond the view pads it."""
+    if view.flip_y:
+        y = view.size[0] - y - height
+    if view.flip_x:
+        x = view.size[1] - x - width
+    if view.transposed:
+        y, x, height, width = x, y, width, height
+    top, left, bottom, right = view.visible
+    visible = (
+        max(top, view.top),
+        max(left, view.left),
+        min(bottom, view.top + view.height),
+        min(right, view.left + view.width),
+    )
+    return dataclasses.replace(view, top=view.top + y, left=view.left + x, height=height, width=width, visible=visible)
+
+
+def flip_view(view: View, *, horizontal: bool) -> View:
+    """Mirror a view left to right, or top to bottom."""
+    if horizontal:
+        return dataclasses.replace(view, flip_x=not view.flip_x)
+    return dataclasses.replace(view, flip_y=not view.flip_y)
+
+
+def turn_view(view: View) -> View:
+    """Turn a view by 90 degrees counter-clockwise, as np.rot90 does."""
+    return dataclasses.replace(view, transposed=not view.transposed, flip_y=not view.flip_x, flip_x=view.flip_y)
+
+
+def view_pixels(image: np.ndarray, view: View, fill: Sequence[float], dtype: np.dtype) -> np.ndarray:
+    """Pixels [h, w, 3] of a view; `fill` is the colour beyond the picture."""
+    top, left = max(view.top, view.visible[0]), max(view.left, view.visible[1])
+    bottom = min(view.top + view.height, view.visible[2])
+    right = min(view.left + view.width, view.visible[3])
+    if bottom <= top or right <= left:  # nothing of the picture is seen
+        return np.full((*view.size, image.shape[2]), fill).astype(dtype)
+    pixels = image[top:bottom, left:right].astype(dtype, copy=False)
+    y_borders = (top - view.top, view.top + view.height - bottom)
+    x_borders = (left - view.left, view.left + view.width - right)
+    # Turning the picture before the border is added moves fewer pixels.
+    if view.transposed:
+        pixels, y_borders, x_borders = cv2.transpose(pixels), x_borders, y_borders
+    if view.flip_y:
+        pixels, y_borders = cv2.flip(pixels, 0), y_borders[::-1]
+    if view.flip_x:
+        pixels, x_borders = cv2.flip(pixels, 1), x_borders[::-1]
+    if max(*y_borders, *x_borders) > 0:
+        pixels = cv2.copyMakeBorder(pixels, *y_borders, *x_borders, cv2.BORDER_CONSTANT, value=tuple(fill))
+    return pixels
+
+
+def content_size(view_size: tuple[int, int], size: tuple[int, int], resize: str) -> tuple[int, int]:
+    """(height, width) that a picture fills of the network input: all of it stretched, its shape letterboxed."""
+    if resize == "stretch":
+        return size
+    scale = min(size[0] / view_size[0], size[1] / view_size[1])
+    height, width = (min(s, max(1, int(v * scale + 0.5))) for v, s in zip(view_size, size, strict=True))
+    return height, width
+
+
+def resize_pixels(
+    pixels: np.ndarray, content: tuple[int, int], size: tuple[int, int], interpolation: str
+) -> np.ndarray:
+    """Resize [h, w, 3] to the content size and put it into the top left of a black float32 [H, W, 3] in 0..1.
+
+    uint8 pixels are resized as uint8, rounded and saturated. float32 pixels may leave 0..1 a little
+    with cubic and lanczos.
+    """
+    height, width = content
+    resized = cv2.resize(pixels, (width, height), interpolation=INTERPOLATIONS[interpolation]).astype(np.float32)
+    resized *= 1.0 / 255.0
+    if content == size:
+        return resized
+    network_input = np.zeros((*size, pixels.shape[2]), np.float32)
+    network_input[:height, :width] = resized
+    return network_input
+
+
+def render_masks(
+    segmentations: Sequence[masks.Segmentation],
+    source_size: tuple[int, int],
+    view: View,
+    content: tuple[int, int],
+    size: tuple[int, int],
+    *,
+    mask_stride: int,
+    rasterization: str,
+) -> np.ndarray:
+    """Draw the masks of a view: uint8 0/1 [n, H / mask_stride, W / mask_stride] of the network input.
+
+    "exact" draws each mask in the source picture and takes from it the pixels that the reference's
+    nearest resize takes; with a stride, those of the cells' middles. "polygon" moves the points of
+    polygons and draws them in the target's resolution, which is quicker and differs along the outline;
+    run-length codes are always treated the first way.
+    """
+    out = np.zeros((len(segmentations), size[0] // mask_stride, size[1] // mask_stride), np.uint8)
+    y_source, x_source = _source_positions(view, content, size, mask_stride)
+    rows, columns = y_source != OUTSIDE, x_source != OUTSIDE
+    inside = np.outer(columns, rows) if view.transposed else np.outer(rows, columns)
+    for i, segmentation in enumerate(segmentations):
+        if rasterization == "polygon" and not isinstance(segmentation, dict):
+            out[i] = _draw_polygons(segmentation, view, content, out.shape[1:], mask_stride) * inside
+        else:
+            _copy_mask(segmentation, source_size, y_source, x_source, view.transposed, out[i])
+    return out
+
+
+def map_points(points: np.ndarray, view: View, content: tuple[int, int]) -> np.ndarray:
+    """Move points [P, 2] (x, y) of the source picture into the network input."""
+    x, y = points[:, 0] - view.left, points[:, 1] - view.top
+    if view.transposed:
+        x, y = y, x
+    height, width = view.size
+    if view.flip_x:
+        x = width - x
+    if view.flip_y:
+        y = height - y
+    return np.stack([x * (content[1] / width), y * (content[0] / height)], axis=1)
+
+
+def _draw_polygons(
+    polygons: Sequence[np.ndarray],
+    view: View,
+    content: tuple[int, int],
+    canvas: tuple[int, int],
+    mask_stride: int,
+) -> np.ndarray:
+    moved = [map_points(points, view, content) / mask_stride for points in polygons]
+    return masks.rasterize_polygons(moved, *canvas)
+
+
+def _copy_mask(
+    segmentation: masks.Segmentation,
+    source_size: tuple[int, int],
+    y_source: np.ndarray,
+    x_source: np.ndarray,
+    transposed: bool,
+    out: np.ndarray,
+) -> None:
+    """Write the source mask's pixels at the given positions to `out`; only the object's box is touched."""
+    rle = masks.segmentation_to_rle(segmentation, *source_size)
+    x1, y1, x2, y2 = masks.rle_box_xyxy_px(rle)
+    rows = np.flatnonzero((y_source >= y1) & (y_source < y2))
+    columns = np.flatnonzero((x_source >= x1) & (x_source < x2))
+    if not len(rows) or not len(columns):
+        return
+    source = masks.decode_rle(rle)
+    seen = source[y_source[rows][:, None], x_source[columns][None]]
+    if transposed:
+        rows, columns, seen = columns, rows, seen.T
+    out[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = seen
+
+
+def _source_positions(
+    view: View, content: tuple[int, int], size: tuple[int, int], mask_stride: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Source row and source column of each mask row / column (swapped when the view is transposed)."""
+    along_y = (view.flip_y, content[0], size[0])
+    along_x = (view.flip_x, content[1], size[1])
+    if view.transposed:
+        along_y, along_x = along_x, along_y
+    return (
+        _positions(view.top, view.height, view.visible[0::2], *along_y, mask_stride),
+        _positions(view.left, view.width, view.visible[1::2], *along_x, mask_stride),
+    )
+
+
+def _positions(
+    start: int, length: int, visible: tuple[int, int], flipped: bool, content: int, padded: int, mask_stride: int
+) -> np.ndarray:
+    # OpenCV's own nearest resize of 0, 1, 2, ... says which pixel it takes; float32 holds them exactly.
+    ramp = np.arange(length, dtype=np.float32)[None]
+    taken = cv2.resize(ramp, (content, 1), interpolation=cv2.INTER_NEAREST)[0].astype(np.int64)
+    if flipped:
+        taken = length - 1 - taken
+    taken += start
+    positions = np.full(padded, OUTSIDE, np.int64)
+    positions[:content] = np.where((taken >= visible[0]) & (taken < visible[1]), taken, OUTSIDE)
+    return positions[mask_stride // 2 :: mask_stride]

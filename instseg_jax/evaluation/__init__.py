@@ -1,0 +1,1 @@
+"""How good the instances are: COCO metrics and what is built on them."""

@@ -1,0 +1,257 @@
+"""COCO detection metrics by pycocotools: detections to result entries, result entries to named numbers.
+
+Ground truth is a plain COCO dict in memory (or a pycocotools COCO); nothing passed in is changed, and
+pycocotools' printing is kept off the terminal. Confusion, precision/recall curves and reports are not here.
+"""
+
+import contextlib
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from instseg_jax.files import write_json
+from instseg_jax.inference.postprocess import detections_to_instances
+from instseg_jax.masks import rle_area, segmentation_to_rle
+from instseg_jax.types import Batch, Detections
+
+IOU_TYPES = ("bbox", "segm")
+
+
+def coco_results(
+    detections: Detections,
+    batch: Batch,
+    dataset_image_ids: Sequence[int],
+    category_ids: Sequence[int],
+    *,
+    mask_threshold: float = 0.5,
+) -> list[dict]:
+    """Turn the detections of a batch into COCO result entries, without a score threshold.
+
+    `dataset_image_ids[i]` is the COCO id of the i-th image of the data set (`batch.image_index`),
+    `category_ids[k]` that of class index k. Images that only pad the batch are skipped. Entries hold image_id,
+    category_id, bbox (x, y, width, height in pixels of the original image, not clipped), score and
+    segmentation (RLE of the original size).
+    """
+    results = []
+    for i in np.flatnonzero(np.asarray(batch.image_valid)):
+        instances = detections_to_instances(
+            detections,
+            i,
+            input_size=np.shape(batch.images)[1:3],
+            content_size=tuple(np.asarray(batch.content_sizes)[i].tolist()),
+            original_size=tuple(np.asarray(batch.original_sizes)[i].tolist()),
+            mask_threshold=mask_threshold,
+        )
+        image_id = int(dataset_image_ids[int(np.asarray(batch.image_index)[i])])
+        corners = instances.boxes_xyxy_px.astype(np.float64)
+        boxes_xywh_px = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
+        for score, label, bbox, rle in zip(
+            instances.scores, instances.labels, boxes_xywh_px, instances.masks, strict=True
+        ):
+            if not 0 <= label < len(category_ids):
+                raise ValueError(f"Class index {label} has no category id: only {len(category_ids)} are given.")
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": int(category_ids[label]),
+                    "bbox": bbox,
+                    "score": float(score),
+                    "segmentation": rle,
+                }
+            )
+    return results
+
+
+def coco_metrics(
+    ground_truth: dict | COCO,
+    results: Sequence[dict],
+    *,
+    iou_types: Sequence[str] = IOU_TYPES,
+    max_detections: int = 100,
+) -> dict[str, float | None]:
+    """Score COCO result entries against COCO ground truth, over all its images.
+
+    Returns, for `segm` and `bbox`, `segm/AP` (IoU 0.50:0.95), `AP50`, `AP75`, `AP_small`, `AP_medium`, `AP_large`,
+    `AR_1`, `AR_10`, `AR_100`, `AR_small`, `AR_medium`, `AR_large` and `AP/<class name>` for each class, in 0..1; and
+    `AP`, which is `segm/AP`. None where there is no ground truth to find. `max_detections` counts per image and
+    class, as COCO does; another one takes the place of 100, in the names as well.
+
+    Areas of results are those of the mask for `segm` and of the box for `bbox`. Raises ValueError for entries
+    that do not fit the ground truth.
+    """
+    unknown = [iou_type for iou_type in iou_types if iou_type not in IOU_TYPES]
+    if unknown or not iou_types:
+        raise ValueError(f"iou_types must be some of {', '.join(IOU_TYPES)}, got {iou_types!r}.")
+    if max_detections < 1:
+        raise ValueError(f"max_detections must be at least 1, got {max_detections}.")
+    dataset = ground_truth.dataset if isinstance(ground_truth, COCO) else ground_truth
+    with contextlib.redirect_stdout(io.StringIO()):
+        scores = {
+            iou_type: _evaluate(
+                _index(dataset, _truth_entries(dataset, iou_type)),
+                _index(dataset, _result_entries(dataset, results, iou_type)),
+                iou_type,
+                max_detections,
+            )
+            for iou_type in iou_types
+        }
+    metrics = {"AP": scores["segm"]["AP"]} if "segm" in scores else {}
+    return metrics | {
+        f"{iou_type}/{name}": value for iou_type, named in scores.items() for name, value in named.items()
+    }
+
+
+def evaluate_batches(
+    predict: Callable[[np.ndarray], Detections],
+    batches: Iterable[Batch],
+    *,
+    ground_truth: dict,
+    image_ids: Sequence[int],
+    category_ids: Sequence[int],
+) -> tuple[dict[str, float | None], list[dict]]:
+    """Predict and score: (metrics as `coco_metrics` gives them, COCO result entries).
+
+    The network already works on a batch while the masks of the one before are encoded.
+    """
+    results: list[dict] = []
+    pending = None
+    for batch in batches:
+        detections = predict(batch.images)
+        if pending is not None:
+            results += coco_results(*pending, image_ids, category_ids)
+        pending = (detections, batch)
+    if pending is not None:
+        results += coco_results(*pending, image_ids, category_ids)
+    return coco_metrics(ground_truth, results), results
+
+
+def write_evaluation(output_dir: str | Path, metrics: dict[str, float | None], results: Sequence[dict]) -> None:
+    """Write `evaluate_result.json` (metrics) and `predictions.json` (COCO result entries) to a folder."""
+    write_json(Path(output_dir) / "predictions.json", list(results))
+    # Last, since its presence says that the evaluation is complete.
+    write_json(Path(output_dir) / "evaluate_result.json", {"done_flag": True, "metrics": metrics}, indent=4)
+
+
+def _evaluate(truth: COCO, predicted: COCO, iou_type: str, max_detections: int) -> dict[str, float | None]:
+    """Run pycocotools and name its numbers."""
+    evaluation = COCOeval(truth, predicted, iou_type)
+    params = evaluation.params
+    params.maxDets = sorted({min(limit, max_detections) for limit in (1, 10, max_detections)})
+    evaluation.evaluate()
+    evaluation.accumulate()
+    # [IoU thresholds, recall thresholds, classes, areas, detection limits] and the same without recall; -1 where
+    # there is no ground truth. The numbers of `summarize()`, which only knows a limit of 100, are means of these.
+    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+    area = {name: i for i, name in enumerate(params.areaRngLbl)}
+    named = {
+        "AP": _mean(precision[:, :, :, area["all"], -1]),
+        "AP50": _mean(precision[np.isclose(params.iouThrs, 0.5), :, :, area["all"], -1]),
+        "AP75": _mean(precision[np.isclose(params.iouThrs, 0.75), :, :, area["all"], -1]),
+    }
+    named |= {f"AP_{size}": _mean(precision[:, :, :, area[size], -1]) for size in ("small", "medium", "large")}
+    named |= {f"AR_{limit}": _mean(recall[:, :, area["all"], i]) for i, limit in enumerate(params.maxDets)}
+    named |= {f"AR_{size}": _mean(recall[:, :, area[size], -1]) for size in ("small", "medium", "large")}
+    names = _class_names(truth.dataset["categories"])
+    named |= {f"AP/{names[id_]}": _mean(precision[:, :, k, area["all"], -1]) for k, id_ in enumerate(params.catIds)}
+    return named
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Mean of the entries that are defined (not -1), None without any."""
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else None
+
+
+def _class_names(categories: Sequence[dict]) -> dict[int, str]:
+    """Name by category id; classes that share a name get their id behind it."""
+    names = [category.get("name", str(category["id"])) for category in categories]
+    return {
+        category["id"]: name if names.count(name) == 1 else f"{name} ({category['id']})"
+        for category, name in zip(categories, names, strict=True)
+    }
+
+
+def _index(dataset: dict, annotations: list[dict]) -> COCO:
+    """Make a pycocotools COCO of new annotations on the images and categories of a data set."""
+    coco = COCO()
+    coco.dataset = {"images": dataset["images"], "categories": dataset["categories"], "annotations": annotations}
+    coco.createIndex()
+    return coco
+
+
+def _truth_entries(dataset: dict, iou_type: str) -> list[dict]:
+    """Copy the ground truth with what pycocotools relies on: area, iscrowd, and ids from 1 (0 is its 'no match')."""
+    sizes = {image["id"]: (image.get("height"), image.get("width")) for image in dataset["images"]}
+    entries = []
+    for number, annotation in enumerate(dataset.get("annotations", ()), start=1):
+        image_id, where = annotation["image_id"], f"Annotation {annotation.get('id', number)}"
+        if image_id not in sizes:
+            raise ValueError(f"{where} belongs to image {image_id}, which is not in the data set.")
+        entry = {
+            "id": number,
+            "image_id": image_id,
+            "category_id": annotation["category_id"],
+            "iscrowd": int(annotation.get("iscrowd", 0)),
+        }
+        if iou_type == "bbox":
+            entry["bbox"] = annotation.get("bbox")
+            if entry["bbox"] is None or len(entry["bbox"]) != 4:
+                raise ValueError(f"{where} needs a bbox [x, y, width, height], got {entry['bbox']!r}.")
+            entry["area"] = annotation.get("area", entry["bbox"][2] * entry["bbox"][3])
+        else:
+            entry["segmentation"] = _to_rle(annotation.get("segmentation"), sizes[image_id], where)
+            entry["area"] = annotation.get("area", rle_area(entry["segmentation"]))
+        entries.append(entry)
+    return entries
+
+
+def _to_rle(segmentation: Any, size: tuple[int, int], where: str) -> dict:
+    """Bring a COCO segmentation (polygons, or RLE with a list or a string) to a compressed RLE."""
+    if None in size:
+        raise ValueError(f"{where} needs the height and width of its image, which the data set lacks.")
+    try:
+        if isinstance(segmentation, Sequence):
+            segmentation = tuple(np.reshape(polygon, (-1, 2)) for polygon in segmentation)
+        elif not isinstance(segmentation, dict):
+            raise ValueError(f"A segmentation must be polygons or an RLE, got {segmentation!r}.")
+        return segmentation_to_rle(segmentation, *size)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _result_entries(dataset: dict, results: Sequence[dict], iou_type: str) -> list[dict]:
+    """Copy the results with what pycocotools relies on, of the kind that is evaluated only."""
+    key = "bbox" if iou_type == "bbox" else "segmentation"
+    sizes = {image["id"]: (image.get("height"), image.get("width")) for image in dataset["images"]}
+    category_ids = {category["id"] for category in dataset["categories"]}
+    entries = []
+    for number, result in enumerate(results, start=1):
+        missing = [name for name in ("image_id", "category_id", "score", key) if name not in result]
+        if missing:
+            raise ValueError(f"Result {number} lacks {', '.join(missing)}.")
+        if result["image_id"] not in sizes:
+            raise ValueError(f"Result {number} has image_id {result['image_id']}, which is not in the ground truth.")
+        if result["category_id"] not in category_ids:
+            raise ValueError(
+                f"Result {number} has category_id {result['category_id']}, "
+                f"but the ground truth has {sorted(category_ids)}: are these class indices?"
+            )
+        if not math.isfinite(result["score"]):
+            raise ValueError(f"Result {number} has score {result['score']}, which must be finite.")
+        entry = {name: result[name] for name in ("image_id", "category_id", "score", key)}
+        # pycocotools takes masks of unequal sizes for disjoint, without a word.
+        if iou_type == "segm" and tuple(entry[key]["size"]) != sizes[entry["image_id"]]:
+            raise ValueError(
+                f"Result {number} has a mask of size {entry[key]['size']}, "
+                f"but image {entry['image_id']} is {list(sizes[entry['image_id']])} (height, width)."
+            )
+        # The area decides which results count for small, medium and large objects when they match nothing.
+        area = result["bbox"][2] * result["bbox"][3] if iou_type == "bbox" else rle_area(result[key])
+        entries.append(entry | {"id": number, "area": area, "iscrowd": 0})
+    return entries

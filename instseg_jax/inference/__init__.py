@@ -1,0 +1,1 @@
+"""Images in, instances out: post-processing, results and their drawing."""

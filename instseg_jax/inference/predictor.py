@@ -1,0 +1,74 @@
+"""Weights in, a function from images to detections out."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from instseg_jax import weights as weights_room
+from instseg_jax.inference.postprocess import select_detections
+from instseg_jax.models.mask_rtdetr import MaskRTDETR, abstract_variables, build_model
+from instseg_jax.types import Detections
+
+Predict = Callable[[dict, jax.Array], Detections]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A network with weights and what is needed to use them on pictures."""
+
+    model: MaskRTDETR
+    variables: dict
+    config: ConfigDict
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    metadata: dict  # of the checkpoint; empty for other files
+
+
+def make_predict(model: MaskRTDETR, *, num_detections: int) -> Predict:
+    """A compiled function (variables, images [B, H, W, 3]) -> `Detections`; one compilation a shape."""
+
+    @jax.jit
+    def predict(variables: dict, images: jax.Array) -> Detections:
+        return select_detections(model.apply(variables, images), num_detections=num_detections)
+
+    return predict
+
+
+def load_model(source: str | os.PathLike[str], config: ConfigDict | None = None) -> LoadedModel:
+    """Load a run's best weights, a checkpoint, or an official file; the last needs a config.
+
+    A checkpoint brings its own config; the sections `model` and `data` that say how the network is built and
+    fed always come from it, the rest from `config` where one is given.
+
+    Raises: FileNotFoundError or ValueError in one sentence when there are no weights or they do not fit.
+    """
+    found = weights_room.read_weights(source)
+    if found.variables is None:
+        raise ValueError(f"{source} holds a backbone alone; it can start a training, but predicts nothing")
+    if found.metadata.get("config"):
+        saved = ConfigDict(found.metadata["config"])
+        config = saved if config is None else merge_configs(config, saved)
+    elif config is None:
+        raise ValueError(f"{source} does not say which model it is; name one with --config=configs/mask_rtdetr.py:SIZE")
+    num_classes = found.num_classes
+    class_names = found.class_names or tuple(f"class {i}" for i in range(num_classes))
+    category_ids = found.metadata.get("category_ids") or tuple(range(1, num_classes + 1))
+    model = build_model(config.model, num_classes)
+    variables, _ = weights_room.merge_weights(abstract_variables(model), found, class_names=class_names)
+    variables = jax.tree.map(np.asarray, variables)
+    return LoadedModel(model, variables, config, class_names, tuple(category_ids), found.metadata)
+
+
+def merge_configs(config: ConfigDict, saved: ConfigDict) -> ConfigDict:
+    """`config` with the saved model, and with the saved way of feeding it pictures."""
+    merged = ConfigDict(config.to_dict())
+    merged.model = saved.model
+    for field in ("image_size", "resize", "eval_interpolation"):
+        merged.data[field] = saved.data[field]
+    return merged
+
+

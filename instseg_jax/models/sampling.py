@@ -1,0 +1,44 @@
+"""Bilinear reading of maps at points, with zeros outside (`grid_sample` with align_corners=False).
+
+Deformable attention has its own, multi-level form in `deformable_attention`.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+CORNERS = np.array([(0, 0), (1, 0), (0, 1), (1, 1)])  # (x, y) steps to the four pixels around a point
+
+
+def bilinear_corners(points: Array, height: int, width: int) -> tuple[Array, Array]:
+    """The four pixels around each point and their shares.
+
+    points [..., 2] are (x, y), 0..1 across the map, pixel centres at (column + 0.5) / width.
+    Returns: flat index row * width + column [..., 4] int32, always inside the map; share [..., 4], 0 for a
+    pixel outside it.
+    """
+    pixel = points * jnp.array([width, height], points.dtype) - 0.5
+    low = jnp.floor(pixel)
+    fraction = (pixel - low)[..., None, :]
+    corner = low[..., None, :] + jnp.asarray(CORNERS, points.dtype)
+    share = jnp.where(CORNERS == 1, fraction, 1 - fraction).prod(axis=-1)
+    limit = jnp.array([width - 1, height - 1], points.dtype)
+    inside = ((corner >= 0) & (corner <= limit)).all(axis=-1)
+    corner = jnp.clip(corner, 0, limit).astype(jnp.int32)  # before the cast: tames points far outside
+    return corner[..., 1] * width + corner[..., 0], jnp.where(inside, share, 0)
+
+
+def sample_map(feature_map: Array, points: Array) -> Array:
+    """Read a map at points: [B, h, w, C], [B, ..., 2] (x, y) in 0..1 -> [B, ..., C].
+
+    The corners are added one by one: XLA fuses this into one loop that keeps no [..., 4, C] tensor.
+    """
+    batch, height, width, channels = feature_map.shape
+    index, share = bilinear_corners(points, height, width)
+    first = jnp.arange(batch, dtype=jnp.int32) * (height * width)
+    index = index + first.reshape(-1, *[1] * (index.ndim - 1))
+    rows = feature_map.reshape(-1, channels)
+    share = share.astype(feature_map.dtype)
+    return sum(
+        jnp.take(rows, index[..., k], axis=0, mode="clip") * share[..., k, None] for k in range(len(CORNERS))
+    )

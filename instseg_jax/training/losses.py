@@ -1,0 +1,151 @@
+"""Loss formulas: pure functions over predictions and the objects they are matched with.
+
+Nothing here knows about prediction sets, batches over devices or weights; that is `criterion.py`. All is computed
+in the type of the inputs, float32 or wider.
+Source: PaddleDetection at 666f597fd0, ppdet/modeling/losses/detr_loss.py (MaskDINOLoss).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from instseg_jax.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
+
+DICE_SMOOTHING = 1.0
+MASK_IOU_SMOOTHING = 0.01
+
+
+def varifocal_loss(
+    class_logits: Array, labels: Array, quality: Array, *, alpha: float, gamma: float
+) -> Array:
+    """Varifocal loss (Zhang et al. 2021) summed over classes: [..., Q, K] -> [..., Q].
+
+    Args:
+      class_logits: [..., Q, K].
+      labels: [..., Q] class of the object that the query is matched with; K for none.
+      quality: [..., Q] what the score of that class should become, 0..1.
+
+    Scores of all other classes are pushed to 0 with the weight alpha * score^gamma, whose gradient counts.
+    """
+    is_label = labels[..., None] == jnp.arange(class_logits.shape[-1])
+    target = jnp.where(is_label, quality[..., None], 0)
+    weight = jnp.where(is_label, target, alpha * jax.nn.sigmoid(class_logits) ** gamma)
+    return jnp.sum(weight * sigmoid_cross_entropy(class_logits, target), axis=-1)
+
+
+def box_losses(boxes: Array, target_boxes: Array) -> tuple[Array, Array]:
+    """L1 distance and 1 - GIoU of paired normalised cxcywh boxes: [..., 4], [..., 4] -> [...], [...]."""
+    l1 = jnp.sum(jnp.abs(boxes - target_boxes), axis=-1)
+    giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+    return l1, 1 - giou
+
+
+def box_quality(boxes: Array, target_boxes: Array) -> Array:
+    """IoU of paired normalised cxcywh boxes, without gradient: [..., 4], [..., 4] -> [...]."""
+    boxes = lax.stop_gradient(boxes)
+    return box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+
+
+@jax.custom_jvp
+def sigmoid_cross_entropy(logits: Array, targets: Array) -> Array:
+    """Binary cross-entropy with logits, element by element. Its derivative is sigmoid(logits) - targets."""
+    return jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+
+
+@sigmoid_cross_entropy.defjvp
+def _sigmoid_cross_entropy_jvp(primals, tangents):
+    (logits, targets), (d_logits, d_targets) = primals, tangents
+    slope = jax.nn.sigmoid(logits) - targets
+    return sigmoid_cross_entropy(logits, targets), slope * d_logits - logits * d_targets
+
+
+def mask_losses(logits: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+    """Cross-entropy and dice loss of masks read at points: three times [..., P] -> [...], [...].
+
+    weights count how often a point is taken; the cross-entropy is their weighted mean.
+    """
+    probability = jax.nn.sigmoid(logits)
+
+    def total(a: Array, b: Array) -> Array:
+        return jnp.einsum("...p,...p->...", a, b, precision=lax.Precision.HIGHEST)
+
+    cross_entropy = total(weights, sigmoid_cross_entropy(logits, targets)) / jnp.sum(weights, axis=-1)
+    weighted = weights * targets
+    overlap = total(weighted, probability)
+    area = total(weights, probability) + jnp.sum(weighted, axis=-1)
+    return cross_entropy, 1 - (2 * overlap + DICE_SMOOTHING) / (area + DICE_SMOOTHING)
+
+
+def uncertain_point_weights(logits: Array, num_candidates: int, num_important: int) -> Array:
+    """Weights that keep the most uncertain points: [..., P] -> [..., P] of 0 and 1, without gradient.
+
+    Of the first num_candidates points the num_important ones with the logits nearest to zero are kept, and
+    all points after them (PointRend, Kirillov et al. 2020). Points that tie for the last place share it, so that
+    the weights always add up to num_important + P - num_candidates.
+    """
+    uncertainty = lax.stop_gradient(jnp.abs(logits))
+    limit, tied_share = smallest_limit(uncertainty[..., :num_candidates], num_important)
+    tied = jnp.where(uncertainty == limit[..., None], tied_share[..., None], 0)
+    is_extra = jnp.arange(logits.shape[-1]) >= num_candidates
+    return jnp.where(is_extra | (uncertainty < limit[..., None]), 1, tied).astype(logits.dtype)
+
+
+def smallest_limit(values: Array, count: int) -> tuple[Array, Array]:
+    """A limit that divides the `count` smallest of non-negative values from the rest.
+
+    [..., M] -> limit [...], tied_share [...]: take all values below the limit, and tied_share of each value equal
+    to it. Bisects the bit patterns, which order as the values do, until one limit fits: about 20 passes over the
+    data where sorting costs ten times as much (NaN counts as the largest value).
+    """
+    integer = {4: jnp.int32, 8: jnp.int64}[values.dtype.itemsize]
+    keys = lax.bitcast_convert_type(values, integer)
+
+    def count_up_to(limit: Array) -> Array:
+        return jnp.sum(keys <= limit[..., None], axis=-1, dtype=jnp.int32)
+
+    # Always: fewer than `count` keys are <= low, at least `count` are <= high.
+    def is_open(state: tuple) -> Array:
+        return jnp.any(state[-1])
+
+    def halve(state: tuple) -> tuple:
+        low, high, found, open_ = state
+        middle = low + (high - low) // 2
+        number = count_up_to(middle)
+        high = jnp.where(open_ & (number >= count), middle, high)
+        low = jnp.where(open_ & (number < count), middle, low)
+        found = jnp.where(open_ & (number >= count), number, found)
+        return low, high, found, (found != count) & (high - low > 1)
+
+    low = jnp.min(keys, axis=-1) - 1
+    high = jnp.max(keys, axis=-1)
+    found = jnp.full(high.shape, keys.shape[-1], jnp.int32)
+    _, high, found, _ = lax.while_loop(is_open, halve, (low, high, found, (found != count) & (high - low > 1)))
+    below = count_up_to(high - 1)
+    tied_share = (count - below) / jnp.maximum(found - below, 1)
+    return lax.bitcast_convert_type(high, values.dtype), tied_share.astype(values.dtype)
+
+
+def mask_quality(mask_logits: Array, target_masks: tuple[tuple[Array, Array], tuple[Array, Array]]) -> Array:
+    """IoU of masks at twice the resolution of their logits, without gradient: [..., h, w] -> [...].
+
+    The logits are doubled bilinearly (half-pixel) and cut at 0. `target_masks[i][j]` [..., h, w] of 0 and 1 are
+    the target's pixels at rows i, i + 2, .. and columns j, j + 2, ..: the four phases are compared one by one,
+    so that the doubled map is never put together.
+    """
+    overlap = union = 0
+    for rows, target_rows in zip(double_axis(lax.stop_gradient(mask_logits), -2), target_masks, strict=True):
+        for pixels, target in zip(double_axis(rows, -1), target_rows, strict=True):
+            predicted, real = pixels > 0, target > 0
+            overlap += jnp.sum(predicted & real, axis=(-2, -1), dtype=jnp.int32)
+            union += jnp.sum(predicted | real, axis=(-2, -1), dtype=jnp.int32)
+    smooth = jnp.asarray(MASK_IOU_SMOOTHING, mask_logits.dtype)
+    return (overlap + smooth) / (union + smooth)
+
+
+def double_axis(x: Array, axis: int) -> tuple[Array, Array]:
+    """Even and odd positions of x after doubling one axis bilinearly (half-pixel, edges repeated)."""
+    size = x.shape[axis]
+    first, last = lax.slice_in_dim(x, 0, 1, axis=axis), lax.slice_in_dim(x, size - 1, size, axis=axis)
+    before = jnp.concatenate([first, lax.slice_in_dim(x, 0, size - 1, axis=axis)], axis=axis)
+    after = jnp.concatenate([lax.slice_in_dim(x, 1, size, axis=axis), last], axis=axis)
+    return 0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after

@@ -1,0 +1,151 @@
+"""Which query answers for which object: cost matrix and optimal assignment, one for each prediction set.
+
+Source: PaddleDetection at 666f597fd0, ppdet/modeling/transformers/matchers.py (HungarianMatcher with masks).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from scipy.optimize import linear_sum_assignment
+
+from instseg_jax.boxes import cxcywh_to_xyxy, generalized_box_iou
+from instseg_jax.models.sampling import sample_map
+from instseg_jax.training.losses import DICE_SMOOTHING
+from instseg_jax.training.mask_planes import count_blocks, gather_words, read_points
+from instseg_jax.types import Predictions, Targets
+
+FOCAL_ALPHA = 0.25
+FOCAL_GAMMA = 2
+FOCAL_EPS = 1e-8
+LARGEST_COST = 1e6  # stands for NaN and infinities, which SciPy refuses
+SLOT_BLOCK = 16  # target slots whose mask costs are computed at once
+
+
+@dataclasses.dataclass(frozen=True)
+class TermWeights:
+    """How much each kind of term counts, in the loss or in the cost of a match."""
+
+    class_: float
+    box_l1: float
+    box_giou: float
+    mask_bce: float
+    mask_dice: float
+
+
+def match(
+    predictions: Predictions,
+    mask_features: Array,
+    targets: Targets,
+    mask_planes: Array,
+    num_slots: Array,
+    points: Array,
+    weights: TermWeights,
+) -> Array:
+    """Assign a query to every object of every image in every prediction set, at the least total cost.
+
+    Args:
+      predictions: S sets of Q queries.
+      mask_features: [B, h, w, P].
+      targets: objects in N slots.
+      mask_planes: their masks, packed by `mask_planes.pack_masks`.
+      num_slots: [] slots in use; the mask cost of later ones is not computed.
+      points: [S, B, M, 2] in 0..1, where masks are compared: the same for all queries and objects of an image.
+      weights: of the five costs.
+
+    Returns: query_index [S, B, N] int32, -1 where a slot has no query: it is not valid, or there are more objects
+      than queries. No gradient flows through.
+    """
+    predictions, mask_features = lax.stop_gradient((predictions, mask_features))
+    cost = match_cost(predictions, mask_features, targets, mask_planes, num_slots, points, weights)
+    return assign(cost, targets.valid)
+
+
+def match_cost(
+    predictions: Predictions,
+    mask_features: Array,
+    targets: Targets,
+    mask_planes: Array,
+    num_slots: Array,
+    points: Array,
+    weights: TermWeights,
+) -> Array:
+    """Cost of every pair of query and target slot, [S, B, Q, N]; arguments as for `match`."""
+    boxes, target_boxes = predictions.boxes[..., :, None, :], targets.boxes[:, None, :, :]
+    giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+    cost = (
+        weights.class_ * class_cost(predictions.class_logits, targets.labels)
+        + weights.box_l1 * jnp.sum(jnp.abs(boxes - target_boxes), axis=-1)
+        - weights.box_giou * giou
+    )
+
+    def mask_cost(one_set: tuple[Array, Array]) -> Array:
+        mask_queries, at = one_set
+        bce, dice = mask_costs(mask_queries, mask_features, mask_planes, num_slots, at, cost.shape[-1])
+        return weights.mask_bce * bce + weights.mask_dice * dice
+
+    return cost + lax.map(mask_cost, (predictions.mask_queries, points))
+
+
+def class_cost(class_logits: Array, labels: Array) -> Array:
+    """Focal cost of predicting the class of each slot: [..., B, Q, K], [B, N] -> [..., B, Q, N]."""
+    p = jax.nn.sigmoid(class_logits)
+    hit = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -jnp.log(p + FOCAL_EPS)
+    miss = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -jnp.log(1 - p + FOCAL_EPS)
+    index = jnp.broadcast_to(labels[:, None, :], (*p.shape[:-1], labels.shape[-1]))
+    return jnp.take_along_axis(hit - miss, index, axis=-1)
+
+
+def mask_costs(
+    mask_queries: Array, mask_features: Array, mask_planes: Array, num_slots: Array, points: Array, slots: int
+) -> tuple[Array, Array]:
+    """Mean cross-entropy and dice cost of one prediction set at points [B, M, 2]: two of [B, Q, N].
+
+    Features are read at the points before the queries are multiplied in, so no query's whole mask is ever made.
+    """
+    batch, queries, _ = mask_queries.shape
+    dtype, num_points = mask_queries.dtype, points.shape[1]
+    exact = lax.Precision.HIGHEST
+    features = sample_map(mask_features, points)
+    logits = jnp.einsum("bqc,bmc->bqm", mask_queries, features, precision=exact)
+    probability = jax.nn.sigmoid(logits)
+    # BCE against 0 and 1 differ by the logit: sum BCE(x, t) = sum BCE(x, 0) - x . t
+    against_zero = jnp.sum(jax.nn.softplus(logits), axis=-1)[..., None]
+    area = jnp.sum(probability, axis=-1)[..., None]
+    words, share = gather_words(mask_planes, points[:, None].astype(dtype))
+
+    block = min(SLOT_BLOCK, slots)
+
+    def fill(i: Array, costs: tuple[Array, Array]) -> tuple[Array, Array]:
+        start = jnp.minimum(i * block, slots - block)
+        masks = read_points(words, share, start + jnp.arange(block))
+        hit = jnp.einsum("bqm,bnm->bqn", logits, masks, precision=exact)
+        overlap = jnp.einsum("bqm,bnm->bqn", probability, masks, precision=exact)
+        size = jnp.sum(masks, axis=-1)[:, None, :]
+        bce = (against_zero - hit) / num_points
+        dice = 1 - (2 * overlap + DICE_SMOOTHING) / (area + size + DICE_SMOOTHING)
+        return tuple(lax.dynamic_update_slice_in_dim(c, x, start, 2) for c, x in zip(costs, (bce, dice), strict=True))
+
+    zeros = jnp.zeros((batch, queries, slots), dtype)
+    return lax.fori_loop(0, count_blocks(num_slots, block), fill, (zeros, zeros))
+
+
+def assign(cost: Array, valid: Array) -> Array:
+    """Solve all assignments of a step in one call to the host: [S, B, Q, N], [B, N] -> [S, B, N] int32, -1 for none."""
+    sets, batch, _, slots = cost.shape
+    result = jax.ShapeDtypeStruct((sets, batch, slots), jnp.int32)
+    return jax.pure_callback(_assign_on_host, result, cost, valid)
+
+
+def _assign_on_host(cost: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Numpy only: a jax operation inside a callback can wait for the thread that waits for the callback."""
+    cost = np.nan_to_num(np.asarray(cost), nan=LARGEST_COST, posinf=LARGEST_COST, neginf=-LARGEST_COST)
+    columns = [np.flatnonzero(row) for row in np.asarray(valid)]
+    query_index = np.full((*cost.shape[:2], cost.shape[3]), -1, np.int32)
+    for one_set, index in zip(cost, query_index, strict=True):
+        for image, real, found in zip(one_set, columns, index, strict=True):
+            queries, objects = linear_sum_assignment(image[:, real])
+            found[real[objects]] = queries
+    return query_index

@@ -1,0 +1,95 @@
+"""Weights: official files in and out, checkpoints, downloads.
+
+`read_weights` reads any of them; `merge_weights` puts what was read into an initialised model, strictly.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instseg_jax.weights.download import KNOWN_WEIGHTS, fetch_weights, is_downloadable
+from instseg_jax.weights.export import read_safetensors
+from instseg_jax.weights.merge import MergeSummary, is_backbone_state, load_backbone, merge_variables
+from instseg_jax.weights.names import COCO_CLASSES, official_to_flax
+from instseg_jax.weights.paddle import read_pdparams
+
+_SCORE_BIAS = "transformer.score_head.bias"
+_READERS = {".pdparams": read_pdparams, ".pdema": read_pdparams, ".safetensors": read_safetensors}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a source of weights holds: `variables` of a whole model, or the official `backbone` state dict alone."""
+
+    source: str
+    variables: dict[str, Any] | None
+    backbone: dict[str, np.ndarray] | None
+    class_names: tuple[str, ...] | None  # None where the file doesn't say
+    metadata: dict[str, Any]  # of a checkpoint; empty for official files
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes of the score head; None for a backbone."""
+        if self.variables is None:
+            return None
+        return int(self.variables["params"]["transformer"]["score_head"]["bias"].shape[0])
+
+
+def read_weights(source: str | os.PathLike[str], *, class_names: Sequence[str] | None = None) -> Weights:
+    """Return the weights at `source`: an official `.pdparams` or `.safetensors` file, a checkpoint or the WORKDIR
+    of a run, an http(s) address of such a file, or a known name (`download.KNOWN_WEIGHTS`).
+
+    `class_names` names the classes of a file that doesn't; official files with 80 classes have those of COCO.
+    Raises FileNotFoundError when there is nothing at `source`, ValueError when it holds no weights.
+    """
+    path = fetch_weights(str(source)) if is_downloadable(str(source)) else Path(source)
+    if path.suffix not in _READERS:
+        if path.is_file():
+            raise ValueError(f"weights file {path} does not end with one of {', '.join(_READERS)}")
+        return _read_checkpoint(path, class_names)
+    if not path.exists():
+        raise FileNotFoundError(f"no weights file {path}")
+    state = _READERS[path.suffix](path)
+    if is_backbone_state(state):
+        return Weights(str(source), None, state, None, {})
+    if class_names is None and _SCORE_BIAS in state and state[_SCORE_BIAS].shape == (len(COCO_CLASSES),):
+        class_names = COCO_CLASSES
+    return Weights(str(source), official_to_flax(state), None, tuple(class_names) if class_names else None, {})
+
+
+def _read_checkpoint(path: Path, class_names: Sequence[str] | None) -> Weights:
+    from instseg_jax.weights.checkpoint import is_checkpoint, load_inference_checkpoint  # Orbax is slow to import
+
+    if not path.exists() and not is_checkpoint(path):
+        raise FileNotFoundError(
+            f"weights {str(path)!r} are no file, no checkpoint, and none of {', '.join(KNOWN_WEIGHTS)}"
+        )
+    variables, metadata = load_inference_checkpoint(path)
+    names = class_names or metadata.get("class_names")
+    return Weights(str(path), variables, None, tuple(names) if names else None, metadata)
+
+
+def merge_weights(
+    init: Mapping[str, Any],
+    weights: Weights,
+    *,
+    class_names: Sequence[str] | None = None,
+    skip: Sequence[str] = (),
+) -> tuple[dict[str, Any], MergeSummary]:
+    """Return `init` with the values of `weights` (numpy), and a summary to print.
+
+    `class_names` are those of the model: where they differ from the file's, class rows are copied by name. `skip`
+    names by shell patterns the tensors to leave at their initial value. Raises ValueError that lists what does not
+    fit. See `merge.merge_variables` and `merge.load_backbone`.
+    """
+    if weights.backbone is not None:
+        if skip:
+            raise ValueError(f"skip={list(skip)} is not for {weights.source}, which holds a backbone alone")
+        return load_backbone(init, weights.backbone)
+    return merge_variables(
+        init, weights.variables, skip=skip, class_names=class_names, loaded_class_names=weights.class_names
+    )

@@ -1,0 +1,297 @@
+"""Save and restore checkpoints (Orbax; no other file imports it).
+
+A run leaves two kinds in its WORKDIR:
+
+    checkpoints/STEP/   the whole training state, the last few steps, for resuming
+    best_model/         the variables for inference alone, small
+
+Both carry a JSON `metadata` (config, class names, category ids, versions, scores, loader position, ...), so that a
+checkpoint says itself what it is. A save becomes visible by one rename: whatever kills the process, the last complete
+checkpoint and the best model stay readable. Official files are read and written in `paddle` and `export`.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib import metadata as importlib_metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+CHECKPOINTS = "checkpoints"
+BEST_MODEL = "best_model"
+
+_STATE, _VARIABLES, _METADATA = "state", "variables", "metadata"
+_VERSIONED = ("instseg_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class _OrbaxErrorsOnly(logging.Filter):
+    """Keep what Orbax logs at every step, through the root or absl logger, off the console."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+
+
+logging.getLogger("absl").addFilter(_OrbaxErrorsOnly())
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that a checkpoint depends on."""
+    versions = {}
+    for name in _VERSIONED:
+        try:
+            versions[name] = importlib_metadata.version(name)
+        except importlib_metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+# --- training state -------------------------------------------------------------------------------
+
+
+def make_manager(directory: str | os.PathLike[str], *, max_to_keep: int) -> ocp.CheckpointManager:
+    """Return the manager of a checkpoints folder, which is created; leftovers of a killed save are removed.
+
+    Use it in a `with` block, or close it: a save that is still being written when Python ends is lost. With several
+    processes every one of them makes, saves and restores. Raises OSError when the folder can't be made.
+    """
+    directory = Path(directory).absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"can't create the checkpoints folder {directory} ({error.strerror})") from error
+    options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(directory, options=options, item_names=(_STATE, _METADATA))
+
+
+def save(
+    manager: ocp.CheckpointManager, step: int, state: Any, metadata: Mapping[str, Any], *, wait: bool = False
+) -> None:
+    """Save a training state (any pytree of arrays) with its metadata as checkpoint `step`.
+
+    Returns when the state has been copied; writing goes on beside the next steps unless `wait`. An error of the
+    writing appears at the next save, or in `manager.wait_until_finished()`. Raises ValueError for metadata that JSON
+    can't hold, and for a step that is already there.
+    """
+    _check_json(metadata)
+    if step in manager.all_steps():
+        raise ValueError(f"step {step} is already saved in {manager.directory}")
+    content = ocp.args.Composite(
+        **{_STATE: ocp.args.PyTreeSave(state), _METADATA: ocp.args.JsonSave(dict(metadata))},
+    )
+    manager.save(step, args=content, force=True)
+    if wait:
+        manager.wait_until_finished()
+
+
+def restore(manager: ocp.CheckpointManager, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """Return (state, metadata) of checkpoint `step`, by default the last complete one.
+
+    `abstract_state` gives structure, shapes, types and shardings: jax.ShapeDtypeStruct (without a sharding: the first
+    device) or arrays. Leaves that are numpy arrays there come back as numpy arrays, all others as jax arrays.
+
+    Raises FileNotFoundError when there is no such checkpoint, and ValueError that names the leaves that differ.
+    """
+    steps = sorted(manager.all_steps())
+    step = step if step is not None else (steps[-1] if steps else None)
+    if step not in steps:
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise FileNotFoundError(f"{wanted} in {manager.directory} (steps there: {steps or 'none'})")
+    path = Path(manager.directory) / str(step)
+    _check_leaves(path / _STATE, abstract_state)
+    content = ocp.args.Composite(
+        **{
+            _STATE: ocp.args.PyTreeRestore(
+                item=abstract_state, restore_args=jax.tree.map(_restore_arguments, abstract_state)
+            ),
+            _METADATA: ocp.args.JsonRestore(),
+        }
+    )
+    restored = manager.restore(step, args=content)
+    return restored[_STATE], restored[_METADATA]
+
+
+def _restore_arguments(leaf: Any) -> ocp.RestoreArgs:
+    if isinstance(leaf, np.ndarray | np.generic):
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+
+
+def _check_leaves(path: Path, abstract_state: Any) -> None:
+    """Raise ValueError unless the saved leaves are those of `abstract_state`, in names, shapes and types."""
+    saved = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _leaves(_tree_metadata(path))}
+    wanted = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _leaves(abstract_state)}
+    differing = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
+    if differing:
+        shown = [f"{n} (saved {_shown(saved.get(n))}, expected {_shown(wanted.get(n))})" for n in differing[:5]]
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise ValueError(f"checkpoint {path.parent} does not fit this model and optimizer: {', '.join(shown)}{more}")
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    return [("/".join(map(_key_name, keys)), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _key_name(key: Any) -> str:
+    return str(next(getattr(key, kind) for kind in ("key", "name", "idx") if hasattr(key, kind)))
+
+
+def _shown(leaf: tuple[tuple[int, ...], np.dtype] | None) -> str:
+    return f"{leaf[1]}{list(leaf[0])}" if leaf else "nothing"
+
+
+# --- variables for inference ----------------------------------------------------------------------
+
+
+def save_inference_checkpoint(
+    path: str | os.PathLike[str], variables: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> None:
+    """Save {"params": ..., "batch_stats": ...} with its metadata to the folder `path`, replacing what is there.
+
+    The old folder is set aside under another name until the new one is in place, and whichever is complete is what
+    `load_inference_checkpoint` reads, so a kill at any moment loses neither. With several processes all may call
+    this; the first one writes. Raises ValueError for metadata that JSON can't hold.
+    """
+    _check_json(metadata)
+    if jax.process_index() != 0:
+        return
+    path = Path(path).absolute()
+    incoming, previous = _standins(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():  # an earlier replacement was cut off between its two renames: finish it first
+        for complete in filter(_is_inference_checkpoint, (incoming, previous)):
+            complete.rename(path)
+            break
+    for leftover in path.parent.glob(f"{incoming.name}*"):
+        _remove(leftover)
+    with _checkpointer(ocp.PyTreeCheckpointHandler) as checkpointer:
+        arrays = jax.tree.map(np.asarray, dict(variables))
+        checkpointer.save(incoming / _VARIABLES, args=ocp.args.PyTreeSave(arrays))
+    with _checkpointer(ocp.JsonCheckpointHandler) as checkpointer:
+        checkpointer.save(incoming / _METADATA, args=ocp.args.JsonSave(dict(metadata)))
+    _remove(previous)
+    if path.exists():
+        path.rename(previous)
+    incoming.rename(path)
+    _remove(previous)
+
+
+def load_inference_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return ({"params": ..., "batch_stats": ...} in numpy, metadata) of a checkpoint, for inference.
+
+    `path` is a WORKDIR (its best model, else its last checkpoint), a best_model folder, a checkpoints folder or one
+    checkpoint in it. A training state gives its averaged (EMA) variables where it has them.
+
+    Raises FileNotFoundError when there is no checkpoint at `path`, ValueError when one can't be read.
+    """
+    folder = _find_checkpoint(Path(path))
+    try:
+        if _is_inference_checkpoint(folder):
+            return _read_arrays(folder / _VARIABLES, None), _read_json(folder)
+        has_average = bool(_tree_metadata(folder / _STATE).get("ema_params"))
+        names = {name: f"ema_{name}" if has_average else name for name in ("params", "batch_stats")}
+        state = _read_arrays(folder / _STATE, tuple(names.values()))
+        return {name: state.get(saved) or {} for name, saved in names.items()}, _read_json(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(f"checkpoint {folder} can't be read ({str(error).splitlines()[0]})") from error
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the metadata of the checkpoint that `load_inference_checkpoint` would read, without its arrays."""
+    return _read_json(_find_checkpoint(Path(path)))
+
+
+def read_checkpoints(directory: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
+    """Return {step: metadata} of the complete checkpoints in a checkpoints folder, by rising step."""
+    return {step: _read_json(folder) for step, folder in _step_folders(Path(directory)).items()}
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Say whether `load_inference_checkpoint` would find a checkpoint at `path`."""
+    try:
+        return bool(_find_checkpoint(Path(path)))
+    except FileNotFoundError:
+        return False
+
+
+def _find_checkpoint(path: Path) -> Path:
+    path = path.absolute()
+    best = path / BEST_MODEL
+    for folder in (path, *_standins(path), best, *_standins(best)):
+        if _is_inference_checkpoint(folder):
+            return folder
+    if (path / _STATE).is_dir():
+        return path
+    for folder in (path / CHECKPOINTS, path):
+        if steps := _step_folders(folder):
+            return steps[max(steps)]
+    raise FileNotFoundError(
+        f"no checkpoint at {path}: it is neither a run's folder (with {BEST_MODEL} or {CHECKPOINTS}) nor a checkpoint"
+    )
+
+
+def _standins(path: Path) -> tuple[Path, Path]:
+    """Return where a replacement of `path` waits and where the replaced one is set aside, the newer first."""
+    return path.with_name(f"{path.name}.incoming"), path.with_name(f"{path.name}.previous")
+
+
+def _is_inference_checkpoint(path: Path) -> bool:
+    return (path / _VARIABLES).is_dir() and (path / _METADATA).is_dir()
+
+
+def _step_folders(directory: Path) -> dict[int, Path]:
+    """Return the folders of complete steps: Orbax gives them their bare number last."""
+    found = directory.iterdir() if directory.is_dir() else ()
+    steps = {int(folder.name): folder for folder in found if folder.name.isdecimal() and (folder / _STATE).is_dir()}
+    return dict(sorted(steps.items()))
+
+
+def _tree_metadata(path: Path) -> Any:
+    with _checkpointer(ocp.PyTreeCheckpointHandler) as checkpointer:
+        item = checkpointer.metadata(path).item_metadata
+    if item is None:
+        raise ValueError(f"the list of arrays in {path} is damaged")
+    return item.tree
+
+
+def _read_arrays(path: Path, names: Sequence[str] | None) -> dict[str, Any]:
+    """Return the tree of arrays at `path` in numpy, bit for bit, or only its branches `names`."""
+    tree = _tree_metadata(path)
+    tree = {name: tree[name] for name in names} if names else tree
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), tree)
+    content = ocp.args.PyTreeRestore(item=abstract, restore_args=arguments, partial_restore=names is not None)
+    with _checkpointer(ocp.PyTreeCheckpointHandler) as checkpointer:
+        return checkpointer.restore(path, args=content)
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    with _checkpointer(ocp.JsonCheckpointHandler) as checkpointer:
+        return checkpointer.restore(folder / _METADATA)
+
+
+def _checkpointer(handler: type) -> ocp.Checkpointer:
+    """Return a checkpointer of this process alone, which waits for no other."""
+    alone = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=alone, active_processes={alone}, barrier_sync_key_prefix=f"process{alone}"
+    )
+    return ocp.Checkpointer(handler(multiprocessing_options=options), multiprocessing_options=options)
+
+
+def _check_json(metadata: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(dict(metadata))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint metadata must be plain JSON values ({error})") from error
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)

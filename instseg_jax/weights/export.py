@@ -1,0 +1,61 @@
+"""Write variables as the official tools read them, and read safetensors files.
+
+Names, layouts and bits are those of the official state dict (`names`), so a model trained here runs there. Pickles are
+written in `paddle`; exporting a program (StableHLO, ONNX) is not done here.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instseg_jax.weights.names import flax_to_official
+from instseg_jax.weights.paddle import write_pdparams
+
+FORMATS = ("pdparams", "safetensors")
+
+
+def export_weights(path: str | os.PathLike[str], variables: Mapping[str, Any], *, format: str | None = None) -> Path:
+    """Write {"params": ..., "batch_stats": ...} to `path` under the official names and return the path.
+
+    `format` is "pdparams" or "safetensors", by default what the path ends with. An existing file is replaced only
+    once the new one is complete. Raises ValueError for another format.
+    """
+    path = Path(path)
+    format = format or path.suffix.removeprefix(".")
+    if format not in FORMATS:
+        raise ValueError(f"weights format {format!r} of {path} is not one of {', '.join(FORMATS)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = flax_to_official(variables)
+    if format == "pdparams":
+        write_pdparams(path, state)
+    else:
+        write_safetensors(path, state)
+    return path
+
+
+def write_safetensors(path: str | os.PathLike[str], state: Mapping[str, np.ndarray]) -> None:
+    """Write tensors by name to a safetensors file; an existing file is replaced."""
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.part-{os.getpid()}")
+    try:
+        # safetensors writes the memory as it lies, so it must lie in order
+        save_file({name: np.asarray(tensor, order="C") for name, tensor in state.items()}, partial, {"format": "np"})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Return the tensors of a safetensors file by name. Raises ValueError for a file that is none or is cut short."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
