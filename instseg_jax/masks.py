@@ -124,4 +124,4 @@ def _polygons_to_rle(polygons: Sequence[np.ndarray], height: int, width: int) ->
 
 
 def _is_count(number: Any) -> bool:
-    return isinstance(number, (int, np.integer)) and not isinstance(number, bool) and number >= 0
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool) and bool(number >= 0)

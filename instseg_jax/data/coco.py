@@ -5,6 +5,7 @@ Two layouts are recognised: `annotations/instance_{split}.json` with `images/`, 
 drawing them is `masks.py` and `data/rasterize.py`. No image is opened here.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -91,8 +92,7 @@ def find_split(
     if annotations is not None:
         files = [root / annotations]
     else:
-        names = (f"instance_{split}.json", f"instances_{split}2017.json")
-        files = [root / "annotations" / name for name in names]
+        files = [root / "annotations" / f"{stem}.json" for stem in (f"instance_{split}", f"instances_{split}2017")]
     file = next((f for f in files if f.is_file()), None)
     if file is None:
         raise FileNotFoundError(f"The {split} annotations are missing: there is no {_either(files)}.")
@@ -194,7 +194,7 @@ def to_coco(dataset: CocoDataset) -> dict[str, Any]:
     annotations = []
     for image, of_image in zip(dataset.images, dataset.annotations, strict=True):
         for annotation in of_image:
-            segmentation = annotation.segmentation
+            segmentation: Any = annotation.segmentation
             if not isinstance(segmentation, dict):
                 segmentation = [np.asarray(polygon).ravel().tolist() for polygon in segmentation]
             annotations.append(
@@ -216,6 +216,23 @@ def to_coco(dataset: CocoDataset) -> dict[str, Any]:
             {"id": i, "name": name} for i, name in zip(dataset.category_ids, dataset.categories, strict=True)
         ],
     }
+
+
+def map_categories(dataset: CocoDataset, class_names: Sequence[str]) -> tuple[int | None, ...]:
+    """Category id in the data set of each of a model's classes, by name; None for a class that it does not have.
+
+    Raises ValueError when the data set has a category that the model does not know.
+    """
+    ids = dict(zip(dataset.categories, dataset.category_ids, strict=True))
+    if dataset.categories == tuple(class_names):  # also where a name occurs twice
+        return dataset.category_ids
+    unknown = [name for name in dataset.categories if name not in class_names]
+    if unknown:
+        raise ValueError(
+            f"{dataset.name} has categories that the model does not know: {_first_few(unknown)}; "
+            f"the model knows {_first_few(list(class_names))}."
+        )
+    return tuple(ids.get(name) for name in class_names)
 
 
 def check_images(dataset: CocoDataset) -> None:
@@ -299,7 +316,7 @@ def _read_annotation(entry: dict[str, Any], label: int, image: ImageRecord) -> A
     return Annotation(
         id=entry["id"],
         label=label,
-        box_xywh_px=tuple(float(v) for v in box),
+        box_xywh_px=(float(box[0]), float(box[1]), float(box[2]), float(box[3])),
         area=float(area),
         segmentation=segmentation,
         is_crowd=bool(entry.get("iscrowd", 0)),
@@ -365,8 +382,7 @@ def _check_ids(ids: Sequence[Any], what: str, file: Path) -> None:
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"The ids of the {what} in {file} must be whole numbers, got {value!r}.")
     if len(set(ids)) < len(ids):
-        seen: set[int] = set()
-        twice = [value for value in ids if value in seen or seen.add(value)]
+        twice = [value for value, count in collections.Counter(ids).items() if count > 1]
         raise ValueError(f"Several {what} of {file} share an id: {_first_few(twice)}.")
 
 

@@ -5,12 +5,10 @@ the `Sample` that `data/loader.py` batches. For evaluation `finish` follows `loa
 """
 
 import dataclasses
-from pathlib import Path
 
-import cv2
 import numpy as np
 
-from instseg_jax import masks
+from instseg_jax import images, masks
 from instseg_jax.data import coco, rasterize
 
 FILL_COLOR = (123.675, 116.28, 103.53)  # RGB 0..255 beyond the picture when a view is wider, of the reference
@@ -27,12 +25,12 @@ class Layout:
     max_instances: int  # target slots per picture
 
     def __post_init__(self):
-        for name, value, allowed in (
+        for name, choice, allowed in (
             ("resize", self.resize, ("stretch", "letterbox")),
             ("mask_rasterization", self.mask_rasterization, ("exact", "polygon")),
         ):
-            if value not in allowed:
-                raise ValueError(f"data.{name} must be one of {', '.join(allowed)}, got {value!r}.")
+            if choice not in allowed:
+                raise ValueError(f"data.{name} must be one of {', '.join(allowed)}, got {choice!r}.")
         for name, value, least in (("mask_stride", self.mask_stride, 1), ("max_instances", self.max_instances, 0)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"data.{name} must be a whole number of at least {least}, got {value!r}.")
@@ -63,28 +61,13 @@ class Sample:
     num_dropped: int = 0  # objects beyond max_instances
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Decode a picture to uint8 RGB [h, w, 3], turned as its EXIF orientation says.
-
-    Raises FileNotFoundError or, when the file is no readable picture, ValueError.
-    """
-    try:
-        data = np.fromfile(path, np.uint8)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"There is no image {str(path)!r}.") from None
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
-    if image is None:
-        raise ValueError(f"{str(path)!r} can't be read as an image.")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
 def load_example(dataset: coco.CocoDataset, index: int) -> Example:
     """Decode the picture at a position of the data set and gather its objects.
 
     Raises ValueError, naming the file, when the decoded size is not the one of the annotation file.
     """
     record, path = dataset.images[index], dataset.image_path(index)
-    image = read_image(path)
+    image = images.read_image(path)
     height, width = image.shape[:2]
     if (height, width) != (record.height, record.width):
         hint = " (turned as its EXIF orientation says)" if (width, height) == (record.height, record.width) else ""
@@ -110,9 +93,9 @@ def finish(example: Example, size: tuple[int, int], interpolation: str, layout: 
     """
     if size[0] % layout.mask_stride or size[1] % layout.mask_stride:
         raise ValueError(f"The size {size[0]}x{size[1]} is not a multiple of data.mask_stride {layout.mask_stride}.")
-    dtype = np.float32 if example.is_float else np.uint8
+    dtype = np.dtype(np.float32 if example.is_float else np.uint8)
     pixels = rasterize.view_pixels(example.image, example.view, FILL_COLOR, dtype)
-    content = rasterize.content_size(example.view.size, size, layout.resize)
+    content = images.content_size(example.view.size, size, layout.resize)
     height, width = example.view.size
     scale = np.array([content[1] / width, content[0] / height] * 2)
     limit = np.array([content[1], content[0]] * 2, np.float32)
@@ -132,7 +115,7 @@ def finish(example: Example, size: tuple[int, int], interpolation: str, layout: 
         middles = slice(layout.mask_stride // 2, None, layout.mask_stride)
         labels, rendered = labels[visible], rendered[visible][:, middles, middles]
     return Sample(
-        image=rasterize.resize_pixels(pixels, content, size, interpolation),
+        image=images.resize_pixels(pixels, content, size, interpolation),
         boxes=_normalise_boxes(boxes, size),
         labels=labels,
         masks=rendered,

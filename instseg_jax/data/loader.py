@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -17,11 +17,14 @@ import cv2
 import numpy as np
 from ml_collections import ConfigDict
 
+from instseg_jax import images
 from instseg_jax.data import coco, examples, rasterize, transforms
 from instseg_jax.types import Batch, Targets
 
 Size = tuple[int, int]
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Batches = Generator[Batch, None, None]
 
 # Streams of random numbers: default_rng([seed, stream, ...]).
 ORDER_STREAM, BATCH_STREAM, SAMPLE_STREAM = 1, 2, 3
@@ -38,8 +41,8 @@ class Loader:
 
     dataset: coco.CocoDataset
     num_batches: int
-    counters: collections.Counter
-    batches: Callable[..., Iterator[Batch]]
+    counters: collections.Counter[str]
+    batches: Callable[..., Batches]
 
 
 def build_train_loader(
@@ -51,9 +54,9 @@ def build_train_loader(
     """
     data = config.data
     dataset = coco.select_trainable(dataset, keep_empty=data.keep_empty)
-    counters = collections.Counter()
+    counters: collections.Counter[str] = collections.Counter()
 
-    def batches(start_step: int = 0) -> Iterator[Batch]:
+    def batches(start_step: int = 0) -> Batches:
         return train_batches(
             dataset,
             seed=config.seed,
@@ -87,13 +90,13 @@ def build_eval_loader(
     Targets are empty ([B, 0, ...]) unless `use_targets`; they then leave out crowds, as in training.
     """
     data = config.data
-    counters = collections.Counter()
+    counters: collections.Counter[str] = collections.Counter()
     if use_targets:
         shown = coco.select_trainable(dataset, keep_empty=True)
     else:
         shown = dataclasses.replace(dataset, annotations=((),) * len(dataset))
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Batches:
         return eval_batches(
             shown,
             batch_size=config.eval.batch_size,
@@ -128,10 +131,10 @@ def train_batches(
     layout: examples.Layout,
     num_workers: int,
     prefetch: int,
-    counters: collections.Counter,
+    counters: collections.Counter[str],
     process_index: int,
     process_count: int,
-) -> Iterator[Batch]:
+) -> Batches:
     """Yield batches from step `start_step` on, without end; batch_size is that of all hosts together.
 
     Each epoch is a permutation of (seed, epoch) without its incomplete last batch. Size and
@@ -142,9 +145,10 @@ def train_batches(
         raise ValueError(f"seed and start_step must not be negative, got {seed} and {start_step}.")
     own = slice(process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count)
 
-    def make_batch(step: int) -> tuple[Batch, collections.Counter]:
+    def make_batch(step: int) -> tuple[Batch, collections.Counter[str]]:
         rng = np.random.default_rng([seed, BATCH_STREAM, step])
-        size, interpolation = sizes[rng.integers(len(sizes))], interpolations[rng.integers(len(interpolations))]
+        size = sizes[int(rng.integers(len(sizes)))]
+        interpolation = interpolations[int(rng.integers(len(interpolations)))]
         epoch, entries = batch_entries(len(dataset), batch_size, seed=seed, step=step)
         samples = []
         for index, repeat in entries[own]:
@@ -165,10 +169,10 @@ def eval_batches(
     layout: examples.Layout,
     num_workers: int,
     prefetch: int,
-    counters: collections.Counter,
+    counters: collections.Counter[str],
     process_index: int,
     process_count: int,
-) -> Iterator[Batch]:
+) -> Batches:
     """Yield every image once, in order; the last batch is filled up with entries that are not valid.
 
     With several hosts each yields its slice of every global batch, equally many batches on all.
@@ -176,7 +180,7 @@ def eval_batches(
     _check_loading(dataset, batch_size, [interpolation], num_workers, prefetch, process_index, process_count)
     own_size = batch_size // process_count
 
-    def make_batch(start: int) -> tuple[Batch, collections.Counter]:
+    def make_batch(start: int) -> tuple[Batch, collections.Counter[str]]:
         first = start + process_index * own_size
         indices = range(first, min(first + own_size, len(dataset)))
         rng = np.random.default_rng([SAMPLE_STREAM, first])
@@ -231,37 +235,37 @@ def collate(
 ) -> Batch:
     """Put samples into arrays of static shape; places beyond them are not valid and have the index -1."""
     slots, (height, width) = layout.max_instances, size
-    mask_size = (height // layout.mask_stride, width // layout.mask_stride)
-    targets = Targets(
-        labels=np.zeros((batch_size, slots), np.int32),
-        boxes=np.zeros((batch_size, slots, 4), np.float32),
-        masks=np.zeros((batch_size, slots, *mask_size), np.uint8),
-        valid=np.zeros((batch_size, slots), bool),
-    )
-    batch = Batch(
-        images=np.zeros((batch_size, height, width, 3), np.float32),
-        targets=targets,
-        image_valid=np.arange(batch_size) < len(samples),
-        image_index=np.full(batch_size, -1, np.int32),
-        original_sizes=np.ones((batch_size, 2), np.int32),
-        content_sizes=np.tile(np.array(size, np.int32), (batch_size, 1)),
-    )
+    images = np.zeros((batch_size, height, width, 3), np.float32)
+    image_index = np.full(batch_size, -1, np.int32)
+    original_sizes = np.ones((batch_size, 2), np.int32)
+    content_sizes = np.tile(np.array(size, np.int32), (batch_size, 1))
+    labels = np.zeros((batch_size, slots), np.int32)
+    boxes = np.zeros((batch_size, slots, 4), np.float32)
+    masks = np.zeros((batch_size, slots, height // layout.mask_stride, width // layout.mask_stride), np.uint8)
+    valid = np.zeros((batch_size, slots), bool)
     for i, (sample, index) in enumerate(zip(samples, indices, strict=True)):
         n = len(sample.labels)
-        batch.images[i] = sample.image
-        batch.image_index[i] = index
-        batch.original_sizes[i] = sample.original_size
-        batch.content_sizes[i] = sample.content_size
-        targets.labels[i, :n] = sample.labels
-        targets.boxes[i, :n] = sample.boxes
-        targets.masks[i, :n] = sample.masks
-        targets.valid[i, :n] = True
-    return batch
+        images[i] = sample.image
+        image_index[i] = index
+        original_sizes[i] = sample.original_size
+        content_sizes[i] = sample.content_size
+        labels[i, :n] = sample.labels
+        boxes[i, :n] = sample.boxes
+        masks[i, :n] = sample.masks
+        valid[i, :n] = True
+    return Batch(
+        images=images,
+        targets=Targets(labels=labels, boxes=boxes, masks=masks, valid=valid),
+        image_valid=np.arange(batch_size) < len(samples),
+        image_index=image_index,
+        original_sizes=original_sizes,
+        content_sizes=content_sizes,
+    )
 
 
 def prefetch_map(
     function: Callable[[Item], Result], items: Iterable[Item], *, num_workers: int, prefetch: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield function(item) in order; `num_workers` threads work on up to `prefetch` items ahead.
 
     With no workers it computes inline. An error is raised where its result would have been yielded.
@@ -286,19 +290,19 @@ def prefetch_map(
 
 
 def _yield_batches(
-    make_batch: Callable[[int], tuple[Batch, collections.Counter]],
+    make_batch: Callable[[int], tuple[Batch, collections.Counter[str]]],
     items: Iterable[int],
     num_workers: int,
     prefetch: int,
-    counters: collections.Counter,
-) -> Iterator[Batch]:
+    counters: collections.Counter[str],
+) -> Batches:
     cv2.setNumThreads(0)  # the threads here are ours: OpenCV's own would compete with them for the cores
     for batch, counts in prefetch_map(make_batch, items, num_workers=num_workers, prefetch=prefetch):
         counters.update(counts)
         yield batch
 
 
-def _count(samples: Sequence[examples.Sample]) -> collections.Counter:
+def _count(samples: Sequence[examples.Sample]) -> collections.Counter[str]:
     return collections.Counter(
         images=len(samples),
         objects=sum(len(sample.labels) for sample in samples),
@@ -343,5 +347,5 @@ def _check_loading(
     if num_workers < 0 or prefetch < 1:
         raise ValueError(f"data.num_workers must be >= 0 and data.prefetch >= 1, got {num_workers} and {prefetch}.")
     for name in interpolations:
-        if name not in rasterize.INTERPOLATIONS:
-            raise ValueError(f"An interpolation must be one of {', '.join(rasterize.INTERPOLATIONS)}, got {name!r}.")
+        if name not in images.INTERPOLATIONS:
+            raise ValueError(f"An interpolation must be one of {', '.join(images.INTERPOLATIONS)}, got {name!r}.")

@@ -14,13 +14,6 @@ import numpy as np
 
 from instseg_jax import masks
 
-INTERPOLATIONS = {
-    "nearest": cv2.INTER_NEAREST,
-    "linear": cv2.INTER_LINEAR,
-    "area": cv2.INTER_AREA,
-    "cubic": cv2.INTER_CUBIC,
-    "lanczos": cv2.INTER_LANCZOS4,
-}
 OUTSIDE = -1  # stands for "no source pixel" where a network pixel is padding
 
 
@@ -103,33 +96,6 @@ def view_pixels(image: np.ndarray, view: View, fill: Sequence[float], dtype: np.
     if max(*y_borders, *x_borders) > 0:
         pixels = cv2.copyMakeBorder(pixels, *y_borders, *x_borders, cv2.BORDER_CONSTANT, value=tuple(fill))
     return pixels
-
-
-def content_size(view_size: tuple[int, int], size: tuple[int, int], resize: str) -> tuple[int, int]:
-    """(height, width) that a picture fills of the network input: all of it stretched, its shape letterboxed."""
-    if resize == "stretch":
-        return size
-    scale = min(size[0] / view_size[0], size[1] / view_size[1])
-    height, width = (min(s, max(1, int(v * scale + 0.5))) for v, s in zip(view_size, size, strict=True))
-    return height, width
-
-
-def resize_pixels(
-    pixels: np.ndarray, content: tuple[int, int], size: tuple[int, int], interpolation: str
-) -> np.ndarray:
-    """Resize [h, w, 3] to the content size and put it into the top left of a black float32 [H, W, 3] in 0..1.
-
-    uint8 pixels are resized as uint8, rounded and saturated. float32 pixels may leave 0..1 a little
-    with cubic and lanczos.
-    """
-    height, width = content
-    resized = cv2.resize(pixels, (width, height), interpolation=INTERPOLATIONS[interpolation]).astype(np.float32)
-    resized *= 1.0 / 255.0
-    if content == size:
-        return resized
-    network_input = np.zeros((*size, pixels.shape[2]), np.float32)
-    network_input[:height, :width] = resized
-    return network_input
 
 
 def render_masks(

@@ -27,22 +27,22 @@ def coco_results(
     detections: Detections,
     batch: Batch,
     dataset_image_ids: Sequence[int],
-    category_ids: Sequence[int],
+    category_ids: Sequence[int | None],
     *,
     mask_threshold: float = 0.5,
 ) -> list[dict]:
     """Turn the detections of a batch into COCO result entries, without a score threshold.
 
     `dataset_image_ids[i]` is the COCO id of the i-th image of the data set (`batch.image_index`),
-    `category_ids[k]` that of class index k. Images that only pad the batch are skipped. Entries hold image_id,
-    category_id, bbox (x, y, width, height in pixels of the original image, not clipped), score and
-    segmentation (RLE of the original size).
+    `category_ids[k]` that of class index k, None for a class to leave out. Images that only pad the batch are
+    skipped. Entries hold image_id, category_id, bbox (x, y, width, height in pixels of the original image, not
+    clipped), score and segmentation (RLE of the original size).
     """
     results = []
     for i in np.flatnonzero(np.asarray(batch.image_valid)):
         instances = detections_to_instances(
             detections,
-            i,
+            int(i),
             input_size=np.shape(batch.images)[1:3],
             content_size=tuple(np.asarray(batch.content_sizes)[i].tolist()),
             original_size=tuple(np.asarray(batch.original_sizes)[i].tolist()),
@@ -56,10 +56,13 @@ def coco_results(
         ):
             if not 0 <= label < len(category_ids):
                 raise ValueError(f"Class index {label} has no category id: only {len(category_ids)} are given.")
+            category_id = category_ids[label]
+            if category_id is None:
+                continue
             results.append(
                 {
                     "image_id": image_id,
-                    "category_id": int(category_ids[label]),
+                    "category_id": int(category_id),
                     "bbox": bbox,
                     "score": float(score),
                     "segmentation": rle,
@@ -113,9 +116,12 @@ def evaluate_batches(
     *,
     ground_truth: dict,
     image_ids: Sequence[int],
-    category_ids: Sequence[int],
+    category_ids: Sequence[int | None],
+    num_detections: int,
 ) -> tuple[dict[str, float | None], list[dict]]:
     """Predict and score: (metrics as `coco_metrics` gives them, COCO result entries).
+
+    `num_detections` is what `predict` gives an image; beyond COCO's 100 the metrics count as many.
 
     The network already works on a batch while the masks of the one before are encoded.
     """
@@ -128,7 +134,7 @@ def evaluate_batches(
         pending = (detections, batch)
     if pending is not None:
         results += coco_results(*pending, image_ids, category_ids)
-    return coco_metrics(ground_truth, results), results
+    return coco_metrics(ground_truth, results, max_detections=max(100, num_detections)), results
 
 
 def write_evaluation(output_dir: str | Path, metrics: dict[str, float | None], results: Sequence[dict]) -> None:

@@ -57,17 +57,17 @@ def select_detections(outputs: Outputs, *, num_detections: int) -> Detections:
     """
     if num_detections < 1:
         raise ValueError(f"num_detections must be at least 1, got {num_detections}.")
-    batch_size, num_queries, num_classes = outputs.class_logits.shape
-    scores = jax.nn.sigmoid(outputs.class_logits.astype(jnp.float32))  # float32: half precision makes ties
+    batch_size, num_queries, num_classes = jnp.shape(outputs.class_logits)
+    scores = jax.nn.sigmoid(jnp.asarray(outputs.class_logits, jnp.float32))  # float32: half precision makes ties
     count = min(num_detections, num_queries * num_classes)
     top_scores, index = jax.lax.top_k(scores.reshape(batch_size, -1), count)
     query = index // num_classes
-    boxes_xyxy = boxes.cxcywh_to_xyxy(outputs.boxes.astype(jnp.float32))
+    boxes_xyxy = boxes.cxcywh_to_xyxy(jnp.asarray(outputs.boxes, jnp.float32))
     return Detections(
         scores=top_scores,
         labels=(index % num_classes).astype(jnp.int32),
         boxes_xyxy=jnp.take_along_axis(boxes_xyxy, query[..., None], axis=1),
-        mask_logits=jnp.take_along_axis(outputs.mask_logits, query[..., None, None], axis=1),
+        mask_logits=jnp.take_along_axis(jnp.asarray(outputs.mask_logits), query[..., None, None], axis=1),
     )
 
 
@@ -214,8 +214,8 @@ def _mask_edges(logits: np.ndarray, rows: _Sampling, columns: _Sampling) -> np.n
     """
     height = len(rows.lower)
     positive = logits > 0
-    top, bottom = _support(positive.any(axis=1), rows)
-    left, right = _support(positive.any(axis=0), columns)
+    top, bottom = _support(np.any(positive, axis=1), rows)
+    left, right = _support(np.any(positive, axis=0), columns)
     if top >= bottom or left >= right:
         return np.zeros(0, np.intp)
     # Columns first in memory: that is the order of an RLE.

@@ -1,17 +1,18 @@
 """Weights in, a function from images to detections out."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
 from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, abstract_variables, build_model
 from instseg_jax.types import Detections
+from instseg_jax.weights import Weights, checkpoint
 
 Predict = Callable[[dict, jax.Array], Detections]
 
@@ -26,6 +27,7 @@ class LoadedModel:
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     metadata: dict  # of the checkpoint; empty for other files
+    summary: str  # how many tensors were loaded
 
 
 def make_predict(model: MaskRTDETR, *, num_detections: int) -> Predict:
@@ -38,7 +40,7 @@ def make_predict(model: MaskRTDETR, *, num_detections: int) -> Predict:
     return predict
 
 
-def load_model(source: str | os.PathLike[str], config: ConfigDict | None = None) -> LoadedModel:
+def load_model(source: str | os.PathLike[str] | Weights, config: ConfigDict | None = None) -> LoadedModel:
     """Load a run's best weights, a checkpoint, or an official file; the last needs a config.
 
     A checkpoint brings its own config; the sections `model` and `data` that say how the network is built and
@@ -46,7 +48,8 @@ def load_model(source: str | os.PathLike[str], config: ConfigDict | None = None)
 
     Raises: FileNotFoundError or ValueError in one sentence when there are no weights or they do not fit.
     """
-    found = weights_room.read_weights(source)
+    found = source if isinstance(source, Weights) else weights_room.read_weights(source)
+    source = found.source
     if found.variables is None:
         raise ValueError(f"{source} holds a backbone alone; it can start a training, but predicts nothing")
     if found.metadata.get("config"):
@@ -58,9 +61,8 @@ def load_model(source: str | os.PathLike[str], config: ConfigDict | None = None)
     class_names = found.class_names or tuple(f"class {i}" for i in range(num_classes))
     category_ids = found.metadata.get("category_ids") or tuple(range(1, num_classes + 1))
     model = build_model(config.model, num_classes)
-    variables, _ = weights_room.merge_weights(abstract_variables(model), found, class_names=class_names)
-    variables = jax.tree.map(np.asarray, variables)
-    return LoadedModel(model, variables, config, class_names, tuple(category_ids), found.metadata)
+    variables, summary = weights_room.merge_weights(abstract_variables(model), found, class_names=class_names)
+    return LoadedModel(model, variables, config, class_names, tuple(category_ids), found.metadata, str(summary))
 
 
 def merge_configs(config: ConfigDict, saved: ConfigDict) -> ConfigDict:
@@ -72,3 +74,24 @@ def merge_configs(config: ConfigDict, saved: ConfigDict) -> ConfigDict:
     return merged
 
 
+
+
+def import_checkpoint(config: ConfigDict, source: str, folder: str | os.PathLike[str]) -> str:
+    """Turn official weights into a self-describing checkpoint at `folder`; returns what was loaded, to print.
+
+    The model is the one of `config`, with the classes of the file. A backbone alone is refused: name it as
+    `model.weights` of a training instead.
+    """
+    found = weights_room.read_weights(source)
+    model = load_model(found, config)
+    metadata = {
+        "config": json.loads(config.to_json_best_effort()),
+        "class_names": list(model.class_names),
+        "category_ids": list(model.category_ids),
+        "step": 0,
+        "score": None,
+        "source": str(source),
+        "versions": checkpoint.library_versions(),
+    }
+    checkpoint.save_inference_checkpoint(folder, model.variables, metadata)
+    return model.summary

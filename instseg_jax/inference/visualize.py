@@ -145,7 +145,9 @@ def _load_font(size: int, text: str) -> ImageFont.FreeTypeFont:
         for name in WIDE_FONTS:
             with contextlib.suppress(OSError):
                 return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size=size)
+    font = ImageFont.load_default(size=size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # as always when a size is given
+    return font
 
 
 def _draw_labels(
@@ -220,7 +222,9 @@ def _draw_legend(
     Pictures too small for it go without.
     """
     counts = Counter(zip(map(int, labels), names, strict=True)).most_common()
-    lines = [(f"{name} ({count})", instance_colors([label])[0]) for (label, name), count in counts[:MAX_LEGEND_LINES]]
+    lines: list[tuple[str, tuple[int, int, int] | None]] = [
+        (f"{name} ({count})", instance_colors([label])[0]) for (label, name), count in counts[:MAX_LEGEND_LINES]
+    ]
     if len(counts) > MAX_LEGEND_LINES:
         lines.append((f"and {len(counts) - MAX_LEGEND_LINES} more", None))
     ascent, descent = font.getmetrics()

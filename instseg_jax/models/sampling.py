@@ -3,6 +3,7 @@
 Deformable attention has its own, multi-level form in `deformable_attention`.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -28,17 +29,37 @@ def bilinear_corners(points: Array, height: int, width: int) -> tuple[Array, Arr
     return corner[..., 1] * width + corner[..., 0], jnp.where(inside, share, 0)
 
 
+@jax.custom_vjp
 def sample_map(feature_map: Array, points: Array) -> Array:
-    """Read a map at points: [B, h, w, C], [B, ..., 2] (x, y) in 0..1 -> [B, ..., C].
+    """Read a map at points: [B, h, w, C], [B, ..., 2] (x, y) in 0..1 -> [B, ..., C]. No gradient to the points.
 
     The corners are added one by one: XLA fuses this into one loop that keeps no [..., 4, C] tensor.
     """
-    batch, height, width, channels = feature_map.shape
+    index, share = _flat_corners(feature_map, points)
+    rows = feature_map.reshape(-1, feature_map.shape[-1])
+    return sum(jnp.take(rows, index[..., k], axis=0, mode="clip") * share[..., k, None] for k in range(len(CORNERS)))
+
+
+def _flat_corners(feature_map: Array, points: Array) -> tuple[Array, Array]:
+    """`bilinear_corners` with an index into the flat rows of all images."""
+    batch, height, width, _ = feature_map.shape
     index, share = bilinear_corners(points, height, width)
     first = jnp.arange(batch, dtype=jnp.int32) * (height * width)
-    index = index + first.reshape(-1, *[1] * (index.ndim - 1))
-    rows = feature_map.reshape(-1, channels)
-    share = share.astype(feature_map.dtype)
-    return sum(
-        jnp.take(rows, index[..., k], axis=0, mode="clip") * share[..., k, None] for k in range(len(CORNERS))
-    )
+    return index + first.reshape(-1, *[1] * (index.ndim - 1)), share.astype(feature_map.dtype)
+
+
+def _sample_map_forward(feature_map: Array, points: Array) -> tuple[Array, tuple[Array, Array]]:
+    return sample_map(feature_map, points), (feature_map, points)
+
+
+def _sample_map_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    """One buffer takes the additions of all corners; that of automatic differentiation makes four."""
+    feature_map, points = residuals
+    index, share = _flat_corners(feature_map, points)
+    rows = jnp.zeros_like(feature_map).reshape(-1, feature_map.shape[-1])
+    for k in range(len(CORNERS)):
+        rows = rows.at[index[..., k]].add(gradient * share[..., k, None], mode="promise_in_bounds")
+    return rows.reshape(feature_map.shape), None
+
+
+sample_map.defvjp(_sample_map_forward, _sample_map_backward)

@@ -8,9 +8,11 @@ loss (the reference stops with an error there); points are shared, see `point_lo
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -88,25 +90,30 @@ def build_loss_settings(config) -> LossSettings:
 def draw_points(rng: Array, settings: LossSettings, outputs: TrainingOutputs) -> PointDraws:
     """Draw the points of a step, shared by the masks of an image. The same key gives the same points on any mesh."""
     sets, batch = outputs.matching.boxes.shape[:2]
+    denoising_sets = 0 if outputs.denoising is None else outputs.denoising.boxes.shape[0]
     num_extra = settings.num_points - settings.num_important
-    keys = jax.random.split(rng, 5)
+    shapes = [(sets, batch, settings.num_points)]
+    for n in (sets, denoising_sets):
+        shapes += [(n, batch, 1, settings.num_candidates), (n, batch, 1, num_extra)]
+    # One call for all bits: every call adds a second of compilation on a CPU.
+    shapes = [(*shape[:-1], shape[-1] + 1) for shape in shapes]
+    sizes = [math.prod(shape) for shape in shapes]
+    bits = jnp.split(jax.random.bits(rng, (sum(sizes),), jnp.uint32), np.cumsum(sizes)[:-1])
+    draws = [_sorted_points(part.reshape(shape)) for part, shape in zip(bits, shapes, strict=True)]
+    return PointDraws(*draws[:3], *(draws[3:] if denoising_sets else (None, None)))
 
-    def draw(key: Array, *shape: int) -> Array:
-        return jax.random.uniform(key, (*shape, 2), jnp.float32)
 
-    denoising = None, None
-    if outputs.denoising is not None:
-        denoising_sets = outputs.denoising.boxes.shape[0]
-        denoising = (
-            draw(keys[3], denoising_sets, batch, 1, settings.num_candidates),
-            draw(keys[4], denoising_sets, batch, 1, num_extra),
-        )
-    return PointDraws(
-        draw(keys[0], sets, batch, settings.num_points),
-        draw(keys[1], sets, batch, 1, settings.num_candidates),
-        draw(keys[2], sets, batch, 1, num_extra),
-        *denoising,
-    )
+def _sorted_points(bits: Array) -> Array:
+    """Turn 32 random bits a point into independent uniform points in rising order of y: [.., n + 1] -> [.., n, 2].
+
+    Nothing depends on the order of points, and neighbours in memory are read much faster. n sorted uniform
+    numbers are distributed as the running sums of n + 1 exponential ones over their total. 16 bits place x within
+    a hundredth of a pixel of any input up to 640 pixels wide.
+    """
+    x = ((bits & 0xFFFF).astype(jnp.float32) + 0.5) / 2**16
+    spacing = -jnp.log(((bits >> 16).astype(jnp.float32) + 0.5) / 2**16)
+    sums = jnp.cumsum(spacing, axis=-1)
+    return jnp.stack([x[..., :-1], sums[..., :-1] / sums[..., -1:]], axis=-1)
 
 
 def compute_losses(
@@ -198,7 +205,7 @@ def _score_images(
     query_index = match(
         outputs.matching, outputs.mask_features, targets, planes, num_slots, draws.matcher, settings.match_weights
     )
-    masks = outputs.mask_features, planes, doubled
+    masks = outputs.mask_features, planes, doubled, num_slots
     set_weights = jnp.ones(len(query_index), dtype)
     if denoising is not None:  # the reference has no `initial` set in a batch without objects
         set_weights = set_weights.at[1].set((num_objects > 0).astype(dtype))
@@ -243,7 +250,7 @@ def _score_images(
 
 def _score_sets(
     predictions: Predictions,
-    masks: tuple[Array, Array, Array],
+    masks: tuple[Array, Array, Array, Array],
     targets: Targets,
     *,
     query_index: Array,
@@ -259,7 +266,7 @@ def _score_sets(
     """Score S prediction sets whose query query_index [S, B, R] (-1 for none) answers for object_index [R].
 
     Args:
-      masks: mask features, target masks as bit planes, and these at twice the features' resolution.
+      masks: mask features; target masks as bit planes; these at twice the features' resolution; slots in use.
       num_rows: [] rows from here on hold nothing.
       scale: [] factor on all terms.
       set_weights: [S] factor on the class terms.
@@ -267,7 +274,7 @@ def _score_sets(
 
     Returns: the sum of all terms and the terms [S].
     """
-    mask_features, planes, doubled = masks
+    mask_features, planes, doubled, num_slots = masks
     row_valid = query_index >= 0
     queries = jnp.maximum(query_index, 0)
     boxes = _take_queries(predictions.boxes, queries)
@@ -308,7 +315,7 @@ def _score_sets(
         "box_giou": weights.box_giou * add_up(jnp.where(row_valid, giou, 0)),
     }
     mask_total, terms["mask_bce"], terms["mask_dice"] = point_losses(
-        mask_queries, mask_features, planes, object_index, row_valid, num_rows, scale,
+        mask_queries, mask_features, planes, num_slots, object_index, row_valid, num_rows, scale,
         candidates, extra, settings.num_important, weights.mask_bce, weights.mask_dice,
     )  # fmt: skip
     return mask_total + sum(jnp.sum(terms[name]) for name in ("class", "box_l1", "box_giou")), terms

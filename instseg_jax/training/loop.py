@@ -272,6 +272,7 @@ def _evaluate(run: Run, predict, state: TrainState, step: int, best: float | Non
         ground_truth=run.ground_truth,
         image_ids=[image.id for image in dataset.images],
         category_ids=dataset.category_ids,
+        num_detections=run.config.eval.num_detections,
     )
     score = metrics[run.config.eval.best_metric]
     shown = {name: metrics[name] for name in ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50")}

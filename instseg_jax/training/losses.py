@@ -77,17 +77,18 @@ def mask_losses(logits: Array, targets: Array, weights: Array) -> tuple[Array, A
 
 
 def uncertain_point_weights(logits: Array, num_candidates: int, num_important: int) -> Array:
-    """Weights that keep the most uncertain points: [..., P] -> [..., P] of 0 and 1, without gradient.
+    """How often to take each point: [..., P] -> [..., P], without gradient.
 
-    Of the first num_candidates points the num_important ones with the logits nearest to zero are kept, and
-    all points after them (PointRend, Kirillov et al. 2020). Points that tie for the last place share it, so that
-    the weights always add up to num_important + P - num_candidates.
+    Of the first num_candidates points the num_important ones with the logits nearest to zero are taken, and
+    all points after them (PointRend, Kirillov et al. 2020). Points that tie for the last places share them, so
+    the weights always add up to num_important + P - num_candidates; all others are 0 or 1.
     """
     uncertainty = lax.stop_gradient(jnp.abs(logits))
     limit, tied_share = smallest_limit(uncertainty[..., :num_candidates], num_important)
-    tied = jnp.where(uncertainty == limit[..., None], tied_share[..., None], 0)
+    limit, tied_share = limit[..., None], tied_share[..., None]
     is_extra = jnp.arange(logits.shape[-1]) >= num_candidates
-    return jnp.where(is_extra | (uncertainty < limit[..., None]), 1, tied).astype(logits.dtype)
+    tied = jnp.where(uncertainty == limit, tied_share, 0)
+    return jnp.where(is_extra | (uncertainty < limit), 1, tied).astype(logits.dtype)
 
 
 def smallest_limit(values: Array, count: int) -> tuple[Array, Array]:
@@ -95,31 +96,31 @@ def smallest_limit(values: Array, count: int) -> tuple[Array, Array]:
 
     [..., M] -> limit [...], tied_share [...]: take all values below the limit, and tied_share of each value equal
     to it. Bisects the bit patterns, which order as the values do, until one limit fits: about 20 passes over the
-    data where sorting costs ten times as much (NaN counts as the largest value).
+    data where sorting costs ten times as much. NaN counts as the largest value.
     """
     integer = {4: jnp.int32, 8: jnp.int64}[values.dtype.itemsize]
     keys = lax.bitcast_convert_type(values, integer)
 
-    def count_up_to(limit: Array) -> Array:
-        return jnp.sum(keys <= limit[..., None], axis=-1, dtype=jnp.int32)
+    def count_up_to(key: Array) -> Array:
+        limit = lax.bitcast_convert_type(key, values.dtype)
+        # Added up in floating point, exact up to 2^24: quicker than integers on a CPU.
+        return jnp.sum((values <= limit[..., None]).astype(jnp.float32), axis=-1)
 
-    # Always: fewer than `count` keys are <= low, at least `count` are <= high.
+    # Always: fewer than `count` values are <= low; `found` of them, at least `count`, are <= high.
     def is_open(state: tuple) -> Array:
-        return jnp.any(state[-1])
+        low, high, found = state
+        return (found != count) & (high - low > 1)
 
     def halve(state: tuple) -> tuple:
-        low, high, found, open_ = state
+        low, high, found = state
         middle = low + (high - low) // 2
         number = count_up_to(middle)
-        high = jnp.where(open_ & (number >= count), middle, high)
-        low = jnp.where(open_ & (number < count), middle, low)
-        found = jnp.where(open_ & (number >= count), number, found)
-        return low, high, found, (found != count) & (high - low > 1)
+        up, down = is_open(state) & (number < count), is_open(state) & (number >= count)
+        return jnp.where(up, middle, low), jnp.where(down, middle, high), jnp.where(down, number, found)
 
-    low = jnp.min(keys, axis=-1) - 1
-    high = jnp.max(keys, axis=-1)
-    found = jnp.full(high.shape, keys.shape[-1], jnp.int32)
-    _, high, found, _ = lax.while_loop(is_open, halve, (low, high, found, (found != count) & (high - low > 1)))
+    low, high = jnp.min(keys, axis=-1) - 1, jnp.max(keys, axis=-1)
+    start = low, high, jnp.full(high.shape, values.shape[-1], jnp.float32)
+    _, high, found = lax.while_loop(lambda state: jnp.any(is_open(state)), halve, start)
     below = count_up_to(high - 1)
     tied_share = (count - below) / jnp.maximum(found - below, 1)
     return lax.bitcast_convert_type(high, values.dtype), tied_share.astype(values.dtype)

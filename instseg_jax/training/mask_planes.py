@@ -1,38 +1,34 @@
-"""Ground-truth masks as bit planes: 32 objects in each uint32 word.
+"""Ground-truth masks as bit planes: 16 objects in each uint16 word.
 
-Reading a point costs one gather for 32 objects instead of one each, and a batch with few objects touches one
+Reading a point costs one gather for 16 objects instead of one each, and a batch with few objects touches one
 plane of the padded tensor. Nothing is lost: masks are 0 or 1.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from instseg_jax.models.sampling import bilinear_corners
 
-BITS = 32
+BITS = 16
 
 
 def pack_masks(masks: Array, num_slots: Array) -> Array:
-    """Pack the first num_slots (a traced number) masks of each image: [B, N, H, W] -> [B, ceil(N / 32), H, W].
+    """Pack the first num_slots (a traced number) masks of each image: [B, N, H, W] -> [B, ceil(N / 16), H, W].
 
-    Bit i of word v is slot 32 v + i; bits of later slots are 0. Planes that hold no used slot are not computed.
+    Bit i of plane v is slot 16 v + i. Planes that hold no used slot are not computed: all their bits are 0.
     """
     batch, slots, height, width = masks.shape
     window = min(BITS, slots)
-    words = -(-slots // BITS)
-    bit = jnp.arange(window, dtype=jnp.uint32)[None, :, None, None]
 
     def pack(word: Array, planes: Array) -> Array:
         start = jnp.minimum(word * BITS, slots - window)  # the last window is moved back to stay inside
-        part = lax.dynamic_slice_in_dim(masks, start, window, axis=1) > 0
-        part &= ((start + jnp.arange(window)) < num_slots)[None, :, None, None]
-        plane = jnp.sum(part.astype(jnp.uint32) << bit, axis=1, dtype=jnp.uint32)
-        plane >>= (word * BITS - start).astype(jnp.uint32)
+        part = lax.dynamic_slice_in_dim(masks, start, window, axis=1)
+        plane = sum((part[:, i] > 0).astype(jnp.uint16) << i for i in range(window))
+        plane >>= (word * BITS - start).astype(jnp.uint16)
         return lax.dynamic_update_index_in_dim(planes, plane, word, axis=1)
 
-    planes = jnp.zeros((batch, words, height, width), jnp.uint32)
+    planes = jnp.zeros((batch, -(-slots // BITS), height, width), jnp.uint16)
     return lax.fori_loop(0, count_blocks(num_slots, BITS), pack, planes)
 
 
@@ -41,22 +37,28 @@ def count_blocks(count: Array, size: int) -> Array:
     return (jnp.asarray(count, jnp.int32) + size - 1) // size
 
 
-def read_bits(words: Array, slots: Array, axis: int) -> Array:
-    """Bit of each slot: words [.., V at axis, ..] uint32, slots [R] -> [.., R, ..] 0 or 1."""
-    shift = (slots % BITS).astype(jnp.uint32).reshape(-1, *[1] * (words.ndim - axis - 1))
-    if words.shape[axis] > 1:
-        words = jnp.take(words, slots // BITS, axis=axis, mode="clip")
-    return (words >> shift) & 1
+def read_bits(planes: Array, slots: Array) -> Array:
+    """Whole masks of some slots: planes [B, V, H, W], slots [R] -> [B, R, H, W] of 0 and 1."""
+    shift = (slots % BITS).astype(planes.dtype)[:, None, None]
+    return (jnp.take(planes, slots // BITS, axis=1, mode="clip") >> shift) & 1
 
 
-def gather_words(planes: Array, points: Array) -> tuple[Array, Array]:
-    """Words around points: planes [B, V, H, W], points [B, R, P, 2] -> words [B, R, V, 4, P], shares [B, R, 4, P]."""
-    batch, num_words, height, width = planes.shape
+def gather_words(planes: Array, points: Array, num_slots: Array) -> tuple[Array, Array]:
+    """Read all planes around points, for `read_points`.
+
+    planes [B, V, H, W], points [B, R, P, 2] -> words [B, V, R, 4, P], shares of the four pixels [B, R, 4, P].
+    """
+    batch, num_planes, height, width = planes.shape
     index, share = bilinear_corners(points, height, width)
-    index, share = jnp.swapaxes(index, -1, -2), jnp.swapaxes(share, -1, -2)
-    flat = planes.reshape(batch, num_words, height * width)
-    words = jax.vmap(lambda plane, at: jnp.take(plane, at, axis=1, mode="clip"))(flat, index)  # [B, V, R, 4, P]
-    return jnp.swapaxes(words, 1, 2), share
+    index, share = jnp.moveaxis(index, -1, -2), jnp.moveaxis(share, -1, -2)
+    first = jnp.arange(batch, dtype=jnp.int32)[:, None, None, None] * num_planes
+
+    def gather(plane: Array, words: Array) -> Array:
+        at = (first + plane) * (height * width) + index
+        return lax.dynamic_update_index_in_dim(words, jnp.take(planes.reshape(-1), at, mode="clip"), plane, axis=1)
+
+    words = jnp.zeros((batch, num_planes, *index.shape[1:]), planes.dtype)
+    return lax.fori_loop(0, count_blocks(num_slots, BITS), gather, words), share
 
 
 def read_points(words: Array, share: Array, slots: Array) -> Array:
@@ -65,12 +67,12 @@ def read_points(words: Array, share: Array, slots: Array) -> Array:
     words and shares come from `gather_words`; with 1 row of points all slots are read at the same points,
     with R rows each slot at its own.
     """
-    if words.shape[1] == 1:
-        bits = read_bits(words[:, 0], slots, axis=1)
+    bit = (jnp.uint16(1) << (slots % BITS).astype(jnp.uint16))[:, None]
+    if words.shape[2] == 1:
+        words = jnp.take(words[:, :, 0], slots // BITS, axis=1, mode="clip")
     else:
-        own = jnp.take_along_axis(words, (slots // BITS)[None, :, None, None, None], axis=2)[:, :, 0]
-        bits = (own >> (slots % BITS).astype(jnp.uint32)[:, None, None]) & 1
-    return jnp.sum(bits.astype(share.dtype) * share, axis=2)
+        words = words[:, slots // BITS, jnp.arange(len(slots))]
+    return sum(jnp.where((words[:, :, k] & bit) != 0, share[:, :, k], 0) for k in range(share.shape[2]))
 
 
 def resize_planes(planes: Array, height: int, width: int, num_slots: Array) -> Array:
@@ -90,13 +92,13 @@ def resize_planes(planes: Array, height: int, width: int, num_slots: Array) -> A
 
         def add_bit(bit: Array, total: Array) -> Array:
             value = sum(((c >> bit) & 1).astype(jnp.float32) * s for c, s in zip(corners, shares, strict=True))
-            return total | ((value > 0.5).astype(jnp.uint32) << bit)
+            return total | ((value > 0.5).astype(planes.dtype) << bit)
 
-        used = jnp.clip(num_slots - word * BITS, 0, BITS).astype(jnp.uint32)
-        result = lax.fori_loop(jnp.uint32(0), used, add_bit, jnp.zeros((batch, height, width), jnp.uint32))
+        used = jnp.clip(num_slots - word * BITS, 0, BITS).astype(planes.dtype)
+        result = lax.fori_loop(planes.dtype.type(0), used, add_bit, jnp.zeros((batch, height, width), planes.dtype))
         return lax.dynamic_update_index_in_dim(out, result, word, axis=1)
 
-    out = jnp.zeros((batch, num_words, height, width), jnp.uint32)
+    out = jnp.zeros((batch, num_words, height, width), planes.dtype)
     return lax.fori_loop(0, count_blocks(num_slots, BITS), resize, out)
 
 

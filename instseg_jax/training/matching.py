@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 from instseg_jax.boxes import cxcywh_to_xyxy, generalized_box_iou
 from instseg_jax.models.sampling import sample_map
-from instseg_jax.training.losses import DICE_SMOOTHING
+from instseg_jax.training.losses import DICE_SMOOTHING, sigmoid_cross_entropy
 from instseg_jax.training.mask_planes import count_blocks, gather_words, read_points
 from instseg_jax.types import Predictions, Targets
 
@@ -111,17 +111,18 @@ def mask_costs(
     features = sample_map(mask_features, points)
     logits = jnp.einsum("bqc,bmc->bqm", mask_queries, features, precision=exact)
     probability = jax.nn.sigmoid(logits)
-    # BCE against 0 and 1 differ by the logit: sum BCE(x, t) = sum BCE(x, 0) - x . t
-    against_zero = jnp.sum(jax.nn.softplus(logits), axis=-1)[..., None]
-    area = jnp.sum(probability, axis=-1)[..., None]
-    words, share = gather_words(mask_planes, points[:, None].astype(dtype))
+    # The cross-entropies against 1 and 0 differ by the logit: sum BCE(x, t) = sum BCE(x, 0) - x . t
+    against_zero = jnp.sum(sigmoid_cross_entropy(logits, jnp.zeros((), dtype)), axis=-1)[..., None]
+    area = jnp.einsum("bqm,m->bq", probability, jnp.ones(num_points, dtype), precision=exact)[..., None]
+    words, share = gather_words(mask_planes, points[:, None].astype(dtype), num_slots)
 
     block = min(SLOT_BLOCK, slots)
 
     def fill(i: Array, costs: tuple[Array, Array]) -> tuple[Array, Array]:
         start = jnp.minimum(i * block, slots - block)
         masks = read_points(words, share, start + jnp.arange(block))
-        hit = jnp.einsum("bqm,bnm->bqn", logits, masks, precision=exact)
+        hit = jnp.einsum("bmc,bnm->bnc", features, masks, precision=exact)
+        hit = jnp.einsum("bqc,bnc->bqn", mask_queries, hit, precision=exact)
         overlap = jnp.einsum("bqm,bnm->bqn", probability, masks, precision=exact)
         size = jnp.sum(masks, axis=-1)[:, None, :]
         bce = (against_zero - hit) / num_points

@@ -21,11 +21,12 @@ from instseg_jax.training.mask_planes import count_blocks, gather_words, read_bi
 ROW_BLOCK = 20  # masks of each image that are worked on at once
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10, 11))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(10, 11, 12))
 def point_losses(
     mask_queries: Array,
     mask_features: Array,
     mask_planes: Array,
+    num_slots: Array,
     object_index: Array,
     row_valid: Array,
     num_rows: Array,
@@ -42,6 +43,7 @@ def point_losses(
       mask_queries: [S, B, R, P], one row for each pair of a query and an object.
       mask_features: [B, h, w, P]; mask logits are their product with the queries.
       mask_planes: target masks, packed by `mask_planes.pack_masks`.
+      num_slots: [] target slots in use.
       object_index: [R] target slot of each row.
       row_valid: [S, B, R]; other rows do not count.
       num_rows: [] rows from here on are not valid in any image.
@@ -53,7 +55,7 @@ def point_losses(
       it is computed along with the value, so that nothing of a set outlives its turn.
     """
     return _forward(
-        mask_queries, mask_features, mask_planes, object_index, row_valid, num_rows, scale,
+        mask_queries, mask_features, mask_planes, num_slots, object_index, row_valid, num_rows, scale,
         candidates, extra, num_important, bce_weight, dice_weight, differentiate=False,
     )[0]  # fmt: skip
 
@@ -66,14 +68,14 @@ def _point_losses_forward(*args):
 def _point_losses_backward(num_important, bce_weight, dice_weight, gradients, cotangents):
     d_total = cotangents[0]
     d_queries, d_features = jax.tree.map(lambda g: g * d_total, gradients)
-    return d_queries, d_features, *[None] * 7
+    return d_queries, d_features, *[None] * 8
 
 
 point_losses.defvjp(_point_losses_forward, _point_losses_backward)
 
 
 def _forward(
-    mask_queries, mask_features, mask_planes, object_index, row_valid, num_rows, scale, candidates, extra,
+    mask_queries, mask_features, mask_planes, num_slots, object_index, row_valid, num_rows, scale, candidates, extra,
     num_important, bce_weight, dice_weight, *, differentiate,
 ):  # fmt: skip
     rows = mask_queries.shape[2]
@@ -89,7 +91,7 @@ def _forward(
     def one_set(d_features: Array, xs: tuple) -> tuple:
         queries, valid, points = xs[0], xs[1], jnp.concatenate(xs[2:], axis=2).astype(mask_queries.dtype)
         features, features_vjp = jax.vjp(lambda m: sample_map(m, points), mask_features)
-        words, share = gather_words(mask_planes, points)
+        words, share = gather_words(mask_planes, points, num_slots)
 
         def one_block(i: Array, state: tuple) -> tuple:
             sums, d_queries, d_sampled = state
@@ -97,7 +99,7 @@ def _forward(
             take = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
             at, near, part = features, (words, share), take(queries, axis=1)
             if points.shape[1] > 1:  # points of their own
-                at, near = take(features, axis=1), (take(words, axis=1), take(share, axis=1))
+                at, near = take(features, axis=1), (take(words, axis=2), take(share, axis=1))
             targets = read_points(*near, take(object_index, axis=0))
             if not differentiate:
                 return sums + sum_losses(part, at, targets, real)[1], d_queries, d_sampled
@@ -172,7 +174,7 @@ def mask_iou_targets(
         logits = jnp.einsum("brc,bhwc->brhw", queries, mask_features, precision=lax.Precision.HIGHEST)
         slots = lax.dynamic_slice_in_dim(object_index, start, block)
         phases = tuple(
-            tuple(read_bits(planes[:, :, row::2, column::2], slots, axis=1) for column in (0, 1)) for row in (0, 1)
+            tuple(read_bits(planes[:, :, row::2, column::2], slots) for column in (0, 1)) for row in (0, 1)
         )
         return lax.dynamic_update_slice_in_dim(iou, mask_quality(logits, phases), start, axis=1)
 

@@ -86,10 +86,10 @@ def merge_weights(
     names by shell patterns the tensors to leave at their initial value. Raises ValueError that lists what does not
     fit. See `merge.merge_variables` and `merge.load_backbone`.
     """
-    if weights.backbone is not None:
+    if weights.variables is None:
         if skip:
             raise ValueError(f"skip={list(skip)} is not for {weights.source}, which holds a backbone alone")
-        return load_backbone(init, weights.backbone)
+        return load_backbone(init, weights.backbone or {})
     return merge_variables(
         init, weights.variables, skip=skip, class_names=class_names, loaded_class_names=weights.class_names
     )

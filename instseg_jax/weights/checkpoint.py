@@ -14,19 +14,24 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from importlib import metadata as importlib_metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+from instseg_jax.weights.names import unflatten_tree
 
 CHECKPOINTS = "checkpoints"
 BEST_MODEL = "best_model"
 
+_REMOVED = ".removed"  # steps on their way out: a rename is whole, a removal may be cut off and leave half a step
 _STATE, _VARIABLES, _METADATA = "state", "variables", "metadata"
+_LEAVES = "leaves"  # {name: [type, shape]} of the arrays; Orbax takes seconds to tell for a whole training state
 _VERSIONED = ("instseg_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -65,8 +70,11 @@ def make_manager(directory: str | os.PathLike[str], *, max_to_keep: int) -> ocp.
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise type(error)(f"can't create the checkpoints folder {directory} ({error.strerror})") from error
-    options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(directory, options=options, item_names=(_STATE, _METADATA))
+    _empty_removed(directory)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=max_to_keep, cleanup_tmp_directories=True, todelete_subdir=_REMOVED
+    )
+    return ocp.CheckpointManager(directory, options=options, item_names=(_STATE, _LEAVES, _METADATA))
 
 
 def save(
@@ -82,11 +90,18 @@ def save(
     if step in manager.all_steps():
         raise ValueError(f"step {step} is already saved in {manager.directory}")
     content = ocp.args.Composite(
-        **{_STATE: ocp.args.PyTreeSave(state), _METADATA: ocp.args.JsonSave(dict(metadata))},
+        **{
+            _STATE: ocp.args.PyTreeSave(state),
+            _LEAVES: ocp.args.JsonSave(_describe(state)),
+            _METADATA: ocp.args.JsonSave(dict(metadata)),
+        }
     )
+    manager.wait_until_finished()  # it may be moving a step to where the next line empties
+    _empty_removed(Path(manager.directory))
     manager.save(step, args=content, force=True)
     if wait:
         manager.wait_until_finished()
+        _empty_removed(Path(manager.directory))
 
 
 def restore(manager: ocp.CheckpointManager, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
@@ -102,8 +117,7 @@ def restore(manager: ocp.CheckpointManager, abstract_state: Any, step: int | Non
     if step not in steps:
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise FileNotFoundError(f"{wanted} in {manager.directory} (steps there: {steps or 'none'})")
-    path = Path(manager.directory) / str(step)
-    _check_leaves(path / _STATE, abstract_state)
+    _check_leaves(Path(manager.directory) / str(step), abstract_state)
     content = ocp.args.Composite(
         **{
             _STATE: ocp.args.PyTreeRestore(
@@ -116,6 +130,11 @@ def restore(manager: ocp.CheckpointManager, abstract_state: Any, step: int | Non
     return restored[_STATE], restored[_METADATA]
 
 
+def _empty_removed(directory: Path) -> None:
+    if jax.process_index() == 0:
+        shutil.rmtree(directory / _REMOVED, ignore_errors=True)
+
+
 def _restore_arguments(leaf: Any) -> ocp.RestoreArgs:
     if isinstance(leaf, np.ndarray | np.generic):
         return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
@@ -123,27 +142,28 @@ def _restore_arguments(leaf: Any) -> ocp.RestoreArgs:
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
-def _check_leaves(path: Path, abstract_state: Any) -> None:
+def _check_leaves(folder: Path, abstract_state: Any) -> None:
     """Raise ValueError unless the saved leaves are those of `abstract_state`, in names, shapes and types."""
-    saved = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _leaves(_tree_metadata(path))}
-    wanted = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _leaves(abstract_state)}
-    differing = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
+    saved, wanted = _read_json(folder / _LEAVES), _describe(abstract_state)
+    differing = [name for name in saved | wanted if saved.get(name) != wanted.get(name)]
     if differing:
         shown = [f"{n} (saved {_shown(saved.get(n))}, expected {_shown(wanted.get(n))})" for n in differing[:5]]
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise ValueError(f"checkpoint {path.parent} does not fit this model and optimizer: {', '.join(shown)}{more}")
+        raise ValueError(f"checkpoint {folder} does not fit this model and optimizer: {', '.join(shown)}{more}")
 
 
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    return [("/".join(map(_key_name, keys)), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+def _describe(tree: Any) -> dict[str, list]:
+    """Return {"params/neck/...": [type, shape]} of a tree of arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(map(_key_name, keys)): [str(leaf.dtype), list(leaf.shape)] for keys, leaf in leaves}
 
 
 def _key_name(key: Any) -> str:
     return str(next(getattr(key, kind) for kind in ("key", "name", "idx") if hasattr(key, kind)))
 
 
-def _shown(leaf: tuple[tuple[int, ...], np.dtype] | None) -> str:
-    return f"{leaf[1]}{list(leaf[0])}" if leaf else "nothing"
+def _shown(leaf: list | None) -> str:
+    return f"{leaf[0]}{leaf[1]}" if leaf else "nothing"
 
 
 # --- variables for inference ----------------------------------------------------------------------
@@ -170,10 +190,11 @@ def save_inference_checkpoint(
             break
     for leftover in path.parent.glob(f"{incoming.name}*"):
         _remove(leftover)
+    arrays = jax.tree.map(np.asarray, {name: variables[name] for name in ("params", "batch_stats")})
     with _checkpointer(ocp.PyTreeCheckpointHandler) as checkpointer:
-        arrays = jax.tree.map(np.asarray, dict(variables))
         checkpointer.save(incoming / _VARIABLES, args=ocp.args.PyTreeSave(arrays))
     with _checkpointer(ocp.JsonCheckpointHandler) as checkpointer:
+        checkpointer.save(incoming / _LEAVES, args=ocp.args.JsonSave(_describe(arrays)))
         checkpointer.save(incoming / _METADATA, args=ocp.args.JsonSave(dict(metadata)))
     _remove(previous)
     if path.exists():
@@ -192,24 +213,29 @@ def load_inference_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, A
     """
     folder = _find_checkpoint(Path(path))
     try:
+        leaves, metadata = _read_json(folder / _LEAVES), _read_json(folder / _METADATA)
         if _is_inference_checkpoint(folder):
-            return _read_arrays(folder / _VARIABLES, None), _read_json(folder)
-        has_average = bool(_tree_metadata(folder / _STATE).get("ema_params"))
-        names = {name: f"ema_{name}" if has_average else name for name in ("params", "batch_stats")}
-        state = _read_arrays(folder / _STATE, tuple(names.values()))
-        return {name: state.get(saved) or {} for name, saved in names.items()}, _read_json(folder)
-    except (ValueError, KeyError, OSError) as error:
+            names = {"params": "params", "batch_stats": "batch_stats"}
+            arrays = _read_arrays(folder / _VARIABLES, leaves, names.values())
+        else:
+            has_average = any(name.startswith("ema_params/") for name in leaves)
+            names = {name: f"ema_{name}" if has_average else name for name in ("params", "batch_stats")}
+            arrays = _read_arrays(folder / _STATE, leaves, names.values())
+        if not arrays[names["params"]]:
+            raise ValueError("it holds no params")
+        return {name: arrays[saved] for name, saved in names.items()}, metadata
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"checkpoint {folder} can't be read ({str(error).splitlines()[0]})") from error
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the metadata of the checkpoint that `load_inference_checkpoint` would read, without its arrays."""
-    return _read_json(_find_checkpoint(Path(path)))
+    return _read_json(_find_checkpoint(Path(path)) / _METADATA)
 
 
 def read_checkpoints(directory: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
     """Return {step: metadata} of the complete checkpoints in a checkpoints folder, by rising step."""
-    return {step: _read_json(folder) for step, folder in _step_folders(Path(directory)).items()}
+    return {step: _read_json(folder / _METADATA) for step, folder in _step_folders(Path(directory)).items()}
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -252,28 +278,20 @@ def _step_folders(directory: Path) -> dict[int, Path]:
     return dict(sorted(steps.items()))
 
 
-def _tree_metadata(path: Path) -> Any:
+def _read_arrays(path: Path, leaves: Mapping[str, list], branches: Collection[str]) -> dict[str, Any]:
+    """Return the branches of the tree at `path` in numpy, bit for bit."""
+    wanted = {name: leaf for name, leaf in leaves.items() if name.split("/")[0] in branches}
+    abstract = unflatten_tree({n: jax.ShapeDtypeStruct(shape, jnp.dtype(kind)) for n, (kind, shape) in wanted.items()})
+    arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), abstract)
+    content = ocp.args.PyTreeRestore(item=abstract, restore_args=arguments, partial_restore=True)
     with _checkpointer(ocp.PyTreeCheckpointHandler) as checkpointer:
-        item = checkpointer.metadata(path).item_metadata
-    if item is None:
-        raise ValueError(f"the list of arrays in {path} is damaged")
-    return item.tree
+        arrays = checkpointer.restore(path, args=content) if wanted else {}
+    return {branch: arrays.get(branch, {}) for branch in branches}
 
 
-def _read_arrays(path: Path, names: Sequence[str] | None) -> dict[str, Any]:
-    """Return the tree of arrays at `path` in numpy, bit for bit, or only its branches `names`."""
-    tree = _tree_metadata(path)
-    tree = {name: tree[name] for name in names} if names else tree
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-    arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), tree)
-    content = ocp.args.PyTreeRestore(item=abstract, restore_args=arguments, partial_restore=names is not None)
-    with _checkpointer(ocp.PyTreeCheckpointHandler) as checkpointer:
-        return checkpointer.restore(path, args=content)
-
-
-def _read_json(folder: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     with _checkpointer(ocp.JsonCheckpointHandler) as checkpointer:
-        return checkpointer.restore(folder / _METADATA)
+        return checkpointer.restore(path)
 
 
 def _checkpointer(handler: type) -> ocp.Checkpointer:

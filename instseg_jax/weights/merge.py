@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -61,9 +62,10 @@ def merge_variables(
 ) -> tuple[dict[str, Any], MergeSummary]:
     """Return `init` with the values of `loaded` (numpy, in the types of `init`), and what was done.
 
-    Tensors that match a pattern in `skip` keep their initial value, and those in the file are ignored. Where both
-    lists of class names are given and differ, class rows are copied by name (letter case and outer blanks do not
-    count) and stay fresh for classes that the file does not know.
+    `init` may be abstract (jax.ShapeDtypeStruct) where nothing of it stays. Tensors that match a pattern in `skip`
+    keep their initial value, and those in the file are ignored. Where both lists of class names are given and differ,
+    class rows are copied by name (letter case and outer blanks do not count) and stay fresh for classes that the file
+    does not know.
 
     Raises ValueError that lists missing, unexpected and wrongly shaped tensors, or a pattern that matches nothing.
     """
@@ -73,9 +75,10 @@ def merge_variables(
     offered = {path: leaf for path, leaf in file.items() if not _matches(_short(path), skip)}
 
     rows = _matching_rows(class_names, loaded_class_names)
-    reshaped = [path for path in wanted if rows and _short(path) in CLASS_AXES and path in offered]
-    for path in reshaped:
-        offered[path] = _copy_rows(path, wanted[path], offered[path], rows)
+    reshaped: list[str] = []
+    if rows is not None:
+        reshaped = [path for path in wanted if _short(path) in CLASS_AXES and path in offered]
+        offered |= {path: _copy_rows(path, wanted[path], offered[path], rows) for path in reshaped}
     _check_match(wanted, offered, has_class_names=rows is not None)
 
     merged = model | {path: np.asarray(offered[path]).astype(leaf.dtype, copy=False) for path, leaf in wanted.items()}
@@ -141,6 +144,11 @@ def _copy_rows(path: str, leaf: Any, value: Any, rows: _Rows) -> np.ndarray:
     others = [n for i, n in enumerate(leaf.shape) if i != axis]
     if others != [n for i, n in enumerate(value.shape) if i != axis]:
         return np.asarray(value)  # of another width as well: reported with the other wrong shapes
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        unknown = rows.num_model - len(rows.pairs)
+        if unknown:
+            raise ValueError(f"{_short(path)} has no values for {unknown} classes of the model")
+        leaf = np.empty(leaf.shape, leaf.dtype)
     merged = np.moveaxis(np.array(leaf), axis, 0)
     file_rows = np.moveaxis(np.asarray(value), axis, 0)
     for row, file_row in rows.pairs:

@@ -105,7 +105,7 @@ def _run_pickle(file: BinaryIO, path) -> Any:
     """Interpret the pickle and return its content, with `_Array` in place of arrays."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
-    position = 0
+    position: int | None = 0
     try:
         for opcode, argument, position in pickletools.genops(file):  # noqa: B007 (for the error)
             if opcode.name == "STOP":

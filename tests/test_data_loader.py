@@ -1,0 +1,395 @@
+"""Batches: static shapes, order, resume, hosts, threads, and what happens at the edges."""
+
+import collections
+import dataclasses
+import itertools
+import json
+import threading
+import time
+
+import cv2
+import ml_collections
+import numpy as np
+import pytest
+
+from instseg_jax.data import coco, examples, loader, transforms
+
+AUGMENTATION = transforms.Augmentation(
+    photometric_probability=0.8,
+    expand_probability=0.5,
+    expand_max_ratio=4.0,
+    crop_probability=0.8,
+    flip_probability=0.5,
+    vertical_flip_probability=0.0,
+    quarter_turns=False,
+    scale_jitter=None,
+)
+NO_AUGMENTATION = dataclasses.replace(
+    AUGMENTATION, photometric_probability=0.0, expand_probability=0.0, crop_probability=0.0, flip_probability=0.0
+)
+LAYOUT = examples.Layout("stretch", mask_stride=2, mask_rasterization="exact", refit_boxes=False, max_instances=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Seven pictures: picture i is 40 x (50 + i) with the grey value 20 * i and i rectangles, the sixth with none."""
+    root = tmp_path_factory.mktemp("set")
+    (root / "images").mkdir()
+    (root / "annotations").mkdir()
+    images, annotations = [], []
+    for i in range(7):
+        cv2.imwrite(str(root / "images" / f"{i}.png"), np.full((40, 50 + i, 3), 20 * i, np.uint8))
+        images.append({"id": i, "file_name": f"{i}.png", "height": 40, "width": 50 + i})
+        for k in range(0 if i == 6 else i):
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": i,
+                    "category_id": 1 + k % 2,
+                    "segmentation": [[8 * k, 10, 8 * k + 8, 10, 8 * k + 8, 30, 8 * k, 30]],
+                    "iscrowd": 0,
+                }
+            )
+    data = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "odd"}, {"id": 2, "name": "even"}],
+    }
+    for split in ("train", "val"):
+        (root / "annotations" / f"instance_{split}.json").write_text(json.dumps(data))
+    return root
+
+
+@pytest.fixture(scope="module")
+def dataset(folder):
+    return coco.read_split(folder, "train")
+
+
+@pytest.fixture(scope="module")
+def trainable(dataset):
+    return coco.select_trainable(dataset, keep_empty=False)
+
+
+def train(dataset, **changes):
+    arguments = {
+        "seed": 3,
+        "start_step": 0,
+        "batch_size": 2,
+        "sizes": [(32, 32), (48, 48)],
+        "interpolations": ("linear", "cubic"),
+        "augmentation": AUGMENTATION,
+        "layout": LAYOUT,
+        "num_workers": 0,
+        "prefetch": 2,
+        "counters": collections.Counter(),
+        "process_index": 0,
+        "process_count": 1,
+    }
+    return loader.train_batches(dataset, **(arguments | changes))
+
+
+def evaluate(dataset, **changes):
+    arguments = {
+        "batch_size": 3,
+        "size": (32, 48),
+        "interpolation": "cubic",
+        "layout": LAYOUT,
+        "num_workers": 0,
+        "prefetch": 2,
+        "counters": collections.Counter(),
+        "process_index": 0,
+        "process_count": 1,
+    }
+    return loader.eval_batches(dataset, **(arguments | changes))
+
+
+def take(batches, n):
+    with_end = list(itertools.islice(batches, n))
+    batches.close()
+    return with_end
+
+
+def arrays(batch):
+    targets = batch.targets
+    return [
+        batch.images, batch.image_valid, batch.image_index, batch.original_sizes, batch.content_sizes,
+        targets.labels, targets.boxes, targets.masks, targets.valid,
+    ]  # fmt: skip
+
+
+def assert_equal(a, b):
+    for x, y in zip(arrays(a), arrays(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_train_batch_holds_images_and_targets(trainable):
+    batch = next(train(trainable, augmentation=NO_AUGMENTATION, sizes=[(32, 64)], batch_size=5))
+    assert sorted(batch.image_index.tolist()) == [0, 1, 2, 3, 4]
+    assert batch.images.shape == (5, 32, 64, 3)
+    assert batch.images.dtype == np.float32
+    assert batch.targets.masks.shape == (5, 3, 16, 32)
+    assert batch.targets.masks.dtype == np.uint8
+    assert batch.image_valid.all()
+    for i, index in enumerate(batch.image_index):
+        number = index + 1  # the picture without objects is left out
+        width = 50 + number
+        np.testing.assert_allclose(batch.images[i], 20 * number / 255, rtol=1e-6)
+        assert batch.original_sizes[i].tolist() == [40, width]
+        assert batch.content_sizes[i].tolist() == [32, 64]
+        count = min(number, 3)
+        assert batch.targets.valid[i].tolist() == [True] * count + [False] * (3 - count)
+        assert not batch.targets.masks[i, count:].any()
+        assert not batch.targets.boxes[i, count:].any()
+        boxes = batch.targets.boxes[i, :count]
+        np.testing.assert_allclose(boxes[:, 1:], [[0.5, 8 / width, 0.5]] * count, rtol=1e-5)
+        if number <= 3:
+            np.testing.assert_allclose(boxes[:, 0], [(8 * k + 4) / width for k in range(count)], rtol=1e-5)
+            assert batch.targets.labels[i, :count].tolist() == [0, 1, 0][:count]
+        # 20 of 40 rows, 8 of `width` columns
+        areas = batch.targets.masks[i, :count].sum(axis=(1, 2))
+        np.testing.assert_allclose(areas, 16 * 32 / 2 * 8 / width, atol=8 * 1.01)
+
+
+def test_objects_beyond_the_slots_are_counted(trainable):
+    counters = collections.Counter()
+    batches = train(trainable, augmentation=NO_AUGMENTATION, batch_size=5, counters=counters)
+    batch = next(batches)
+    assert counters == {"images": 5, "objects": 1 + 2 + 3 + 3 + 3, "dropped_objects": 1 + 2}
+    most = int(np.flatnonzero(batch.image_index == 4)[0])
+    choices = {tuple(batch.targets.boxes[most, :, 0])}
+    for batch in itertools.islice(batches, 5):
+        most = int(np.flatnonzero(batch.image_index == 4)[0])
+        choices.add(tuple(batch.targets.boxes[most, :, 0]))
+    assert len(choices) > 1  # a random choice, another in each epoch
+    assert counters["dropped_objects"] == 6 * 3
+
+
+def test_no_object_goes_when_there_are_slots_enough(trainable):
+    counters = collections.Counter()
+    layout = dataclasses.replace(LAYOUT, max_instances=5)
+    batch = next(train(trainable, augmentation=NO_AUGMENTATION, batch_size=5, layout=layout, counters=counters))
+    assert counters["dropped_objects"] == 0
+    assert batch.targets.valid.sum() == counters["objects"] == 15
+
+
+def test_each_epoch_is_another_permutation_without_the_rest(trainable):
+    batches = take(train(trainable), 12)
+    epochs = [[int(i) for batch in batches[start : start + 2] for i in batch.image_index] for start in range(0, 12, 2)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 4  # 5 images, batches of 2: one is left out
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert set(itertools.chain(*epochs)) == set(range(5))
+
+
+def test_resume_equals_going_on(trainable):
+    whole = take(train(trainable), 9)
+    for start in (1, 4, 7):
+        for a, b in zip(take(train(trainable, start_step=start), 2), whole[start:], strict=False):
+            assert_equal(a, b)
+    assert (whole[0].images.shape != whole[1].images.shape) or (whole[0].images != whole[1].images).any()
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_threads_change_nothing(trainable, num_workers):
+    inline = take(train(trainable), 6)
+    for a, b in zip(take(train(trainable, num_workers=num_workers, prefetch=4), 6), inline, strict=True):
+        assert_equal(a, b)
+
+
+def test_seed_changes_the_batches(trainable):
+    a, b = (np.concatenate([x.image_index for x in take(train(trainable, seed=s), 6)]) for s in (3, 4))
+    assert a.tolist() != b.tolist()
+
+
+def test_sizes_are_drawn_once_a_batch_with_their_weight(trainable):
+    sizes = [(16, 16), (32, 32), (32, 32)]
+    drawn = [batch.images.shape[1] for batch in take(train(trainable, sizes=sizes, augmentation=NO_AUGMENTATION), 120)]
+    assert set(drawn) == {16, 32}
+    assert 60 < drawn.count(32) < 100  # two in three
+
+
+def test_hosts_build_slices_of_the_same_batch(trainable):
+    whole = take(train(trainable, batch_size=4), 3)
+    parts = [take(train(trainable, batch_size=4, process_index=i, process_count=2), 3) for i in range(2)]
+    for step, batch in enumerate(whole):
+        for x, a, b in zip(arrays(batch), arrays(parts[0][step]), arrays(parts[1][step]), strict=True):
+            np.testing.assert_array_equal(x, np.concatenate([a, b]))
+
+
+def test_data_set_smaller_than_the_batch_repeats_with_other_augmentation(trainable):
+    batch = next(train(trainable, batch_size=12, sizes=[(32, 32)]))
+    counts = collections.Counter(batch.image_index.tolist())
+    assert set(counts) == set(range(5))
+    assert set(counts.values()) <= {2, 3}
+    first, second = (np.flatnonzero(batch.image_index == 2)[k] for k in range(2))
+    assert (batch.images[first] != batch.images[second]).any()
+    assert loader.steps_per_epoch(5, 12) == 1
+    assert loader.steps_per_epoch(5, 2) == 2
+
+
+def test_eval_shows_each_image_once_and_fills_the_last_batch(dataset):
+    shown = coco.select_trainable(dataset, keep_empty=True)
+    batches = list(evaluate(shown))
+    assert [batch.image_index.tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6, -1, -1]]
+    assert [batch.image_valid.tolist() for batch in batches][2] == [True, False, False]
+    last = batches[2]
+    assert last.images.shape == (3, 32, 48, 3)
+    assert not last.images[1:].any()
+    assert not last.targets.valid.any()  # neither the picture without objects nor the padding
+    np.testing.assert_allclose(last.images[0], 120 / 255, rtol=1e-6)
+    assert batches[0].targets.valid.sum(axis=1).tolist() == [0, 1, 2]
+
+
+def test_eval_of_hosts_has_equally_many_batches(dataset):
+    whole = list(evaluate(dataset, batch_size=4))
+    parts = [list(evaluate(dataset, batch_size=4, process_index=i, process_count=2)) for i in range(2)]
+    assert [len(part) for part in parts] == [2, 2]
+    assert parts[1][1].image_index.tolist() == [6, -1]
+    for step, batch in enumerate(whole):
+        joined = np.concatenate([parts[0][step].image_index, parts[1][step].image_index])
+        np.testing.assert_array_equal(batch.image_index, joined)
+
+
+def test_letterboxed_batch_says_what_the_content_fills(dataset):
+    layout = dataclasses.replace(LAYOUT, resize="letterbox")
+    batch = next(evaluate(dataset, size=(60, 60), layout=layout))
+    assert batch.content_sizes.tolist() == [[48, 60], [47, 60], [46, 60]]
+    assert batch.images[2, :46].min() > 0.1
+    assert not batch.images[2, 46:].any()
+
+
+def test_errors_of_workers_reach_the_consumer_with_the_file_name(trainable, tmp_path):
+    broken = dataclasses.replace(trainable, image_folder=tmp_path)
+    before = threading.active_count()
+    for num_workers in (0, 2):
+        with pytest.raises(FileNotFoundError, match=r"[1-5]\.png"):
+            next(train(broken, num_workers=num_workers))
+    assert threading.active_count() == before
+
+
+def test_unexpected_errors_name_the_file_too(trainable, monkeypatch):
+    def fail(*_):
+        raise cv2.error("out of luck")
+
+    monkeypatch.setattr(loader.transforms, "augment", fail)
+    with pytest.raises(RuntimeError, match=r"[1-5]\.png' can't be made a sample: .*out of luck"):
+        next(train(trainable, num_workers=2))
+
+
+def test_closing_ends_the_threads(trainable):
+    before = threading.active_count()
+    batches = train(trainable, num_workers=2)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    assert threading.active_count() == before
+
+
+def test_prefetch_is_ordered_and_bounded():
+    started = []
+
+    def work(item):
+        started.append(item)
+        time.sleep(0.02 * (3 - item % 3))
+        return item * item
+
+    results = loader.prefetch_map(work, itertools.count(), num_workers=3, prefetch=4)
+    assert [next(results) for _ in range(5)] == [0, 1, 4, 9, 16]
+    time.sleep(0.2)
+    assert len(started) <= 5 + 4
+    results.close()
+
+
+def config(folder):
+    augment = ml_collections.ConfigDict(dataclasses.asdict(AUGMENTATION))
+    return ml_collections.ConfigDict(
+        {
+            "seed": 0,
+            "data": {
+                "dir": str(folder),
+                "image_size": 64,
+                "train_sizes": (32, 48),
+                "interpolations": ("linear",),
+                "eval_interpolation": "cubic",
+                "max_instances": 4,
+                "mask_stride": 4,
+                "mask_rasterization": "polygon",
+                "refit_boxes": False,
+                "resize": "stretch",
+                "keep_empty": False,
+                "num_workers": 1,
+                "prefetch": 2,
+                "augment": augment,
+            },
+            "train": {"batch_size": 2},
+            "eval": {"batch_size": 4},
+        }
+    )
+
+
+def test_build_train_loader(folder, dataset):
+    built = loader.build_train_loader(config(folder), dataset)
+    assert (built.num_batches, len(built.dataset)) == (2, 5)
+    first = take(built.batches(), 3)
+    assert first[0].targets.masks.shape[1:] == (4, first[0].images.shape[1] // 4, first[0].images.shape[2] // 4)
+    assert_equal(next(built.batches(start_step=2)), first[2])
+    assert built.counters["images"] == 8
+    with_empty = config(folder)
+    with_empty.data.keep_empty = True
+    assert len(loader.build_train_loader(with_empty, dataset).dataset) == 7
+
+
+def test_build_eval_loader(folder, dataset):
+    plain = loader.build_eval_loader(config(folder), dataset)
+    assert (plain.num_batches, len(plain.dataset)) == (2, 7)
+    batches = list(plain.batches())
+    assert batches[0].images.shape == (4, 64, 64, 3)
+    assert batches[0].targets.masks.shape == (4, 0, 16, 16)
+    assert plain.counters == {"images": 7, "objects": 0, "dropped_objects": 0}
+    with_targets = loader.build_eval_loader(config(folder), dataset, use_targets=True)
+    batches = list(with_targets.batches())
+    assert [batch.targets.valid.sum() for batch in batches] == [0 + 1 + 2 + 3, 4 + 4 + 0]
+    assert with_targets.counters["dropped_objects"] == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("data.train_sizes", (30,), "image size must be a multiple of data.mask_stride = 4, got 30"),
+        ("data.interpolations", ("bicubic",), "one of nearest, linear, area, cubic, lanczos, got 'bicubic'"),
+        ("data.num_workers", -1, "data.num_workers must be >= 0"),
+        ("data.prefetch", 0, "data.prefetch >= 1"),
+        ("data.resize", "pad", "data.resize must be one of"),
+        ("data.augment.crop_probability", 2.0, "data.augment.crop_probability"),
+        ("train.batch_size", 0, "batch size"),
+        ("seed", -1, "must not be negative"),
+    ],
+)
+def test_build_refuses_before_any_work(folder, dataset, path, value, message):
+    broken = config(folder)
+    broken.update_from_flattened_dict({path: value})
+    with pytest.raises(ValueError, match=message):
+        loader.build_train_loader(broken, dataset)
+
+
+def test_no_trainable_image_is_an_error(folder, dataset):
+    bare = dataclasses.replace(dataset, annotations=((),) * len(dataset))
+    with pytest.raises(ValueError, match="instance_train has no image to load"):
+        loader.build_train_loader(config(folder), bare)
+    with pytest.raises(ValueError, match="multiple of the 3 hosts, got 2"):
+        loader.build_train_loader(config(folder), dataset, process_index=0, process_count=3)
+
+
+def test_embedded_data_set_trains_and_evaluates():
+    built = config("embedded")
+    built.data.num_workers = 2
+    train_loader = loader.build_train_loader(built, coco.read_split(built.data.dir, "train"))
+    for batch in take(train_loader.batches(), 4):
+        assert batch.targets.valid.any(axis=1).all()
+        assert np.isfinite(batch.images).all()
+        filled = batch.targets.masks.any(axis=(2, 3))
+        assert not filled[~batch.targets.valid].any()
+        corners = batch.targets.boxes[..., :2] - batch.targets.boxes[..., 2:] / 2
+        assert corners.min() >= -1e-6
+    val = loader.build_eval_loader(built, coco.read_split(built.data.dir, "val"))
+    assert sum(int(batch.image_valid.sum()) for batch in val.batches()) == 35

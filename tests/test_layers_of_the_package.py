@@ -1,0 +1,66 @@
+"""Who may import whom: the rooms of the package stay apart, and heavy libraries stay in theirs."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "instseg_jax"
+NEUTRAL = {"types", "boxes", "masks", "files", "images", "config"}
+ALLOWED = {
+    "models": {"models"},
+    "data": {"data"},
+    "weights": {"weights", "models"},
+    "evaluation": {"evaluation", "inference.postprocess"},
+    "inference": {"inference", "models", "weights"},
+    "training": {"training", "models", "evaluation", "inference", "data", "weights"},
+}
+ONLY_IN = {
+    "optax": "training/",
+    "scipy": "training/matching.py",
+    "orbax": "weights/checkpoint.py",
+    "flax": "models/",
+    "pycocotools": ("masks.py", "evaluation/", "data/", "inference/"),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported_modules(path: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_room_imports_only_what_it_may(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room not in ALLOWED:  # the public face, the command line and neutral modules
+        room_may = None if room in ("__init__", "verbs", "cli") else set()
+    else:
+        room_may = ALLOWED[room]
+    for module in imported_modules(path):
+        if not module.startswith("instseg_jax.") or room_may is None:
+            continue
+        inner = module.removeprefix("instseg_jax.")
+        is_allowed = inner.split(".")[0] in NEUTRAL or any(inner.startswith(prefix) for prefix in room_may)
+        assert is_allowed, f"{path.relative_to(PACKAGE)} imports {module}"
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_a_library_stays_in_its_room(library):
+    homes = ONLY_IN[library]
+    users = [str(path.relative_to(PACKAGE)) for path in FILES if any(
+        module.split(".")[0] == library for module in imported_modules(path)
+    )]  # fmt: skip
+    assert users, f"nothing imports {library}"
+    assert all(user.startswith(homes) for user in users), users
+
+
+def test_no_function_has_hidden_recipe_defaults():
+    """Only the tops of verbs and `build_*` functions see a config; `config.get(name, default)` is nowhere."""
+    for path in FILES:
+        assert "config.get(" not in path.read_text(encoding="utf-8"), path
