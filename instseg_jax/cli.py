@@ -7,6 +7,7 @@ Errors that a user can mend are one sentence and exit code 1; `--debug` shows wh
 import argparse
 import os
 import sys
+from typing import NoReturn
 
 import instseg_jax
 
@@ -14,8 +15,15 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 HUGE_PAGES_SWITCH = "INSTSEG_HUGE_PAGES"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong arguments as every other error: one line, exit code 1."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; `{self.prog} --help` explains")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="run.py",
         description="Instance segmentation in JAX with Mask-RT-DETR.",
         epilog="Any field of the config can be set: --config.train.epochs=20 --config.data.dir=my/data. "
