@@ -48,8 +48,13 @@ def box_quality(boxes: Array, target_boxes: Array) -> Array:
 
 @jax.custom_jvp
 def sigmoid_cross_entropy(logits: Array, targets: Array) -> Array:
-    """Binary cross-entropy with logits, element by element. Its derivative is sigmoid(logits) - targets."""
-    return jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+    """Binary cross-entropy with logits, element by element; its derivative is sigmoid(logits) - targets.
+
+    log(1 + exp(-|x|)) is taken from the sigmoid, which is needed anyway: half the cost, and still exact to the
+    last bit of the sigmoid (6e-8 in float32).
+    """
+    probability = jax.nn.sigmoid(logits)
+    return jnp.maximum(logits, 0) - logits * targets - jnp.log(jnp.maximum(probability, 1 - probability))
 
 
 @sigmoid_cross_entropy.defjvp
@@ -66,13 +71,12 @@ def mask_losses(logits: Array, targets: Array, weights: Array) -> tuple[Array, A
     """
     probability = jax.nn.sigmoid(logits)
 
-    def total(a: Array, b: Array) -> Array:
-        return jnp.einsum("...p,...p->...", a, b, precision=lax.Precision.HIGHEST)
+    def total(x: Array) -> Array:
+        # `where` for speed: XLA on a CPU does not vectorise a logarithm that it fuses into a sum, and stops fusing here.
+        return jnp.sum(jnp.where(weights > 0, weights * x, 0), axis=-1)
 
-    cross_entropy = total(weights, sigmoid_cross_entropy(logits, targets)) / jnp.sum(weights, axis=-1)
-    weighted = weights * targets
-    overlap = total(weighted, probability)
-    area = total(weights, probability) + jnp.sum(weighted, axis=-1)
+    cross_entropy = total(sigmoid_cross_entropy(logits, targets)) / jnp.sum(weights, axis=-1)
+    overlap, area = total(targets * probability), total(targets) + total(probability)
     return cross_entropy, 1 - (2 * overlap + DICE_SMOOTHING) / (area + DICE_SMOOTHING)
 
 
@@ -99,7 +103,6 @@ def smallest_limit(values: Array, count: int) -> tuple[Array, Array]:
     data where sorting costs ten times as much. NaN counts as the largest value.
     """
     integer = {4: jnp.int32, 8: jnp.int64}[values.dtype.itemsize]
-    keys = lax.bitcast_convert_type(values, integer)
 
     def count_up_to(key: Array) -> Array:
         limit = lax.bitcast_convert_type(key, values.dtype)
@@ -118,8 +121,8 @@ def smallest_limit(values: Array, count: int) -> tuple[Array, Array]:
         up, down = is_open(state) & (number < count), is_open(state) & (number >= count)
         return jnp.where(up, middle, low), jnp.where(down, middle, high), jnp.where(down, number, found)
 
-    low, high = jnp.min(keys, axis=-1) - 1, jnp.max(keys, axis=-1)
-    start = low, high, jnp.full(high.shape, values.shape[-1], jnp.float32)
+    high = lax.bitcast_convert_type(jnp.max(values, axis=-1), integer)
+    start = jnp.full_like(high, -1), high, jnp.full(high.shape, values.shape[-1], jnp.float32)
     _, high, found = lax.while_loop(lambda state: jnp.any(is_open(state)), halve, start)
     below = count_up_to(high - 1)
     tied_share = (count - below) / jnp.maximum(found - below, 1)

@@ -90,7 +90,9 @@ def _forward(
 
     def one_set(d_features: Array, xs: tuple) -> tuple:
         queries, valid, points = xs[0], xs[1], jnp.concatenate(xs[2:], axis=2).astype(mask_queries.dtype)
-        features, features_vjp = jax.vjp(lambda m: sample_map(m, points), mask_features)
+        is_shared = points.shape[1] == 1
+        at_points = points[:, 0] if is_shared else points
+        features, features_vjp = jax.vjp(lambda m: sample_map(m, at_points), mask_features)
         words, share = gather_words(mask_planes, points, num_slots)
 
         def one_block(i: Array, state: tuple) -> tuple:
@@ -98,7 +100,7 @@ def _forward(
             start, real = _window(i, block, rows, valid)
             take = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
             at, near, part = features, (words, share), take(queries, axis=1)
-            if points.shape[1] > 1:  # points of their own
+            if not is_shared:
                 at, near = take(features, axis=1), (take(words, axis=2), take(share, axis=1))
             targets = read_points(*near, take(object_index, axis=0))
             if not differentiate:
@@ -106,7 +108,7 @@ def _forward(
             (d_part, d_at), terms = jax.grad(sum_losses, argnums=(0, 1), has_aux=True)(part, at, targets, real)
             # The last window is moved back to stay inside: its first rows were done, and add nothing.
             d_queries = lax.dynamic_update_slice_in_dim(d_queries, take(d_queries, axis=1) + d_part, start, axis=1)
-            if points.shape[1] > 1:
+            if not is_shared:
                 d_at = lax.dynamic_update_slice_in_dim(d_sampled, take(d_sampled, axis=1) + d_at, start, axis=1)
                 return sums + terms, d_queries, d_at
             return sums + terms, d_queries, d_sampled + d_at
@@ -143,13 +145,10 @@ def _block_losses(
 ) -> tuple[Array, Array]:
     """Weighted sum of the losses of a block of rows, and the two sums [2] it is made of.
 
-    mask_queries [B, R, P], features [B, 1 or R, points, P], targets [B, R, points], valid [B, R].
+    mask_queries [B, R, P], features [B, points, P] or [B, R, points, P], targets [B, R, points], valid [B, R].
     """
-    exact = lax.Precision.HIGHEST
-    if features.shape[1] == 1:
-        logits = jnp.einsum("brc,bmc->brm", mask_queries, features[:, 0], precision=exact)
-    else:
-        logits = jnp.einsum("brc,brmc->brm", mask_queries, features, precision=exact)
+    product = "brc,bmc->brm" if features.ndim == 3 else "brc,brmc->brm"
+    logits = jnp.einsum(product, mask_queries, features, precision=lax.Precision.HIGHEST)
     point_weights = uncertain_point_weights(logits, num_candidates, num_important)
     bce, dice = mask_losses(logits, targets, point_weights)
     sums = jnp.stack([jnp.sum(jnp.where(valid, x, 0)) for x in (bce, dice)])

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Collection, Mapping
 from importlib import metadata as importlib_metadata
 from pathlib import Path
@@ -36,10 +37,14 @@ _VERSIONED = ("instseg_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint
 
 
 class _OrbaxErrorsOnly(logging.Filter):
-    """Keep what Orbax logs at every step, through the root or absl logger, off the console."""
+    """Drop what Orbax says at every save through absl's logger, which others use as well."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+        # absl names its own file as the caller, so the caller is looked up: the first outside the logging modules.
+        frame = sys._getframe(1)
+        while frame.f_back and Path(frame.f_code.co_filename).parent.name == "logging":
+            frame = frame.f_back
+        return record.levelno >= logging.ERROR or "orbax" not in frame.f_code.co_filename
 
 
 logging.getLogger("absl").addFilter(_OrbaxErrorsOnly())
