@@ -10,7 +10,8 @@ from jax import Array, lax
 
 from instseg_jax.models.sampling import bilinear_corners
 
-BITS = 16
+BITS = 16  # a power of two: slots are taken apart by shifts, which stay cheap inside fused loops
+SHIFT = 4
 
 
 def pack_masks(masks: Array, num_slots: Array) -> Array:
@@ -39,8 +40,8 @@ def count_blocks(count: Array, size: int) -> Array:
 
 def read_bits(planes: Array, slots: Array) -> Array:
     """Whole masks of some slots: planes [B, V, H, W], slots [R] -> [B, R, H, W] of 0 and 1."""
-    shift = (slots % BITS).astype(planes.dtype)[:, None, None]
-    return (jnp.take(planes, slots // BITS, axis=1, mode="clip") >> shift) & 1
+    shift = (slots & (BITS - 1)).astype(planes.dtype)[:, None, None]
+    return (jnp.take(planes, slots >> SHIFT, axis=1, mode="clip") >> shift) & 1
 
 
 def gather_words(planes: Array, points: Array, num_slots: Array) -> tuple[Array, Array]:
@@ -67,12 +68,15 @@ def read_points(words: Array, share: Array, slots: Array) -> Array:
     words and shares come from `gather_words`; with 1 row of points all slots are read at the same points,
     with R rows each slot at its own.
     """
-    bit = (jnp.uint16(1) << (slots % BITS).astype(jnp.uint16))[:, None]
-    if words.shape[2] == 1:
-        words = jnp.take(words[:, :, 0], slots // BITS, axis=1, mode="clip")
+    bit = (jnp.uint16(1) << (slots & (BITS - 1)).astype(jnp.uint16))[:, None]
+    plane = slots >> SHIFT
+    if words.shape[2] == 1:  # choosing among planes is vectorised where fetching a plane by its index is not
+        chosen = jnp.zeros((), words.dtype)
+        for v in range(words.shape[1]):
+            chosen = jnp.where((plane == v)[:, None, None], words[:, v], chosen)
     else:
-        words = words[:, slots // BITS, jnp.arange(len(slots))]
-    return sum(jnp.where((words[:, :, k] & bit) != 0, share[:, :, k], 0) for k in range(share.shape[2]))
+        chosen = words[:, plane, jnp.arange(len(slots))]
+    return sum(jnp.where((chosen[:, :, k] & bit) != 0, share[:, :, k], 0) for k in range(share.shape[2]))
 
 
 def resize_planes(planes: Array, height: int, width: int, num_slots: Array) -> Array:

@@ -83,3 +83,12 @@ def stored_values(tensors: dict[str, np.ndarray], name: str, mine: np.ndarray) -
         return None
     reference = tensors[f"{name}@s"]
     return reference, mine.reshape(-1)[synth.subsample_indices(name, mine.size, reference.size)]
+
+
+def load_json(name: str) -> dict:
+    """A JSON file of the case folder, or the one kept here where the folder lacks it."""
+    path = CASES / name
+    return json.loads((path if path.exists() else HERE / "cases" / name).read_text())
+
+
+REPORT: list[tuple[str, str, str]] = []  # (case, stage, figure), printed at the end of the run
