@@ -48,15 +48,13 @@ class LossSettings:
 class PointDraws:
     """Uniform points (x, y) in 0..1 of one step: all the randomness of the loss.
 
-    The third dimension of candidates and extra is 1 (all masks of an image share the points of a set) or the
-    number of target slots, respectively denoising slots (each has its own). M matcher points, C candidates, E extra.
+    T = the S matching sets, then the denoising sets. The third dimension of candidates and extra is 1 (all masks of
+    an image share the points of a set) or the larger number of target and denoising slots (each row has its own).
     """
 
-    matcher: Array  # [S, B, M, 2]
-    candidates: Array  # [S, B, 1 or N, C, 2]
-    extra: Array  # [S, B, 1 or N, E, 2]
-    denoising_candidates: Array | None  # [S - 1, B, 1 or D, C, 2]
-    denoising_extra: Array | None  # [S - 1, B, 1 or D, E, 2]
+    matcher: Array  # [S, B, num_points, 2]
+    candidates: Array  # [T, B, 1 or R, num_candidates, 2]
+    extra: Array  # [T, B, 1 or R, num_points - num_important, 2]
 
 
 def build_loss_settings(config) -> LossSettings:
@@ -90,17 +88,15 @@ def build_loss_settings(config) -> LossSettings:
 def draw_points(rng: Array, settings: LossSettings, outputs: TrainingOutputs) -> PointDraws:
     """Draw the points of a step, shared by the masks of an image. The same key gives the same points on any mesh."""
     sets, batch = outputs.matching.boxes.shape[:2]
-    denoising_sets = 0 if outputs.denoising is None else outputs.denoising.boxes.shape[0]
+    all_sets = sets + (0 if outputs.denoising is None else outputs.denoising.boxes.shape[0])
     num_extra = settings.num_points - settings.num_important
     shapes = [(sets, batch, settings.num_points)]
-    for n in (sets, denoising_sets):
-        shapes += [(n, batch, 1, settings.num_candidates), (n, batch, 1, num_extra)]
+    shapes += [(all_sets, batch, 1, n) for n in (settings.num_candidates, num_extra)]
     # One call for all bits: every call adds a second of compilation on a CPU.
     shapes = [(*shape[:-1], shape[-1] + 1) for shape in shapes]
     sizes = [math.prod(shape) for shape in shapes]
     bits = jnp.split(jax.random.bits(rng, (sum(sizes),), jnp.uint32), np.cumsum(sizes)[:-1])
-    draws = [_sorted_points(part.reshape(shape)) for part, shape in zip(bits, shapes, strict=True)]
-    return PointDraws(*draws[:3], *(draws[3:] if denoising_sets else (None, None)))
+    return PointDraws(*(_sorted_points(part.reshape(shape)) for part, shape in zip(bits, shapes, strict=True)))
 
 
 def _sorted_points(bits: Array) -> Array:
@@ -156,32 +152,46 @@ def compute_losses(
         return jax.tree.map(lambda x: x[None], sums)  # one row a device
 
     if mesh is not None:
-        split, whole = PartitionSpec(DATA_AXIS), PartitionSpec()
-        by_set = PartitionSpec(None, DATA_AXIS)
-        dn_spec = None if denoising is None else DenoisingQueries(split, split, whole, split, whole, whole)
-        outputs_spec = TrainingOutputs(by_set, None if denoising is None else by_set, split)
+        split, whole, by_set = PartitionSpec(DATA_AXIS), PartitionSpec(), PartitionSpec(None, DATA_AXIS)
+        outputs_spec = TrainingOutputs(by_set, by_set, split)
+        denoising_spec = None if denoising is None else DenoisingQueries(split, split, whole, split, whole, whole)
+        if denoising is None:
+            outputs_spec = dataclasses.replace(outputs_spec, denoising=None)
         score = jax.shard_map(
             score,
             mesh=mesh,
-            in_specs=(outputs_spec, split, dn_spec, by_set, whole),
+            in_specs=(outputs_spec, split, denoising_spec, by_set, whole),
             out_specs=split,
             check_vma=False,
         )
     parts = score(outputs, targets, denoising, draws, batch_facts)
-    total, matching, denoised = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
-
-    names = set_names(matching["class"].shape[0], denoising is not None)
-    terms = {f"loss/{term}{name}": matching[term][i] for i, name in enumerate(names) for term in TERMS}
-    if denoising is not None:
-        names = [f"/denoising{name}" for name in names[1:]]  # nothing is denoised before the decoder
-        terms |= {f"loss/{term}{name}": denoised[term][i] for i, name in enumerate(names) for term in TERMS}
-    return total, terms
+    total, by_term = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
+    names = set_names(len(outputs.matching.boxes), denoising is not None)
+    return total, {f"loss/{term}{name}": by_term[term][i] for i, name in enumerate(names) for term in TERMS}
 
 
 def set_names(num_sets: int, use_denoising: bool) -> list[str]:
-    """Suffixes of the matching sets' terms, in their order; that of the last layer is empty."""
+    """Suffixes of the terms' names in the order of sets: matching, then denoising. That of the last layer is empty."""
     first = ["/encoder", "/initial"] if use_denoising else ["/encoder"]
-    return first + [f"/layer{i}" for i in range(num_sets - len(first) - 1)] + [""]
+    names = first + [f"/layer{i}" for i in range(num_sets - len(first) - 1)] + [""]
+    # Nothing is denoised before the decoder: the denoising sets start with `initial`.
+    return names + ([f"/denoising{name}" for name in names[1:]] if use_denoising else [])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Prediction sets of one kind, and the pairs of a query and an object they are scored on.
+
+    Rows r of query_index [S, B, R] (-1 for no pair) and object_index [R] are a pair; rows from num_rows on are none.
+    """
+
+    predictions: Predictions
+    query_index: Array
+    object_index: Array
+    num_rows: Array
+    scale: Array  # [] factor on all terms
+    set_weights: Array  # [S] factor on the class terms
+    query_used: Array  # [Q] queries that count at all
 
 
 def _score_images(
@@ -191,150 +201,139 @@ def _score_images(
     draws: PointDraws,
     batch_facts: dict[str, Array],
     settings: LossSettings,
-) -> tuple[Array, dict[str, Array], dict[str, Array]]:
-    """Total, matching terms [S] and denoising terms [S - 1] of the images of one device."""
-    slots = targets.valid.shape[1]
+) -> tuple[Array, dict[str, Array]]:
+    """Sum of all terms, and the terms [T] of matching and denoising sets, over the images of one device."""
     num_slots = count_slots(targets.valid)
     planes = pack_masks(targets.masks, num_slots)
-    height, width = outputs.mask_features.shape[1:3]
-    doubled = resize_planes(planes, 2 * height, 2 * width, num_slots)
-    dtype = outputs.matching.boxes.dtype
-    num_objects = batch_facts["num_objects"]
-    scale = 1 / jnp.maximum(num_objects, 1).astype(dtype)
-
     query_index = match(
         outputs.matching, outputs.mask_features, targets, planes, num_slots, draws.matcher, settings.match_weights
     )
-    masks = outputs.mask_features, planes, doubled, num_slots
-    set_weights = jnp.ones(len(query_index), dtype)
+    sets, _, slots = query_index.shape
+    dtype = outputs.matching.boxes.dtype
+    num_objects = batch_facts["num_objects"]
+    scale = 1 / jnp.maximum(num_objects, 1).astype(dtype)
+    set_weights = jnp.ones(sets, dtype)
     if denoising is not None:  # the reference has no `initial` set in a batch without objects
         set_weights = set_weights.at[1].set((num_objects > 0).astype(dtype))
-    total, matching = _score_sets(
-        outputs.matching,
-        masks,
-        targets,
-        query_index=query_index,
-        object_index=jnp.arange(slots, dtype=jnp.int32),
-        num_rows=num_slots,
-        candidates=draws.candidates,
-        extra=draws.extra,
-        scale=scale,
-        set_weights=set_weights,
-        query_used=None,
-        settings=settings,
-    )
-    if denoising is None:
-        return total, matching, {}
+    query_used = jnp.ones(outputs.matching.boxes.shape[2], bool)
+    object_index = jnp.arange(slots, dtype=jnp.int32)
+    groups = [
+        _Group(outputs.matching, query_index, object_index, num_slots, scale, set_weights, query_used),
+    ]
+    if denoising is not None:
+        groups.append(_denoising_group(outputs.denoising, denoising, scale / batch_facts["num_groups"]))
+    return _score_groups(groups, outputs.mask_features, planes, num_slots, targets, draws, settings)
 
-    queries = jnp.arange(len(denoising.object_index), dtype=jnp.int32)
-    query_used = jnp.diagonal(denoising.attention_mask)[: len(queries)]  # slots in use, and only they, see themselves
-    # A slot past the last object of this device's images may be in use for other devices' images.
-    num_rows = count_slots(denoising.valid)
-    denoising_index = jnp.where(denoising.valid, queries, -1)
-    denoising_total, denoised = _score_sets(
-        outputs.denoising,
-        masks,
-        targets,
-        query_index=jnp.broadcast_to(denoising_index, (len(outputs.denoising.boxes), *denoising_index.shape)),
+
+def _denoising_group(predictions: Predictions, denoising: DenoisingQueries, scale: Array) -> _Group:
+    """Every denoising slot is paired with the object it was made from."""
+    sets, batch, slots = predictions.boxes.shape[:3]
+    queries = jnp.arange(slots, dtype=jnp.int32)
+    return _Group(
+        predictions=predictions,
+        query_index=jnp.broadcast_to(jnp.where(denoising.valid, queries, -1), (sets, batch, slots)),
         object_index=denoising.object_index,
-        num_rows=num_rows,
-        candidates=draws.denoising_candidates,
-        extra=draws.denoising_extra,
-        scale=scale / batch_facts["num_groups"],
-        set_weights=jnp.ones(len(outputs.denoising.boxes), dtype),
-        query_used=query_used,
-        settings=settings,
+        num_rows=count_slots(denoising.valid),
+        scale=scale,
+        set_weights=jnp.ones(sets, predictions.boxes.dtype),
+        # Slots that are there for static shapes only don't see themselves; all others do.
+        query_used=jnp.diagonal(denoising.attention_mask)[:slots],
     )
-    return total + denoising_total, matching, denoised
 
 
-def _score_sets(
-    predictions: Predictions,
-    masks: tuple[Array, Array, Array, Array],
+def _score_groups(
+    groups: list[_Group],
+    mask_features: Array,
+    planes: Array,
+    num_slots: Array,
     targets: Targets,
-    *,
-    query_index: Array,
-    object_index: Array,
-    num_rows: Array,
-    candidates: Array,
-    extra: Array,
-    scale: Array,
-    set_weights: Array,
-    query_used: Array | None,
+    draws: PointDraws,
     settings: LossSettings,
 ) -> tuple[Array, dict[str, Array]]:
-    """Score S prediction sets whose query query_index [S, B, R] (-1 for none) answers for object_index [R].
-
-    Args:
-      masks: mask features; target masks as bit planes; these at twice the features' resolution; slots in use.
-      num_rows: [] rows from here on hold nothing.
-      scale: [] factor on all terms.
-      set_weights: [S] factor on the class terms.
-      query_used: [Q] queries that count at all; None for all.
-
-    Returns: the sum of all terms and the terms [S].
-    """
-    mask_features, planes, doubled, num_slots = masks
-    row_valid = query_index >= 0
-    queries = jnp.maximum(query_index, 0)
-    boxes = _take_queries(predictions.boxes, queries)
-    mask_queries = _take_queries(predictions.mask_queries, queries)
-    target_boxes = targets.boxes[:, object_index].astype(boxes.dtype)
-    target_labels = targets.labels[:, object_index]
+    """Score the pairs of all groups at once, R rows in each of T sets."""
     weights = settings.weights
+    counts = [len(g.query_index) for g in groups]
+    query_index = _join([g.query_index for g in groups], fill=-1)
+    row_valid = query_index >= 0
+    picked = [jnp.maximum(g.query_index, 0)[..., None] for g in groups]
+    boxes, mask_queries = (
+        _join([jnp.take_along_axis(getattr(g.predictions, name), q, axis=2) for g, q in zip(groups, picked, strict=True)])
+        for name in ("boxes", "mask_queries")
+    )
+    object_index = _join([jnp.tile(g.object_index, (n, 1, 1)) for g, n in zip(groups, counts, strict=True)])[:, 0]
+    num_rows, scale = (
+        jnp.repeat(jnp.stack([getattr(g, name) for g in groups]), np.array(counts), total_repeat_length=sum(counts))
+        for name in ("num_rows", "scale")
+    )
+    target_labels = jnp.moveaxis(targets.labels[:, object_index], 0, 1)
+    target_boxes = jnp.moveaxis(targets.boxes[:, object_index], 0, 1).astype(boxes.dtype)
 
-    def quality(kind: str, i: slice) -> Array:
-        if kind == "box":
-            return box_quality(boxes[i], target_boxes)
-        if kind == "none":
-            return jnp.ones_like(boxes[i, ..., 0])
-        return lax.map(
-            lambda rows: mask_iou_targets(rows, mask_features, doubled, object_index, num_rows), mask_queries[i]
+    is_main = np.cumsum(counts) - 1  # the last layer of each group
+    kinds = [settings.iou_target if i in is_main else settings.aux_iou_target for i in range(sum(counts))]
+    quality = _row_quality(kinds, boxes, target_boxes, mask_queries, mask_features, planes, object_index, num_rows, num_slots)
+    class_sums, first = [], 0
+    for g, n in zip(groups, counts, strict=True):
+        rows = slice(first, first + n), slice(None), slice(g.query_index.shape[2])
+        labels, query_quality = _scatter_rows(g, target_labels[rows], quality[rows])
+        by_query = varifocal_loss(
+            g.predictions.class_logits, labels, query_quality, alpha=settings.alpha, gamma=settings.gamma
         )
-
-    row_quality = jnp.concatenate(
-        [quality(settings.aux_iou_target, slice(0, -1)), quality(settings.iou_target, slice(-1, None))]
-    )
-    num_queries, num_classes = predictions.class_logits.shape[-2:]
-    labels, query_quality = _scatter_rows(
-        query_index, jnp.broadcast_to(target_labels, row_valid.shape), row_quality, num_queries, num_classes
-    )
-    by_query = varifocal_loss(
-        predictions.class_logits, labels, query_quality, alpha=settings.alpha, gamma=settings.gamma
-    )
-    if query_used is not None:
-        by_query = jnp.where(query_used, by_query, 0)
-    l1, giou = box_losses(boxes, target_boxes)
-
-    def add_up(x: Array) -> Array:
-        return jnp.sum(x, axis=(1, 2)) * scale
-
+        class_sums.append(g.set_weights * jnp.sum(jnp.where(g.query_used, by_query, 0), axis=(1, 2)))
+        first += n
+    l1, giou = (jnp.sum(jnp.where(row_valid, x, 0), axis=(1, 2)) for x in box_losses(boxes, target_boxes))
     terms = {
-        "class": weights.class_ * set_weights * add_up(by_query),
-        "box_l1": weights.box_l1 * add_up(jnp.where(row_valid, l1, 0)),
-        "box_giou": weights.box_giou * add_up(jnp.where(row_valid, giou, 0)),
+        "class": weights.class_ * scale * jnp.concatenate(class_sums),
+        "box_l1": weights.box_l1 * scale * l1,
+        "box_giou": weights.box_giou * scale * giou,
     }
     mask_total, terms["mask_bce"], terms["mask_dice"] = point_losses(
         mask_queries, mask_features, planes, num_slots, object_index, row_valid, num_rows, scale,
-        candidates, extra, settings.num_important, weights.mask_bce, weights.mask_dice,
+        draws.candidates, draws.extra, settings.num_important, weights.mask_bce, weights.mask_dice,
     )  # fmt: skip
     return mask_total + sum(jnp.sum(terms[name]) for name in ("class", "box_l1", "box_giou")), terms
 
 
-def _take_queries(x: Array, query_index: Array) -> Array:
-    """x [S, B, Q, C], query_index [S, B, R] -> [S, B, R, C]."""
-    return jnp.take_along_axis(x, query_index[..., None], axis=2)
+def _join(arrays: list[Array], fill: float = 0) -> Array:
+    """Stack sets of several groups, [S, B, R, ..] each, with rows padded to the largest R."""
+    rows = max(x.shape[2] for x in arrays)
+    padding = [[(0, 0), (0, 0), (0, rows - x.shape[2])] + [(0, 0)] * (x.ndim - 3) for x in arrays]
+    return jnp.concatenate([jnp.pad(x, p, constant_values=fill) for x, p in zip(arrays, padding, strict=True)])
 
 
-def _scatter_rows(
-    query_index: Array, row_labels: Array, row_quality: Array, num_queries: int, num_classes: int
-) -> tuple[Array, Array]:
+def _row_quality(
+    kinds: list[str],
+    boxes: Array,
+    target_boxes: Array,
+    mask_queries: Array,
+    mask_features: Array,
+    planes: Array,
+    object_index: Array,
+    num_rows: Array,
+    num_slots: Array,
+) -> Array:
+    """What the class score of each row's query should become, [T, B, R], 0..1; one kind of IoU a set."""
+    quality = box_quality(boxes, target_boxes)
+    by_kind = {kind: np.array([i for i, k in enumerate(kinds) if k == kind], int) for kind in IOU_TARGETS}
+    quality = quality.at[by_kind["none"]].set(1)
+    index = by_kind["mask"]
+    if len(index) == 0:
+        return quality
+    height, width = mask_features.shape[1:3]
+    doubled = resize_planes(planes, 2 * height, 2 * width, num_slots)
+    mask_iou = lax.map(
+        lambda one_set: mask_iou_targets(one_set[0], mask_features, doubled, *one_set[1:]),
+        (mask_queries[index], object_index[index], num_rows[index]),
+    )
+    return quality.at[index].set(mask_iou)
+
+
+def _scatter_rows(group: _Group, row_labels: Array, row_quality: Array) -> tuple[Array, Array]:
     """Hand each query the label and the quality of its row: [S, B, R] each -> [S, B, Q]; K and 0 for the others."""
-    sets, batch, _ = query_index.shape
-    place = (jnp.arange(sets)[:, None, None], jnp.arange(batch)[None, :, None])
-    place += (jnp.where(query_index >= 0, query_index, num_queries),)  # past the end: dropped
-    labels = jnp.full((sets, batch, num_queries), num_classes, row_labels.dtype).at[place].set(row_labels, mode="drop")
-    quality = jnp.zeros((sets, batch, num_queries), row_quality.dtype).at[place].set(row_quality, mode="drop")
+    sets, batch, queries, num_classes = group.predictions.class_logits.shape
+    query = jnp.where(group.query_index >= 0, group.query_index, queries)  # past the end: dropped
+    place = jnp.arange(sets)[:, None, None], jnp.arange(batch)[None, :, None], query
+    labels = jnp.full((sets, batch, queries), num_classes, row_labels.dtype).at[place].set(row_labels, mode="drop")
+    quality = jnp.zeros((sets, batch, queries), row_quality.dtype).at[place].set(row_quality, mode="drop")
     return labels, quality
 
 

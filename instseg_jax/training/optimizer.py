@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from instseg_jax.training.packing import pack, unpack
 from instseg_jax.types import Array
 
 SCHEDULES = ("constant", "cosine", "step")
@@ -126,17 +127,43 @@ def make_optimizer(
     """Clip the global norm, Adam, decoupled weight decay, then each parameter's own learning rate.
 
     Args:
-      multipliers: factor of the learning rate of each parameter; 0 freezes it (its gradient must be 0 too, so
-        that it does not count in the norm).
+      multipliers: factor of the learning rate of each parameter; 0 freezes it: it does not count in the norm and
+        has no moments.
       decayed: whether weight decay applies to each parameter.
+
+    Works on vectors of all parameters that are treated alike (`packing.py`); so are its moments.
     """
-    return optax.chain(
+    groups, treatments = parameter_groups(multipliers, decayed)
+    chain = optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.scale_by_adam(beta1, beta2, epsilon),
-        optax.add_decayed_weights(weight_decay, mask=decayed),
+        optax.add_decayed_weights(weight_decay, mask={group: decay for group, (_, decay) in treatments.items()}),
         optax.scale_by_learning_rate(schedule),
-        optax.stateless(lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, multipliers)),
+        optax.stateless(lambda updates, _: {group: u * treatments[group][0] for group, u in updates.items()}),
     )
+
+    def init(params: dict) -> optax.OptState:
+        return chain.init(pack(params, groups))
+
+    def update(gradients: dict, state: optax.OptState, params: dict | None = None) -> tuple[dict, optax.OptState]:
+        vectors, state = chain.update(pack(gradients, groups), state, pack(params, groups))
+        return unpack(vectors, groups, params), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def parameter_groups(multipliers: dict, decayed: dict) -> tuple[dict, dict[str, tuple[float, bool]]]:
+    """Which parameters are updated alike: a group's name for each ("" for frozen ones), and its factor and decay."""
+    kinds = zip(jax.tree.leaves(multipliers), jax.tree.leaves(decayed), strict=True)
+    treatments = {f"group{i}": kind for i, kind in enumerate(sorted({kind for kind in kinds if kind[0] > 0}))}
+    names = {kind: name for name, kind in treatments.items()}
+    return jax.tree.map(lambda *kind: names.get(kind, ""), multipliers, decayed), treatments
+
+
+def gradient_norm(gradients: dict, multipliers: dict) -> Array:
+    """2-norm of all gradients together, without those of frozen parameters."""
+    groups = jax.tree.map(lambda factor: "trained" if factor > 0 else "", multipliers)
+    return jnp.linalg.norm(pack(gradients, groups)["trained"])
 
 
 def ema_decay(count: Array, *, decay: float, ramp_steps: int) -> Array:

@@ -1,4 +1,4 @@
-"""Mask losses at sampled points, over all prediction sets of a step, for a cost that a laptop bears.
+"""Mask losses at sampled points, over all prediction sets of a step, at a cost that a laptop bears.
 
 Differences from the reference:
 - All masks of an image and a prediction set share their candidate points (the reference draws new ones for every
@@ -18,7 +18,13 @@ from instseg_jax.models.sampling import sample_map
 from instseg_jax.training.losses import mask_losses, mask_quality, uncertain_point_weights
 from instseg_jax.training.mask_planes import count_blocks, gather_words, read_bits, read_points
 
-ROW_BLOCK = 20  # masks of each image that are worked on at once
+# Rows of each image that are worked on at once: few enough for a CPU's cache, or enough to fill a GPU.
+ROW_BLOCK_CPU = 10
+ROW_BLOCK = 50
+
+
+def _block_size(rows: int) -> int:
+    return min(ROW_BLOCK_CPU if jax.default_backend() == "cpu" else ROW_BLOCK, rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(10, 11, 12))
@@ -44,115 +50,126 @@ def point_losses(
       mask_features: [B, h, w, P]; mask logits are their product with the queries.
       mask_planes: target masks, packed by `mask_planes.pack_masks`.
       num_slots: [] target slots in use.
-      object_index: [R] target slot of each row.
+      object_index: [S, R] target slot of each row.
       row_valid: [S, B, R]; other rows do not count.
-      num_rows: [] rows from here on are not valid in any image.
-      scale: [] factor on everything, 1 / number of objects.
+      num_rows: [S] rows from here on are not valid in any image.
+      scale: [S] factor on everything, such as 1 / number of objects.
       candidates: [S, B, 1 or R, M, 2] points in 0..1, of which each mask keeps num_important.
       extra: [S, B, 1 or R, E, 2] points that are kept all.
 
     Returns: total [], bce [S], dice [S]. Only the total has a gradient, to mask_queries and mask_features;
       it is computed along with the value, so that nothing of a set outlives its turn.
     """
-    return _forward(
-        mask_queries, mask_features, mask_planes, num_slots, object_index, row_valid, num_rows, scale,
-        candidates, extra, num_important, bce_weight, dice_weight, differentiate=False,
-    )[0]  # fmt: skip
+    sets = object_index, row_valid, num_rows, scale, candidates, extra
+    return _score_sets(
+        mask_queries, mask_features, mask_planes, num_slots, sets, num_important, bce_weight, dice_weight, False
+    )[0]
 
 
-def _point_losses_forward(*args):
-    values, gradients = _forward(*args, differentiate=True)
-    return values, gradients
+def _point_losses_forward(mask_queries, mask_features, mask_planes, num_slots, *rest):
+    return _score_sets(mask_queries, mask_features, mask_planes, num_slots, rest[:6], *rest[6:], True)
 
 
 def _point_losses_backward(num_important, bce_weight, dice_weight, gradients, cotangents):
     d_total = cotangents[0]
-    d_queries, d_features = jax.tree.map(lambda g: g * d_total, gradients)
-    return d_queries, d_features, *[None] * 8
+    return *jax.tree.map(lambda g: g * d_total, gradients), *[None] * 8
 
 
 point_losses.defvjp(_point_losses_forward, _point_losses_backward)
 
 
-def _forward(
-    mask_queries, mask_features, mask_planes, num_slots, object_index, row_valid, num_rows, scale, candidates, extra,
-    num_important, bce_weight, dice_weight, *, differentiate,
-):  # fmt: skip
-    rows = mask_queries.shape[2]
-    block = min(ROW_BLOCK, rows)
-    blocks = count_blocks(num_rows, block)
-    sum_losses = functools.partial(
-        _block_losses,
-        num_candidates=candidates.shape[-2],
-        num_important=num_important,
-        weights=(bce_weight, dice_weight),
-    )
-
-    def one_set(d_features: Array, xs: tuple) -> tuple:
-        queries, valid, points = xs[0], xs[1], jnp.concatenate(xs[2:], axis=2).astype(mask_queries.dtype)
-        is_shared = points.shape[1] == 1
-        at_points = points[:, 0] if is_shared else points
-        features, features_vjp = jax.vjp(lambda m: sample_map(m, at_points), mask_features)
-        words, share = gather_words(mask_planes, points, num_slots)
-
-        def one_block(i: Array, state: tuple) -> tuple:
-            sums, d_queries, d_sampled = state
-            start, real = _window(i, block, rows, valid)
-            take = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
-            at, near, part = features, (words, share), take(queries, axis=1)
-            if not is_shared:
-                at, near = take(features, axis=1), (take(words, axis=2), take(share, axis=1))
-            targets = read_points(*near, take(object_index, axis=0))
-            if not differentiate:
-                return sums + sum_losses(part, at, targets, real)[1], d_queries, d_sampled
-            (d_part, d_at), terms = jax.grad(sum_losses, argnums=(0, 1), has_aux=True)(part, at, targets, real)
-            # The last window is moved back to stay inside: its first rows were done, and add nothing.
-            d_queries = lax.dynamic_update_slice_in_dim(d_queries, take(d_queries, axis=1) + d_part, start, axis=1)
-            if not is_shared:
-                d_at = lax.dynamic_update_slice_in_dim(d_sampled, take(d_sampled, axis=1) + d_at, start, axis=1)
-                return sums + terms, d_queries, d_at
-            return sums + terms, d_queries, d_sampled + d_at
-
-        grown = (jnp.zeros_like(queries), jnp.zeros_like(features)) if differentiate else (0, 0)
-        sums, d_queries, d_sampled = lax.fori_loop(0, blocks, one_block, (jnp.zeros(2, queries.dtype), *grown))
-        if differentiate:
-            d_features += features_vjp(d_sampled)[0]
-        return d_features, (sums * scale, d_queries)
-
-    start = jnp.zeros_like(mask_features) if differentiate else 0
-    d_features, (terms, d_queries) = lax.scan(one_set, start, (mask_queries, row_valid, candidates, extra))
-    bce, dice = bce_weight * terms[:, 0], dice_weight * terms[:, 1]
-    gradients = (d_queries * scale, d_features * scale) if differentiate else None
-    return (jnp.sum(bce) + jnp.sum(dice), bce, dice), gradients
-
-
-def _window(i: Array, block: int, rows: int, valid: Array) -> tuple[Array, Array]:
-    """Start of block i, moved back where it would reach beyond the rows, and which of its rows count [B, block]."""
-    start = jnp.minimum(i * block, rows - block)
-    real = lax.dynamic_slice_in_dim(valid, start, block, axis=1)
-    return start, real & (start + jnp.arange(block) >= i * block)
-
-
-def _block_losses(
+def _score_sets(
     mask_queries: Array,
-    features: Array,
-    targets: Array,
-    valid: Array,
+    mask_features: Array,
+    mask_planes: Array,
+    num_slots: Array,
+    sets: tuple[Array, ...],
+    num_important: int,
+    bce_weight: float,
+    dice_weight: float,
+    differentiate: bool,
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array] | None]:
+    """What `point_losses` returns, and the gradients of the total to mask_queries and mask_features if asked for."""
+
+    def score_next(d_features: Array | None, xs: tuple) -> tuple:
+        queries, objects, valid, rows, factor, candidates, extra = xs
+        score = functools.partial(
+            _score_set,
+            mask_planes=mask_planes,
+            num_slots=num_slots,
+            object_index=objects,
+            row_weight=jnp.where(valid, factor, 0),
+            num_rows=rows,
+            points=jnp.concatenate([candidates, extra], axis=2).astype(queries.dtype),
+            num_candidates=candidates.shape[2],
+            num_important=num_important,
+            term_weights=jnp.array([bce_weight, dice_weight], queries.dtype),
+            differentiate=differentiate,
+        )
+        sums, gradients = score(queries, mask_features)
+        if not differentiate:
+            return None, (sums, None)
+        return d_features + gradients[1], (sums, gradients[0])
+
+    start = jnp.zeros_like(mask_features) if differentiate else None
+    d_features, (sums, d_queries) = lax.scan(score_next, start, (mask_queries, *sets))
+    bce, dice = sums[:, 0], sums[:, 1]
+    return (jnp.sum(sums), bce, dice), (d_queries, d_features) if differentiate else None
+
+
+def _score_set(
+    mask_queries: Array,
+    mask_features: Array,
     *,
+    mask_planes: Array,
+    num_slots: Array,
+    object_index: Array,
+    row_weight: Array,
+    num_rows: Array,
+    points: Array,
     num_candidates: int,
     num_important: int,
-    weights: tuple[float, float],
-) -> tuple[Array, Array]:
-    """Weighted sum of the losses of a block of rows, and the two sums [2] it is made of.
+    term_weights: Array,
+    differentiate: bool,
+) -> tuple[Array, tuple[Array, Array] | None]:
+    """Weighted sums [2] of one set, and the gradients of their sum to mask_queries [B, R, P] and mask_features.
 
-    mask_queries [B, R, P], features [B, points, P] or [B, R, points, P], targets [B, R, points], valid [B, R].
+    points [B, 1 or R, M + E, 2]: features are read there once and serve all rows, or one row each.
     """
-    product = "brc,bmc->brm" if features.ndim == 3 else "brc,brmc->brm"
-    logits = jnp.einsum(product, mask_queries, features, precision=lax.Precision.HIGHEST)
-    point_weights = uncertain_point_weights(logits, num_candidates, num_important)
-    bce, dice = mask_losses(logits, targets, point_weights)
-    sums = jnp.stack([jnp.sum(jnp.where(valid, x, 0)) for x in (bce, dice)])
-    return jnp.dot(sums, jnp.array(weights, sums.dtype)), sums
+    rows = mask_queries.shape[1]
+    block = _block_size(rows)
+    is_shared = points.shape[1] == 1
+    at_points = points[:, 0] if is_shared else points
+    sampled, sample_vjp = jax.vjp(lambda m: sample_map(m, at_points), mask_features)
+    words, share = gather_words(mask_planes, points, num_slots)
+
+    def score(queries: Array, features: Array, start: Array, weight: Array) -> tuple[Array, Array]:
+        take = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
+        own = (lambda x, axis: x) if is_shared else (lambda x, axis: take(x, axis=axis))
+        targets = read_points(own(words, 2), own(share, 1), take(object_index))
+        product = "brc,bmc->brm" if is_shared else "brc,brmc->brm"
+        logits = jnp.einsum(product, take(queries, axis=1), own(features, 1), precision=lax.Precision.HIGHEST)
+        point_weights = uncertain_point_weights(logits, num_candidates, num_important)
+        losses = mask_losses(logits, targets, point_weights)
+        sums = term_weights * jnp.stack([jnp.sum(jnp.where(weight > 0, weight * x, 0)) for x in losses])
+        return jnp.sum(sums), sums
+
+    def score_block(i: Array, state: tuple) -> tuple:
+        start = jnp.minimum(i * block, rows - block)  # the last block is moved back to stay inside,
+        weight = lax.dynamic_slice_in_dim(row_weight, start, block, axis=1)
+        weight = jnp.where(start + jnp.arange(block) >= i * block, weight, 0)  # and does not count rows twice
+        if not differentiate:
+            return (state[0] + score(mask_queries, sampled, start, weight)[1],)
+        gradients, sums = jax.grad(score, argnums=(0, 1), has_aux=True)(mask_queries, sampled, start, weight)
+        return jax.tree.map(jnp.add, state, (sums, *gradients))
+
+    zeros = jnp.zeros(2, mask_queries.dtype)
+    start = (zeros, jnp.zeros_like(mask_queries), jnp.zeros_like(sampled)) if differentiate else (zeros,)
+    sums, *gradients = lax.fori_loop(0, count_blocks(num_rows, block), score_block, start)
+    if not differentiate:
+        return sums, None
+    d_queries, d_sampled = gradients
+    return sums, (d_queries, sample_vjp(d_sampled)[0])
 
 
 def mask_iou_targets(
@@ -165,7 +182,7 @@ def mask_iou_targets(
     """
     mask_queries, mask_features = lax.stop_gradient((mask_queries, mask_features))
     rows = mask_queries.shape[1]
-    block = min(ROW_BLOCK, rows)
+    block = _block_size(rows)
 
     def fill(i: Array, iou: Array) -> Array:
         start = jnp.minimum(i * block, rows - block)

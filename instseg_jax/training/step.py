@@ -12,7 +12,7 @@ from instseg_jax.models.denoising import make_denoising_queries
 from instseg_jax.models.mask_rtdetr import MaskRTDETR
 from instseg_jax.training import sharding
 from instseg_jax.training.criterion import LossSettings, build_loss_settings, compute_losses, draw_points
-from instseg_jax.training.optimizer import ema_decay, update_ema
+from instseg_jax.training.optimizer import ema_decay, gradient_norm, update_ema
 from instseg_jax.training.state import TrainState
 from instseg_jax.types import Array, Batch, DenoisingQueries
 
@@ -96,7 +96,7 @@ def train_step(
         return total, (terms, updated["batch_stats"])
 
     (loss, (terms, batch_stats)), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
-    grad_norm = optax.global_norm(gradients)
+    grad_norm = gradient_norm(gradients, multipliers)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     now = ema_decay(state.num_updates, decay=decay, ramp_steps=ramp_steps)

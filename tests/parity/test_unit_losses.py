@@ -143,24 +143,26 @@ def load_draws(info: dict, z: dict, targets: Targets, denoising, outputs) -> Poi
         return np.full((sets, batch, rows, points, 2), 0.5, np.float32)
 
     slots, num_extra = targets.valid.shape[1], s.num_points - s.num_important
-    matcher, candidates, extra = (empty(sets, n, m) for n, m in ((1, info["P"]), (slots, s.num_important), (slots, num_extra)))
-    matcher = matcher[:, :, 0]
+    rows = slots if denoising is None else denoising.valid.shape[1]
+    all_sets = sets if denoising is None else 2 * sets - 1
+    matcher = np.zeros((sets, batch, info["P"], 2), np.float32)
+    candidates = np.full((all_sets, batch, rows, s.num_important, 2), 0.5, np.float32)
+    extra = np.full((all_sets, batch, rows, num_extra, 2), 0.5, np.float32)
     if not drawn:
-        return PointDraws(matcher, candidates, extra, None, None)
+        return PointDraws(matcher, candidates, extra)
     order = [sets - 1, *range(sets - 1)]
     for i, one_set in enumerate(order):
         matcher[one_set] = drawn[3 * i][:, 0]
     query_index = find_matches(outputs, targets, matcher, s)
     for i, one_set in enumerate(order):
         masks = [np.take(m, q, axis=0) for m, q in zip(z["masks"][one_set], query_index[one_set], strict=True)]
-        rows = [np.argsort(q)[np.count_nonzero(q < 0) :] for q in query_index[one_set]]
-        arrange(drawn[3 * i + 1], drawn[3 * i + 2], masks, rows, candidates[one_set], extra[one_set])
-    width, rows = denoising.valid.shape[1], [np.flatnonzero(row) for row in np.asarray(denoising.valid)]
-    dn_candidates, dn_extra = empty(sets - 1, width, s.num_important), empty(sets - 1, width, num_extra)
+        real = [np.argsort(q)[np.count_nonzero(q < 0) :] for q in query_index[one_set]]
+        arrange(drawn[3 * i + 1], drawn[3 * i + 2], masks, real, candidates[one_set], extra[one_set])
+    real = [np.flatnonzero(row) for row in np.asarray(denoising.valid)]
     for i, one_set in enumerate([sets - 2, *range(sets - 2)]):
         pair = drawn[3 * sets + 2 * i : 3 * sets + 2 * i + 2]
-        arrange(*pair, z["dn_masks"][one_set], rows, dn_candidates[one_set], dn_extra[one_set])
-    return PointDraws(matcher, candidates, extra, dn_candidates, dn_extra)
+        arrange(*pair, z["dn_masks"][one_set], real, candidates[sets + one_set], extra[sets + one_set])
+    return PointDraws(matcher, candidates, extra)
 
 
 def arrange(drawn, drawn_extra, masks, rows, candidates, extra) -> None:

@@ -1,0 +1,139 @@
+"""One training step on batches that are not as they should be: images without objects, images that are not numbers."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from instseg_jax.config import load_config
+from instseg_jax.models.mask_rtdetr import build_model, initial_variables
+from instseg_jax.training.criterion import build_loss_settings, compute_losses, draw_points
+from instseg_jax.training.optimizer import build_optimizer, build_schedule
+from instseg_jax.training.sharding import make_mesh
+from instseg_jax.training.state import initial_state
+from instseg_jax.training.step import build_train_step
+from instseg_jax.types import Batch, Predictions, Targets, TrainingOutputs
+
+SIZE, SLOTS, CLASSES = 64, 3, 3
+TINY = {
+    "model.num_queries": "8",
+    "model.num_decoder_layers": "1",
+    "denoising.num_denoising": "4",
+    "loss.num_points": "32",
+    "optimizer.warmup_steps": "0",
+}
+
+
+def make_batch(counts: tuple[int, ...]) -> Batch:
+    """Images with that many rectangles; slots beyond them hold an object that is not valid."""
+    rng = np.random.default_rng(0)
+    batch = len(counts)
+    labels = rng.integers(0, CLASSES, (batch, SLOTS)).astype(np.int32)
+    boxes = np.tile(np.array([0.5, 0.375, 0.5, 0.25], np.float32), (batch, SLOTS, 1))
+    masks = np.zeros((batch, SLOTS, SIZE, SIZE), np.uint8)
+    masks[:, :, 16:32, 16:48] = 1
+    valid = np.arange(SLOTS) < np.array(counts)[:, None]
+    sizes = np.full((batch, 2), SIZE, np.int32)
+    index = np.arange(batch, dtype=np.int32)
+    images = rng.random((batch, SIZE, SIZE, 3), np.float32)
+    return Batch(images, Targets(labels, boxes, masks, valid), index >= 0, index, sizes, sizes)
+
+
+@pytest.fixture(scope="module")
+def run_step():
+    """Function from (batch, state or None for a fresh one) to (state before, state after, metrics), in numpy."""
+    config = load_config("configs/mask_rtdetr.py:n", TINY)
+    model = build_model(config.model, CLASSES)
+    variables = initial_variables(model, seed=0)
+    schedule = build_schedule(config.optimizer, total_steps=100)
+    optimizer, multipliers = build_optimizer(config.optimizer, variables["params"], schedule)
+    step = build_train_step(config, model, optimizer, schedule, multipliers, make_mesh(jax.devices()[:1]))
+    before = initial_state(variables, optimizer)
+
+    def run(batch: Batch, state=before) -> tuple:
+        after, metrics = jax.tree.map(np.array, step(jax.tree.map(np.array, state), batch))
+        return state, after, metrics
+
+    return run
+
+
+def assert_same_trees(one, other) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_an_image_without_objects_is_trained_on_beside_one_with_some(run_step):
+    batch = make_batch((2, 0))
+    before, after, metrics = run_step(batch)
+    assert metrics["objects"] == 2 and not metrics["skipped"]
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]) and metrics["grad_norm"] > 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
+    assert (after.step, after.num_updates) == (1, 1)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, after.params)
+    assert np.mean(jax.tree.leaves(changed)) > 0.9
+
+    # What the slots without an object hold makes no difference.
+    targets = batch.targets
+    unused = ~targets.valid
+    other = Targets(
+        np.where(unused, 1 - targets.labels.clip(0, 1), targets.labels),
+        np.where(unused[..., None], np.float32(0.1), targets.boxes),
+        np.where(unused[..., None, None], np.uint8(1), targets.masks),
+        targets.valid,
+    )
+    assert (other.labels != targets.labels).any()
+    _, same, same_metrics = run_step(dataclasses.replace(batch, targets=other))
+    assert_same_trees((after, metrics), (same, same_metrics))
+
+
+def test_without_any_object_only_the_background_is_learned(run_step):
+    _, after, metrics = run_step(make_batch((0, 0)))
+    assert metrics["objects"] == 0 and not metrics["skipped"]
+    by_term = {name: value for name, value in metrics.items() if name.startswith("loss/")}
+    assert all(value == 0 for name, value in by_term.items() if "/class" not in name)
+    assert by_term["loss/class"] > 0
+    assert metrics["loss"] == pytest.approx(sum(by_term.values()), rel=1e-5)
+    assert after.num_updates == 1 and metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_image_that_is_not_finite_changes_nothing_but_the_step(run_step, value):
+    batch = make_batch((2, 1))
+    _, trained, _ = run_step(batch)
+    images = batch.images.copy()
+    images[1, 3, 4, 0] = value
+    before, after, metrics = run_step(dataclasses.replace(batch, images=images), trained)
+    assert metrics["skipped"] == 1 and not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]))
+    assert (after.step, after.num_updates) == (2, 1)
+    assert_same_trees(dataclasses.replace(after, step=before.step), before)
+
+    _, recovered, metrics = run_step(batch, after)  # and training goes on
+    assert not metrics["skipped"] and np.isfinite(metrics["loss"])
+    assert (recovered.step, recovered.num_updates) == (3, 2)
+
+
+def test_an_image_without_objects_adds_only_its_background():
+    """Beside an image with objects it adds 4 * 0.75 * p^2 * -log(1 - p) / objects a score, and nothing else."""
+    settings = build_loss_settings(load_config("configs/mask_rtdetr.py:n", TINY).loss)
+    rng = np.random.default_rng(1)
+    sets, queries, channels = 2, 8, 4
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    logits, boxes = normal(sets, 2, queries, CLASSES), rng.uniform(0.2, 0.6, (sets, 2, queries, 4)).astype(np.float32)
+    predictions = Predictions(logits, boxes, normal(sets, 2, queries, channels))
+    both = TrainingOutputs(predictions, None, normal(2, 16, 16, channels))
+    draws = draw_points(jax.random.key(0), settings, both)
+    targets = make_batch((2, 0)).targets
+    first = TrainingOutputs(jax.tree.map(lambda x: x[:, :1], predictions), None, both.mask_features[:1])
+
+    score = jax.jit(lambda outputs, targets, draws: compute_losses(outputs, targets, None, draws, settings)[1])
+    terms = score(both, targets, draws)
+    alone = score(first, jax.tree.map(lambda x: x[:1], targets), jax.tree.map(lambda x: x[:, :1], draws))
+    p = 1 / (1 + np.exp(-logits[:, 1].astype(np.float64)))
+    background = np.sum(4 * 0.75 * p**2 * -np.log(1 - p), axis=(1, 2)) / 2
+    assert (background > 0.1).all()
+    for name, value in terms.items():
+        extra = {"loss/class/encoder": background[0], "loss/class": background[1]}.get(name, 0)
+        assert value == pytest.approx(alone[name] + extra, rel=1e-5), name
