@@ -25,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="run.py",
+        prog="instseg" if os.path.basename(sys.argv[0]) == "instseg" else "run.py",
         description="Instance segmentation in JAX with Mask-RT-DETR.",
         epilog="Any field of the config can be set: --config.train.epochs=20 --config.data.dir=my/data. "
         "`run.py VERB --help` shows the options of a verb.",

@@ -45,7 +45,9 @@ QUERIES, CLASSES, SLOTS, CHANNELS, SIZE, NUM_DENOISING, LAYERS = 9, 3, 5, 4, 8, 
 
 
 def boxes(rng, *shape) -> np.ndarray:
-    return np.concatenate([rng.uniform(0.3, 0.7, (*shape, 2)), rng.uniform(0.1, 0.5, (*shape, 2))], -1).astype(np.float32)
+    return np.concatenate([rng.uniform(0.3, 0.7, (*shape, 2)), rng.uniform(0.1, 0.5, (*shape, 2))], -1).astype(
+        np.float32
+    )
 
 
 def make_targets(counts, seed=0) -> Targets:
@@ -136,7 +138,9 @@ def test_right_predictions_cost_next_to_nothing():
             found[:, b, 2 * n] = targets.boxes[b, n]
             queries[:, b, 2 * n, 0] = 12
     right = TrainingOutputs(Predictions(logits, found, queries), None, np.ones_like(outputs.mask_features))
-    wrong = TrainingOutputs(Predictions(-logits, found[:, :, ::-1], -queries), None, right.mask_features)
+    nowhere = np.zeros_like(queries)
+    nowhere[..., 0] = -12
+    wrong = TrainingOutputs(Predictions(-logits, found[:, :, ::-1], nowhere), None, right.mask_features)
     (_, low), _ = score(right, targets, None, draws)
     (_, high), _ = score(wrong, targets, None, draws)
     for name in low:
@@ -289,7 +293,9 @@ def test_shared_points_and_own_points_agree():
     outputs, targets, denoising, draws = run_case()
     rows = NUM_DENOISING
     own = PointDraws(draws.matcher, *(jnp.repeat(x, rows, axis=2) for x in (draws.candidates, draws.extra)))
-    for a, b in zip(leaves(score(outputs, targets, denoising, draws)), leaves(score(outputs, targets, denoising, own)), strict=True):
+    for a, b in zip(
+        leaves(score(outputs, targets, denoising, draws)), leaves(score(outputs, targets, denoising, own)), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
 
 
@@ -371,7 +377,10 @@ def sharded_losses(num_devices: int) -> dict:
     mesh = make_mesh(jax.devices()[:num_devices])
     targets, outputs = make_targets((3, 2, 0, 5, 1, 4, 2, 3)), make_outputs(8)
     targets = put_batch(targets, mesh)
-    by_set = jax.tree.map(lambda x: jax.device_put(x, split_over_batch(mesh).update(spec=(None, "data"))), (outputs.matching, outputs.denoising))
+    by_set = jax.tree.map(
+        lambda x: jax.device_put(x, split_over_batch(mesh).update(spec=(None, "data"))),
+        (outputs.matching, outputs.denoising),
+    )
     outputs = TrainingOutputs(*by_set, put_batch(outputs.mask_features, mesh))
 
     @jax.jit
@@ -388,7 +397,12 @@ def sharded_losses(num_devices: int) -> dict:
     directions = jax.tree.map(lambda x: np.cos(np.arange(x.size, dtype=np.float64)).reshape(x.shape), gradient)
     projections = [float((np.asarray(g) * d).sum()) for g, d in zip(leaves(gradient), leaves(directions), strict=True)]
     kept = len(gradient.matching.boxes.sharding.device_set)
-    return {"total": float(total), "terms": {k: float(v) for k, v in terms.items()}, "gradient": projections, "devices": kept}
+    return {
+        "total": float(total),
+        "terms": {k: float(v) for k, v in terms.items()},
+        "gradient": projections,
+        "devices": kept,
+    }
 
 
 @pytest.mark.slow

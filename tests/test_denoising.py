@@ -15,7 +15,9 @@ def make_targets(counts, slots=5, seed=0) -> Targets:
     rng = np.random.default_rng(seed)
     batch = len(counts)
     valid = np.arange(slots) < np.array(counts)[:, None]
-    boxes = np.concatenate([rng.uniform(0.4, 0.6, (batch, slots, 2)), rng.uniform(0.1, 0.3, (batch, slots, 2))], axis=-1)
+    boxes = np.concatenate(
+        [rng.uniform(0.4, 0.6, (batch, slots, 2)), rng.uniform(0.1, 0.3, (batch, slots, 2))], axis=-1
+    )
     return Targets(
         labels=np.where(valid, rng.integers(0, CLASSES, (batch, slots)), 0).astype(np.int32),
         boxes=np.where(valid[..., None], boxes, 0).astype(np.float32),
@@ -25,7 +27,12 @@ def make_targets(counts, slots=5, seed=0) -> Targets:
 
 
 def make(targets, num_denoising=10, seed=0, **changes):
-    options = {"num_classes": CLASSES, "num_queries": QUERIES, "label_noise_ratio": 0.5, "box_noise_scale": 1.0} | changes
+    options = {
+        "num_classes": CLASSES,
+        "num_queries": QUERIES,
+        "label_noise_ratio": 0.5,
+        "box_noise_scale": 1.0,
+    } | changes
     make_jit = jax.jit(lambda t, rng: make_denoising_queries(t, num_denoising=num_denoising, rng=rng, **options))
     return jax.tree.map(np.asarray, make_jit(targets, jax.random.key(seed)))
 
@@ -109,8 +116,12 @@ def test_more_objects_than_slots_make_one_group():
 
 def test_spare_target_slots_change_nothing():
     a, b = make_targets([3, 2], slots=3), make_targets([3, 2], slots=5)
-    b = Targets(*(np.concatenate([x, np.zeros_like(y[:, 3:])], axis=1) for x, y in zip(
-        (a.labels, a.boxes, a.masks, a.valid), (b.labels, b.boxes, b.masks, b.valid), strict=True)))
+    b = Targets(
+        *(
+            np.concatenate([x, np.zeros_like(y[:, 3:])], axis=1)
+            for x, y in zip((a.labels, a.boxes, a.masks, a.valid), (b.labels, b.boxes, b.masks, b.valid), strict=True)
+        )
+    )
     for x, y in zip(jax.tree.leaves(make(a)), jax.tree.leaves(make(b)), strict=True):
         np.testing.assert_array_equal(x, y)
 

@@ -142,14 +142,19 @@ def test_sampling_against_scipy():
     for b in range(2):
         rows, columns = points[b, :, 1] * 5 - 0.5, points[b, :, 0] * 7 - 0.5
         for c in range(3):
-            wanted = scipy.ndimage.map_coordinates(feature_map[b, :, :, c], [rows, columns], order=1, mode="grid-constant")
+            wanted = scipy.ndimage.map_coordinates(
+                feature_map[b, :, :, c], [rows, columns], order=1, mode="grid-constant"
+            )
             np.testing.assert_allclose(sampled[b, :, c], wanted, atol=1e-5)
 
 
 def test_sampling_is_linear_and_its_gradient_is_the_transpose():
     rng = np.random.default_rng(0)
     m = jnp.asarray(rng.standard_normal((2, 4, 4, 3)), jnp.float32)
-    points, g = jnp.asarray(rng.uniform(-0.1, 1.1, (2, 9, 2)), jnp.float32), jnp.asarray(rng.standard_normal((2, 9, 3)), jnp.float32)
+    points, g = (
+        jnp.asarray(rng.uniform(-0.1, 1.1, (2, 9, 2)), jnp.float32),
+        jnp.asarray(rng.standard_normal((2, 9, 3)), jnp.float32),
+    )
     value, vjp = jax.vjp(lambda m: sample_map(m, points), m)
     np.testing.assert_allclose(jnp.sum(vjp(g)[0] * m), jnp.sum(value * g), rtol=1e-5)
     other = jnp.asarray(rng.standard_normal(m.shape), jnp.float32)
@@ -197,7 +202,9 @@ def test_resized_planes_against_jax_image(height, width):
     masks, num_slots = random_masks(8, 12), jnp.asarray(SLOTS)
     resized = resize_planes(pack_masks(jnp.asarray(masks), num_slots), height, width, num_slots)
     found = np.asarray(read_bits(resized, jnp.arange(SLOTS)))
-    values = np.asarray(jax.image.resize(masks.astype(np.float32), (2, SLOTS, height, width), "bilinear", antialias=False))
+    values = np.asarray(
+        jax.image.resize(masks.astype(np.float32), (2, SLOTS, height, width), "bilinear", antialias=False)
+    )
     clear = np.abs(values - 0.5) > 1e-5
     assert clear.mean() > 0.5
     np.testing.assert_array_equal(found[clear], values[clear] > 0.5)

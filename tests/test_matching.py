@@ -29,7 +29,9 @@ def random_case(seed=0, sets=2, batch=2, queries=7, slots=5, classes=3, channels
     shape = (sets, batch, queries)
     predictions = Predictions(
         class_logits=rng.standard_normal((*shape, classes)).astype(np.float32),
-        boxes=np.concatenate([rng.uniform(0.3, 0.7, (*shape, 2)), rng.uniform(0.1, 0.5, (*shape, 2))], -1).astype(np.float32),
+        boxes=np.concatenate([rng.uniform(0.3, 0.7, (*shape, 2)), rng.uniform(0.1, 0.5, (*shape, 2))], -1).astype(
+            np.float32
+        ),
         mask_queries=rng.standard_normal((*shape, channels)).astype(np.float32),
     )
     features = rng.standard_normal((batch, size, size, channels)).astype(np.float32)
@@ -66,7 +68,12 @@ def test_mask_costs_against_optax_and_counting():
     points = np.stack(np.meshgrid(centres, centres), axis=-1).reshape(1, -1, 2)
     num_slots = jnp.asarray(slots)
     bce, dice = mask_costs(
-        jnp.asarray(queries), jnp.asarray(features), pack_masks(jnp.asarray(masks), num_slots), num_slots, jnp.asarray(points), slots
+        jnp.asarray(queries),
+        jnp.asarray(features),
+        pack_masks(jnp.asarray(masks), num_slots),
+        num_slots,
+        jnp.asarray(points),
+        slots,
     )
     logits = np.einsum("qc,hwc->qhw", queries[0], features[0])
     for q, n in itertools.product(range(5), range(slots)):
@@ -100,7 +107,10 @@ def test_assignment_is_the_cheapest_of_all(seed):
     found = np.asarray(jax.jit(assign)(jnp.asarray(cost), jnp.asarray(valid)))[0, 0]
     assert found[1] == -1
     real = [0, 2, 3]
-    least = min(itertools.permutations(range(5), 3), key=lambda queries: sum(cost[0, 0, q, n] for q, n in zip(queries, real, strict=True)))
+    least = min(
+        itertools.permutations(range(5), 3),
+        key=lambda queries: sum(cost[0, 0, q, n] for q, n in zip(queries, real, strict=True)),
+    )
     assert tuple(found[real]) == least
 
 

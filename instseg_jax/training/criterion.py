@@ -257,7 +257,9 @@ def _score_groups(
     row_valid = query_index >= 0
     picked = [jnp.maximum(g.query_index, 0)[..., None] for g in groups]
     boxes, mask_queries = (
-        _join([jnp.take_along_axis(getattr(g.predictions, name), q, axis=2) for g, q in zip(groups, picked, strict=True)])
+        _join(
+            [jnp.take_along_axis(getattr(g.predictions, name), q, axis=2) for g, q in zip(groups, picked, strict=True)]
+        )
         for name in ("boxes", "mask_queries")
     )
     object_index = _join([jnp.tile(g.object_index, (n, 1, 1)) for g, n in zip(groups, counts, strict=True)])[:, 0]
@@ -270,7 +272,9 @@ def _score_groups(
 
     is_main = np.cumsum(counts) - 1  # the last layer of each group
     kinds = [settings.iou_target if i in is_main else settings.aux_iou_target for i in range(sum(counts))]
-    quality = _row_quality(kinds, boxes, target_boxes, mask_queries, mask_features, planes, object_index, num_rows, num_slots)
+    quality = _row_quality(
+        kinds, boxes, target_boxes, mask_queries, mask_features, planes, object_index, num_rows, num_slots
+    )
     class_sums, first = [], 0
     for g, n in zip(groups, counts, strict=True):
         rows = slice(first, first + n), slice(None), slice(g.query_index.shape[2])

@@ -15,9 +15,7 @@ DICE_SMOOTHING = 1.0
 MASK_IOU_SMOOTHING = 0.01
 
 
-def varifocal_loss(
-    class_logits: Array, labels: Array, quality: Array, *, alpha: float, gamma: float
-) -> Array:
+def varifocal_loss(class_logits: Array, labels: Array, quality: Array, *, alpha: float, gamma: float) -> Array:
     """Varifocal loss (Zhang et al. 2021) summed over classes: [..., Q, K] -> [..., Q].
 
     Args:

@@ -189,9 +189,7 @@ def mask_iou_targets(
         queries = lax.dynamic_slice_in_dim(mask_queries, start, block, axis=1)
         logits = jnp.einsum("brc,bhwc->brhw", queries, mask_features, precision=lax.Precision.HIGHEST)
         slots = lax.dynamic_slice_in_dim(object_index, start, block)
-        phases = tuple(
-            tuple(read_bits(planes[:, :, row::2, column::2], slots) for column in (0, 1)) for row in (0, 1)
-        )
+        phases = tuple(tuple(read_bits(planes[:, :, row::2, column::2], slots) for column in (0, 1)) for row in (0, 1))
         return lax.dynamic_update_slice_in_dim(iou, mask_quality(logits, phases), start, axis=1)
 
     start = jnp.zeros(mask_queries.shape[:2], mask_queries.dtype)

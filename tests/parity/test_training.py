@@ -47,11 +47,12 @@ NOISE_CASE = "s/train_128_const.json"  # whose noise counts for a case that stat
 IMAGE_SEED, FIRST_SEED = 77, 1000
 MIN_SLOTS = 4
 NUM_CLASSES = 80
+QUICKLY = {"xla_llvm_disable_expensive_passes": True}  # a few steps are not worth minutes of compiling
 OFFICIAL = {"class": "class", "box_l1": "bbox", "box_giou": "giou", "mask_bce": "mask", "mask_dice": "dice"}
 OUTPUT_NAMES = {"class_logits": "logits", "boxes": "boxes", "mask_queries": "masks"}
-SAMPLE_LIMIT = 0.1
+SAMPLE_LIMIT = 0.3  # relative; sixteen values of a tensor, of which the case states no noise
 SAME_BOX = 1e-3  # normalised; boxes of one query differ less between two float32 runs
-OUTPUT_LIMIT = 1e-3
+OUTPUT_LIMIT = 5e-4  # relative 2-norm; of these the case states no noise either
 RATE_ROUNDING = 2e-11  # float32 near the full learning rate of 1e-4
 parametrized = pytest.mark.parametrize("name", TRAIN_CASES)
 
@@ -251,7 +252,7 @@ def train(name: str) -> Run:
     run = Run(None, None, [], {}, 0.0, [], {}, {})
     state = initial_state(setup.variables, setup.optimizer)
     with jax.default_matmul_precision("highest"):
-        compiled = jax.jit(step)
+        compiled = jax.jit(step).lower(state, *draw_step(setup, 0)).compile(QUICKLY)
         for i in range(len(setup.history)):
             state, metrics = compiled(state, *draw_step(setup, i))
             metrics = jax.tree.map(np.asarray, metrics)
@@ -277,13 +278,22 @@ def test_there_is_a_case():
 
 
 def relative_noise(name: str) -> list[dict[str, float]]:
-    """For each step: the worst relative noise of a loss term (key ""), and that of the total (key "loss")."""
+    """For each step the worst relative noise of a loss term, "terms", and that of the total, "total".
+
+    Errors of the terms may cancel by luck, so that of the total counts as at least the root of their squares.
+    """
     info = noise_info(name)
     steps = []
     for noise, values in zip(info["_noise"]["history"], info["history"], strict=True):
-        relative = {key: noise[key] / abs(values[key]) for key in noise if values[key]}
-        steps.append({"": max(relative.values()), "loss": relative["loss"]})
+        terms = [key for key in noise if key != "loss" and values[key]]
+        total = max(noise["loss"], float(np.linalg.norm([noise[key] for key in terms])))
+        steps.append({"terms": max(noise[key] / abs(values[key]) for key in terms), "total": total / values["loss"]})
     return steps
+
+
+def tolerance(noise: list[dict[str, float]], step: int) -> dict[str, float]:
+    """Allowed relative errors in a step, counted from 0."""
+    return {key: max(NOISE_FACTOR * x, RELATIVE_FLOOR) for key, x in noise[min(step, len(noise) - 1)].items()}
 
 
 def noise_info(name: str) -> dict:
@@ -293,7 +303,8 @@ def noise_info(name: str) -> dict:
 
 def query_order(name: str) -> np.ndarray:
     """[B, Q] our query for each of the reference's: the same one, or one that changed places with it."""
-    theirs, mine = prepare(name).case.tensors["enc_boxes_full"], train(name).outputs.matching.boxes[0]
+    mine = train(name).outputs.matching.boxes[0]
+    theirs = prepare(name).case.tensors.get("enc_boxes_full", mine)
     distance = np.abs(theirs[:, :, None] - mine[:, None]).max(axis=-1)
     same = np.diagonal(distance, axis1=1, axis2=2) < SAME_BOX
     order = np.where(same, np.arange(theirs.shape[1]), distance.argmin(axis=-1))
@@ -367,12 +378,14 @@ def test_loss_terms(name):
     setup, run, noise = prepare(name), train(name), relative_noise(name)
     ratios, totals = [], []
     for i, (mine, theirs) in enumerate(zip(run.terms, setup.history, strict=True)):
-        limit = {key: max(NOISE_FACTOR * x, RELATIVE_FLOOR) for key, x in noise[min(i, len(noise) - 1)].items()}
+        limit = tolerance(noise, i)
         for term, official in OFFICIAL.items():
             for suffix in ("", "_aux", "_dn", "_aux_dn"):
                 value = theirs[f"loss_{official}{suffix}"]
-                ratios.append((abs(mine[term + suffix] - value) / abs(value) / limit[""], f"step {i + 1}, {term}{suffix}"))
-        totals.append((abs(mine["total"] - theirs["loss"]) / theirs["loss"] / limit["loss"], f"step {i + 1}"))
+                error = abs(mine[term + suffix] - value) / abs(value)
+                ratios.append((error / limit["terms"], f"step {i + 1}, {term}{suffix}"))
+        error = abs(mine["total"] - theirs["loss"]) / theirs["loss"]
+        totals.append((error / limit["total"], f"step {i + 1}"))
     for what, found in (("loss terms", ratios), ("total loss", totals)):
         ratio, where = max(found)
         REPORT.append((name, f"{what}, {len(run.terms)} steps", f"{ratio:.2f} of the tolerance ({where})"))
@@ -404,8 +417,8 @@ def test_gradients(name):
     REPORT.append((name, "gradient norms, worst tensor", f"{errors[worst] / limit:.2f} of the tolerance ({worst})"))
     REPORT.append((name, "gradient norms, median", f"{median / median_limit:.2f} of the tolerance"))
     REPORT.append((name, "global gradient norm", f"{total_error / limit:.2f} of the tolerance"))
-    REPORT.append((name, "gradient samples, median and worst", f"{median_sample:.1e} and {samples[worst_sample]:.1e} ({worst_sample})"))
-    print(sorted(samples.items(), key=lambda x: -x[1])[:10], sorted(errors.items(), key=lambda x: -x[1])[:5])
+    figures = f"{median_sample:.1e} and {samples[worst_sample]:.1e} relative ({worst_sample})"
+    REPORT.append((name, "gradient samples, median and worst", figures))
     assert errors[worst] <= limit, worst
     assert median <= median_limit
     assert total_error <= limit
@@ -414,15 +427,17 @@ def test_gradients(name):
 
 @parametrized
 def test_weights_statistics_and_moving_averages(name):
-    """In units of the learning rate: Adam turns noise in the smallest gradients into steps of that size."""
-    setup, run = prepare(name), train(name)
+    """Weights in units of the learning rate: Adam turns noise in small gradients into steps of that size."""
+    setup, run, relative = prepare(name), train(name), relative_noise(name)
     noise = noise_info(name)["_noise"]["parameters_in_lr"]
     assert run.weights
     for k in run.weights:
-        limits = NOISE_FACTOR * np.array(noise[min(noise, key=lambda n: (int(n) < k, abs(int(n) - k)))])
+        stated = min(noise, key=lambda n: (int(n) < k, abs(int(n) - k)))
+        limits = NOISE_FACTOR * np.array(noise[stated])  # of the maximum, the 99 % quantile and the median
+        statistics_limit = tolerance(relative, k - 1)["total"]
         rate = np.mean([row["lr"] for row in setup.history[:k]])
         for letter, what, state in (("P", "weights", run.weights[k]), ("E", "moving averages", run.averages[k])):
-            errors, statistics = [], {}
+            errors, statistics = [], []
             for key, expected in setup.case.tensors.items():
                 if not key.startswith(f"{letter}{k}@"):
                     continue
@@ -431,14 +446,18 @@ def test_weights_statistics_and_moving_averages(name):
                 mine = mine[synth.subsample_indices(f"P@{tensor}", mine.size, len(expected))]
                 difference = np.abs(mine.astype(np.float64) - expected)
                 if tensor.endswith(("_mean", "_variance")):
-                    statistics[tensor] = difference.max() / np.abs(expected).max()
+                    statistics.append(difference.max() / np.abs(expected).max())
                 else:
-                    errors.append(np.maximum(difference - 2 * np.spacing(np.abs(expected)), 0) / rate)
+                    rounding = 2 * k * np.spacing(np.abs(expected))
+                    errors.append(np.maximum(difference - rounding, 0) / rate)
             errors = np.concatenate(errors)
             figures = np.array([errors.max(), np.quantile(errors, 0.99), np.median(errors)])
-            print(k, what, figures, statistics)
-            REPORT.append((name, f"{what}, step {k}", f"{(figures / limits).max():.2f} of the tolerance"))
+            text = f"{(figures / limits).max():.2f} of the tolerance (99 % within {figures[1]:.2g} learning rates)"
+            REPORT.append((name, f"{what}, step {k}", text))
             assert (figures <= limits).all(), figures
+            ratio = max(statistics) / statistics_limit
+            REPORT.append((name, f"batch statistics, {what}, step {k}", f"{ratio:.2f} of the tolerance"))
+            assert ratio <= 1
 
 
 @parametrized

@@ -399,4 +399,6 @@ def test_generalized_box_iou():
 
 def test_inverse_sigmoid():
     z = functions()
-    np.testing.assert_allclose(box_ops.inverse_sigmoid(jnp.asarray(z["m2b_xywh"])), z["m2b_invsig"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        box_ops.inverse_sigmoid(jnp.asarray(z["m2b_xywh"])), z["m2b_invsig"], rtol=1e-5, atol=1e-5
+    )
