@@ -6,6 +6,7 @@ Errors that a user can mend are one sentence and exit code 1; `--debug` shows wh
 
 import argparse
 import os
+import pathlib
 import sys
 from typing import NoReturn
 
@@ -25,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="instseg" if os.path.basename(sys.argv[0]) == "instseg" else "run.py",
+        prog="instseg" if pathlib.Path(sys.argv[0]).name == "instseg" else "run.py",
         description="Instance segmentation in JAX with Mask-RT-DETR.",
         epilog="Any field of the config can be set: --config.train.epochs=20 --config.data.dir=my/data. "
         "`run.py VERB --help` shows the options of a verb.",
@@ -120,11 +121,11 @@ def _keep_compiled_programs(workdir: str) -> None:
 
     INSTSEG_COMPILED names a folder to share between workdirs; empty switches it off.
     """
-    folder = os.environ.get(COMPILED_SWITCH, os.path.join(workdir, "compiled"))
+    folder = os.environ.get(COMPILED_SWITCH, str(pathlib.Path(workdir) / "compiled"))
     if folder:
         import jax
 
-        jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).resolve()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
 
 

@@ -46,7 +46,7 @@ def test_overrides_are_parted_from_options():
     rest, overrides = split_overrides(["train", "--config.a.b=1=2", "--workdir=x", "--config.c", "3"])
     assert rest == ["train", "--workdir=x"]
     assert overrides == {"a.b": "1=2", "c": "3"}
-    with pytest.raises(ValueError, match="--config.c has no value"):
+    with pytest.raises(ValueError, match=r"--config\.c has no value"):
         split_overrides(["--config.c"])
 
 
@@ -105,7 +105,12 @@ def empty_polygon(data: dict) -> str:
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(break_json, "instance_train.json"), (unknown_image, "987654"), (unknown_category, "55"), (empty_polygon, "polygon")],
+    [
+        (break_json, "instance_train.json"),
+        (unknown_image, "987654"),
+        (unknown_category, "55"),
+        (empty_polygon, "polygon"),
+    ],
 )
 def test_broken_annotations_are_named_and_nothing_is_written(capsys, tmp_path, damage, message):
     folder = copy_embedded(tmp_path / "data")

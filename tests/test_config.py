@@ -59,7 +59,7 @@ def test_two_configs_do_not_share_values():
 
 
 def test_a_missing_file_and_a_bad_size_are_named():
-    with pytest.raises(FileNotFoundError, match="nothing.py"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.py"):
         load_config("nothing.py")
     with pytest.raises(ValueError, match="'z'"):
         load_config("configs/mask_rtdetr.py:z")

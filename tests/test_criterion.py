@@ -7,13 +7,13 @@ import os
 import pathlib
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from ml_collections import ConfigDict
 
 from instseg_jax.models.denoising import make_denoising_queries
 from instseg_jax.training.criterion import (
@@ -250,7 +250,7 @@ def test_gradient_against_finite_differences():
             direction = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape)), getattr(outputs, name))
 
             def at(step, name=name, direction=direction):
-                moved = jax.tree.map(lambda x, d: x + step * d, getattr(outputs, name), direction)
+                moved = jax.tree.map(lambda x, along: x + step * along, getattr(outputs, name), direction)
                 return score(dataclasses.replace(outputs, **{name: moved}), targets, denoising, draws, settings)[0][0]
 
             numeric = (at(1e-6) - at(-1e-6)) / 2e-6
@@ -353,16 +353,12 @@ def test_settings_from_a_config():
         "num_points": 12544, "oversample_ratio": 3.0, "important_ratio": 0.75,
     }  # fmt: skip
 
-    class Section(SimpleNamespace):
-        def __getitem__(self, name):
-            return getattr(self, name)
-
-    settings = build_loss_settings(Section(**section))
+    settings = build_loss_settings(ConfigDict(section))
     assert (settings.num_candidates, settings.num_important) == (37632, 9408)
     assert settings.weights.mask_dice == 6 and settings.match_weights.class_ == 1
     for name, value in (("iou_target", "giou"), ("num_points", 0), ("oversample_ratio", 0.5), ("important_ratio", 1.5)):
         with pytest.raises(ValueError, match=f"loss.{name} is"):
-            build_loss_settings(Section(**section | {name: value}))
+            build_loss_settings(ConfigDict(section | {name: value}))
 
 
 def test_denoising_and_its_predictions_come_together():
@@ -370,6 +366,15 @@ def test_denoising_and_its_predictions_come_together():
     with pytest.raises(ValueError, match="both be given"):
         compute_losses(outputs, targets, None, draws, SETTINGS)
     del denoising
+
+
+def test_a_mesh_of_one_device_changes_nothing():
+    outputs, targets, _, draws = run_case(use_denoising=False)
+    mesh = make_mesh(jax.devices()[:1])
+    total, terms = jax.jit(lambda *args: compute_losses(*args, SETTINGS, mesh=mesh))(outputs, targets, None, draws)
+    (wanted, wanted_terms), _ = score(outputs, targets, None, draws)
+    np.testing.assert_allclose(total, wanted, rtol=1e-6)
+    assert terms.keys() == wanted_terms.keys()
 
 
 def sharded_losses(num_devices: int) -> dict:

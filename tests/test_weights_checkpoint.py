@@ -228,7 +228,8 @@ def test_nothing_is_logged(tmp_path):
     done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("absl")] == ["absl others are heard"]
-    assert done.stderr == ""
+    # JAX 0.8 says at level INFO that there is no TPU; that is not about checkpoints.
+    assert [line for line in done.stderr.splitlines() if "xla_bridge" not in line] == []
 
 
 # --- variables for inference ------------------------------------------------------------------------

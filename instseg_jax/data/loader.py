@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from instseg_jax import images
-from instseg_jax.data import coco, examples, rasterize, transforms
+from instseg_jax.data import coco, examples, transforms
 from instseg_jax.types import Batch, Targets
 
 Size = tuple[int, int]

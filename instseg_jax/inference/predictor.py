@@ -74,8 +74,6 @@ def merge_configs(config: ConfigDict, saved: ConfigDict) -> ConfigDict:
     return merged
 
 
-
-
 def import_checkpoint(config: ConfigDict, source: str, folder: str | os.PathLike[str]) -> str:
     """Turn official weights into a self-describing checkpoint at `folder`; returns what was loaded, to print.
 

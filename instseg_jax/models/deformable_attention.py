@@ -106,5 +106,3 @@ class DeformableAttention(nn.Module):
             weights.reshape(batch, queries, heads, levels, points),
         )
         return dense("output_proj", channels, sampled.reshape(query.shape))
-
-

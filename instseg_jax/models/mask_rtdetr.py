@@ -198,8 +198,8 @@ def initial_variables(model: MaskRTDETR, *, seed: int, channels: int = 3) -> dic
     """Draw {"params", "batch_stats"} as the reference initialises them, in numpy.
 
     Compiling `model.init` takes half a minute for the small sizes; this takes a second. Every tensor is drawn
-    from its own generator, (seed, position in the sorted tree). Layers that the reference makes by copying one layer (decoder,
-    attention encoder) start out identical.
+    from its own generator, (seed, position in the sorted tree). Layers that the reference makes by copying one
+    layer (decoder, attention encoder) start out identical.
     """
     with recorded_initializers() as recorded:
         shapes = abstract_variables(model, channels)

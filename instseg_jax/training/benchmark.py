@@ -56,7 +56,9 @@ def run_benchmark(config: ConfigDict, *, repeats: int) -> dict:
     predict = make_predict(model, num_detections=config.eval.num_detections)
     image = first.images[:1]
     on_device = jax.device_put(variables, mesh.devices.flat[0])
-    parts["forward, 1 image"] = _time_compiled(predict, lambda run: run(on_device, image), (on_device, image), repeats, 1)
+    parts["forward, 1 image"] = _time_compiled(
+        predict, lambda run: run(on_device, image), (on_device, image), repeats, 1
+    )
 
     schedule = build_schedule(config.optimizer, config.train.epochs * train_loader.num_batches)
     optimizer, multipliers = build_optimizer(config.optimizer, variables["params"], schedule)
@@ -134,7 +136,11 @@ def _print(table: dict) -> None:
     title = "{model}, {image_size} px, batch {batch_size}, {machine}".format(**table)
     shown = Table("part", "wall ms", "CPU ms", "images/s", "compile s", "temporary MB", title=title)
     for name, part in table["parts"].items():
-        extra = [f"{part[key]:.0f}" if part.get(key) is not None else "" for key in ("compile_s", "temporary_memory_mb")]
-        shown.add_row(name, f"{1e3 * part['wall_s']:.1f}", f"{1e3 * part['cpu_s']:.1f}", f"{part['images_per_s']:.1f}", *extra)
+        extra = [
+            f"{part[key]:.0f}" if part.get(key) is not None else "" for key in ("compile_s", "temporary_memory_mb")
+        ]
+        shown.add_row(
+            name, f"{1e3 * part['wall_s']:.1f}", f"{1e3 * part['cpu_s']:.1f}", f"{part['images_per_s']:.1f}", *extra
+        )
     Console().print(shown)
     print(f"peak memory of the process {table['peak_memory_mb']:.0f} MB")

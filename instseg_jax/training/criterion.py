@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
+from ml_collections import ConfigDict
 
 from instseg_jax.models.denoising import count_slots
 from instseg_jax.training.losses import box_losses, box_quality, varifocal_loss
@@ -57,7 +58,7 @@ class PointDraws:
     extra: Array  # [T, B, 1 or R, num_points - num_important, 2]
 
 
-def build_loss_settings(config) -> LossSettings:
+def build_loss_settings(config: ConfigDict) -> LossSettings:
     """Read the section `loss` of a config.
 
     Raises: ValueError for a choice, a ratio or a number of points that is not allowed.
@@ -153,14 +154,11 @@ def compute_losses(
 
     if mesh is not None:
         split, whole, by_set = PartitionSpec(DATA_AXIS), PartitionSpec(), PartitionSpec(None, DATA_AXIS)
-        outputs_spec = TrainingOutputs(by_set, by_set, split)
         denoising_spec = None if denoising is None else DenoisingQueries(split, split, whole, split, whole, whole)
-        if denoising is None:
-            outputs_spec = dataclasses.replace(outputs_spec, denoising=None)
         score = jax.shard_map(
             score,
             mesh=mesh,
-            in_specs=(outputs_spec, split, denoising_spec, by_set, whole),
+            in_specs=(TrainingOutputs(by_set, by_set, split), split, denoising_spec, by_set, whole),
             out_specs=split,
             check_vma=False,
         )

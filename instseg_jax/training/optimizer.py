@@ -177,6 +177,4 @@ def update_ema(average: dict, values: dict, decay: Array, averaged: dict | None 
     """average * decay + values * (1 - decay); where `averaged` is False, the value itself."""
     if averaged is None:
         averaged = jax.tree.map(lambda _: True, values)
-    return jax.tree.map(
-        lambda a, v, use: decay * a + (1 - decay) * v if use else v, average, values, averaged
-    )
+    return jax.tree.map(lambda a, v, use: decay * a + (1 - decay) * v if use else v, average, values, averaged)

@@ -98,7 +98,9 @@ def test_float64_agrees_with_the_reference_in_float64(name):
         error = np.abs(value - reference).max() / np.abs(reference).max()
         worst[stage] = error / limit
     REPORT.append((name, "float64, up to the selection", f"{1e-8 * worst_of(worst, BEFORE_SELECTION):.1e} of absmax"))
-    REPORT.append((name, "float64, after it", f"{1e-4 * worst_of(worst, set(worst) - set(BEFORE_SELECTION)):.1e} of absmax"))
+    REPORT.append(
+        (name, "float64, after it", f"{1e-4 * worst_of(worst, set(worst) - set(BEFORE_SELECTION)):.1e} of absmax")
+    )
     assert compared >= 20
     assert max(worst.values()) <= 1, worst
 
@@ -123,7 +125,7 @@ def compare_with_reference(case: Case, mine: dict[str, np.ndarray]) -> dict[str,
 @pytest.mark.parametrize("name", EVAL_CASES)
 def test_float32_is_within_five_times_the_noise_of_the_reference(name):
     case = load_case(name)
-    mine, intermediates = run_case(case, inject=True)
+    mine, _ = run_case(case, inject=True)
     ratios = compare_with_reference(case, mine)
     stage, ratio = max(ratios.items(), key=lambda item: item[1])
     REPORT.append((name, "float32, worst stage", f"{ratio:.2f} of the tolerance ({stage})"))
@@ -284,7 +286,9 @@ def test_bfloat16_stays_near(name):
     scores = np.abs(jax.nn.sigmoid(exact.class_logits) - jax.nn.sigmoid(rough.class_logits))
     boxes = np.abs(exact.boxes - rough.boxes)
     masks = ((exact.mask_logits > 0) == (rough.mask_logits > 0)).mean()
-    REPORT.append((name, "bfloat16 against float32, scores", f"{scores.mean():.1e} on average, {scores.max():.1e} at most"))
+    REPORT.append(
+        (name, "bfloat16 against float32, scores", f"{scores.mean():.1e} on average, {scores.max():.1e} at most")
+    )
     REPORT.append((name, "bfloat16 against float32, masks", f"{100 * masks:.2f} % of pixels"))
     assert rough.class_logits.dtype == np.float32 and rough.boxes.dtype == np.float32
     assert 0 < scores.mean() < 0.02 and boxes.mean() < 0.02 and masks > 0.97

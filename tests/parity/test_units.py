@@ -110,7 +110,9 @@ def _shapes(prefix: str, module: nn.Module | None = None, *args, **kwargs) -> di
     if prefix in table:
         return table[prefix]
     abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), {key: {"layer": tree} for key, tree in abstract.items()})
+    zeros = jax.tree.map(
+        lambda x: np.zeros(x.shape, np.float32), {key: {"layer": tree} for key, tree in abstract.items()}
+    )
     return {name.removeprefix("layer."): tensor.shape for name, tensor in flax_to_official(zeros).items()}
 
 
