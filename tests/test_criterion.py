@@ -145,9 +145,9 @@ def test_right_predictions_cost_next_to_nothing():
     (_, high), _ = score(wrong, targets, None, draws)
     for name in low:
         # Masks fade out in the half pixel at the image's edge, earlier where pixels are larger.
-        limit = {"mask_bce": 1.5, "mask_dice": 0.5}.get(name.split("/")[1], 1e-3)
+        limit = {"mask_bce": 4, "mask_dice": 0.5}.get(name.split("/")[1], 1e-3)
         assert abs(float(low[name])) < limit, name
-        assert float(high[name]) > 10 * limit or "dice" in name, name
+        assert float(high[name]) > 9 * limit, name
 
 
 def test_order_of_targets_does_not_matter():

@@ -225,8 +225,8 @@ class MaskRTDETRTransformer(nn.Module):
     ) -> list[tuple[Array, Array, Array]]:
         """Prediction sets (class logits, mask queries, boxes) of each layer; of the last alone at inference.
 
-        In training a layer's box also carries the gradient of the box before it ("look forward twice"),
-        while the references themselves are constants.
+        In training a layer's box also carries the gradient of the refinement before it, and of that one alone
+        ("look forward twice"), while the references themselves are constants.
         """
         sets, previous = [], reference_boxes
         for i in range(self.num_layers):
@@ -234,12 +234,12 @@ class MaskRTDETRTransformer(nn.Module):
             queries = self.decoder(i, queries, position, reference_boxes, memory, spatial_shapes, attention_mask)
             self.sow("intermediates", f"dec_layer{i}", queries)
             delta = _wide(self.bbox_head(queries))
-            boxes = jax.nn.sigmoid(delta + box_ops.inverse_sigmoid(previous))
+            refined = jax.nn.sigmoid(delta + box_ops.inverse_sigmoid(reference_boxes))
+            boxes = jax.nn.sigmoid(delta + box_ops.inverse_sigmoid(previous)) if train else refined
             if train or i == self.num_layers - 1:
                 sets.append((*self._class_and_mask(queries), boxes))
-            reference_boxes = jax.lax.stop_gradient(boxes)
+            previous, reference_boxes = refined, jax.lax.stop_gradient(refined)
             self.sow("intermediates", f"ref_in_layer{i + 1}", reference_boxes)
-            previous = boxes if train else reference_boxes
         return sets
 
 

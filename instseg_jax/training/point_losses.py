@@ -134,21 +134,26 @@ def _score_set(
 ) -> tuple[Array, tuple[Array, Array] | None]:
     """Weighted sums [2] of one set, and the gradients of their sum to mask_queries [B, R, P] and mask_features.
 
-    points [B, 1 or R, M + E, 2]: features are read there once and serve all rows, or one row each.
+    points [B, 1 or R, M + E, 2]: features are read there once and serve all rows, or each row's logits are read.
     """
-    rows = mask_queries.shape[1]
+    batch, rows, _ = mask_queries.shape
     block = _block_size(rows)
     is_shared = points.shape[1] == 1
-    at_points = points[:, 0] if is_shared else points
-    sampled, sample_vjp = jax.vjp(lambda m: sample_map(m, at_points), mask_features)
+    features, features_vjp = mask_features, None
+    if is_shared:
+        features, features_vjp = jax.vjp(lambda m: sample_map(m, points[:, 0]), mask_features)
     words, share = gather_words(mask_planes, points, num_slots)
 
     def score(queries: Array, features: Array, start: Array, weight: Array) -> tuple[Array, Array]:
         take = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
         own = (lambda x, axis: x) if is_shared else (lambda x, axis: take(x, axis=axis))
         targets = read_points(own(words, 2), own(share, 1), take(object_index))
-        product = "brc,bmc->brm" if is_shared else "brc,brmc->brm"
-        logits = jnp.einsum(product, take(queries, axis=1), own(features, 1), precision=lax.Precision.HIGHEST)
+        product = "brc,bmc->brm" if is_shared else "brc,bhwc->brhw"
+        logits = jnp.einsum(product, take(queries, axis=1), features, precision=lax.Precision.HIGHEST)
+        if not is_shared:
+            maps = logits.reshape(batch * block, *logits.shape[2:], 1)
+            at = take(points, axis=1).reshape(batch * block, -1, 2)
+            logits = sample_map(maps, at).reshape(batch, block, -1)
         point_weights = uncertain_point_weights(logits, num_candidates, num_important)
         losses = mask_losses(logits, targets, point_weights)
         sums = term_weights * jnp.stack([jnp.sum(jnp.where(weight > 0, weight * x, 0)) for x in losses])
@@ -159,17 +164,17 @@ def _score_set(
         weight = lax.dynamic_slice_in_dim(row_weight, start, block, axis=1)
         weight = jnp.where(start + jnp.arange(block) >= i * block, weight, 0)  # and does not count rows twice
         if not differentiate:
-            return (state[0] + score(mask_queries, sampled, start, weight)[1],)
-        gradients, sums = jax.grad(score, argnums=(0, 1), has_aux=True)(mask_queries, sampled, start, weight)
+            return (state[0] + score(mask_queries, features, start, weight)[1],)
+        gradients, sums = jax.grad(score, argnums=(0, 1), has_aux=True)(mask_queries, features, start, weight)
         return jax.tree.map(jnp.add, state, (sums, *gradients))
 
     zeros = jnp.zeros(2, mask_queries.dtype)
-    start = (zeros, jnp.zeros_like(mask_queries), jnp.zeros_like(sampled)) if differentiate else (zeros,)
+    start = (zeros, jnp.zeros_like(mask_queries), jnp.zeros_like(features)) if differentiate else (zeros,)
     sums, *gradients = lax.fori_loop(0, count_blocks(num_rows, block), score_block, start)
     if not differentiate:
         return sums, None
-    d_queries, d_sampled = gradients
-    return sums, (d_queries, sample_vjp(d_sampled)[0])
+    d_queries, d_features = gradients
+    return sums, (d_queries, features_vjp(d_features)[0] if is_shared else d_features)
 
 
 def mask_iou_targets(

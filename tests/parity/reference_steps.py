@@ -32,7 +32,6 @@ from instseg_jax.weights.names import flax_to_official, official_to_flax
 IMAGE_SEED, FIRST_SEED = 77, 1000
 MIN_SLOTS = 4
 NUM_CLASSES = 80
-QUICKLY = {"xla_llvm_disable_expensive_passes": True}  # a few steps are not worth minutes of compiling
 
 
 def object_counts(case: Case) -> list[int]:
@@ -229,7 +228,7 @@ def train(name: str) -> Run:
     run = Run(None, None, [], {}, 0.0, [], {}, {})
     state = initial_state(setup.variables, setup.optimizer)
     with jax.default_matmul_precision("highest"):
-        compiled = jax.jit(step).lower(state, *draw_step(setup, 0)).compile(QUICKLY)
+        compiled = jax.jit(step)
         for i in range(len(setup.history)):
             state, metrics = compiled(state, *draw_step(setup, i))
             metrics = jax.tree.map(np.asarray, metrics)
