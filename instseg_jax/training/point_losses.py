@@ -3,7 +3,8 @@
 Differences from the reference:
 - All masks of an image and a prediction set share their candidate points (the reference draws new ones for every
   mask). Each mask still keeps its own most uncertain ones, so every expected loss and gradient is the same; one
-  matrix product then reads all masks. Points of their own are accepted too: give them a row a mask.
+  matrix product then reads all masks. Points of their own are accepted too, a row a mask, for comparisons: they take
+  as many times the memory as there are rows.
 - Rows are worked through in blocks, and blocks without a real row are skipped, so that 7 objects in 100 slots
   do not cost what 100 do.
 """
