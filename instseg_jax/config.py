@@ -119,7 +119,7 @@ def _parse(text: str, old: object) -> object:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return {"true": True, "false": False, "none": None}.get(text.lower(), text)
-    if isinstance(old, tuple) and not isinstance(value, tuple):
+    if isinstance(old, tuple) and value is not None and not isinstance(value, tuple):
         value = tuple(value) if isinstance(value, list) else (value,)
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

@@ -23,6 +23,7 @@ def test_overrides_keep_the_type_of_their_field():
         "optimizer.learning_rate": "1",
         "model.remat": "true",
         "loss.match_class_weight": "2",
+        "data.augment.scale_jitter": "None",
     }
     config = load_config("configs/quickstart.py", overrides)
     assert config.train.epochs == 3
@@ -32,6 +33,7 @@ def test_overrides_keep_the_type_of_their_field():
     assert config.model.num_classes == 5
     assert isinstance(config.optimizer.learning_rate, float) and config.optimizer.learning_rate == 1.0
     assert config.model.remat is True
+    assert config.data.augment.scale_jitter is None
 
 
 @pytest.mark.parametrize(
