@@ -127,8 +127,8 @@ def test_float32_is_within_five_times_the_noise_of_the_reference(name):
     case = load_case(name)
     mine, _ = run_case(case, inject=True)
     ratios = compare_with_reference(case, mine)
-    stage, ratio = max(ratios.items(), key=lambda item: item[1])
-    REPORT.append((name, "float32, worst stage", f"{ratio:.2f} of the tolerance ({stage})"))
+    for stage, ratio in ratios.items():
+        REPORT.append((name, f"float32, {stage}", f"{ratio:.2f} of the tolerance"))
     assert len(ratios) >= 20
     assert max(ratios.values()) <= 1, ratios
 
