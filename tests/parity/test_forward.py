@@ -23,6 +23,7 @@ BEFORE_SELECTION += ("enc_score_max",)
 # Of H the synthetic weights amplify rounding so far that the reference disagrees with itself; two float32 runs
 # then differ by more than one of them does from float64.
 MASK_NOISE_FACTOR = 5.0
+MASK_AGREEMENT = 0.999  # a case below it is within that noise, but counts as an expected failure, not as passed
 
 
 def test_the_folder_holds_cases():
@@ -164,9 +165,12 @@ def test_end_to_end_selects_and_segments_the_same(name):
         differing = sorted(set(selected[b]) ^ set(expected))
         assert (np.abs(scores[differing] - last) <= tie).all(), f"not near-ties: tokens {differing}"
         np.testing.assert_allclose(scores[expected], case.tensors["topk_val302"][b, :300], atol=tie)
+    agreement = []
     for b, original_size in enumerate(case.original_sizes):
         if f"post{b}_bbox" in case.tensors:
-            check_post_processed(case, b, mine, selected[b], original_size)
+            agreement.append(check_post_processed(case, b, mine, selected[b], original_size))
+    if agreement and min(agreement) < MASK_AGREEMENT:
+        pytest.xfail(f"{100 * min(agreement):.2f} % of mask pixels, the aim is {100 * MASK_AGREEMENT} %")
 
 
 def reference_mask_noise(case: Case) -> float:
@@ -194,7 +198,7 @@ def nearest_query(rows: np.ndarray, scores: np.ndarray, boxes_px: np.ndarray) ->
     return (box_distance + score_distance).argmin(axis=1), box_distance, score_distance
 
 
-def check_post_processed(case: Case, b: int, mine: dict, selected: np.ndarray, original_size: tuple[int, int]) -> None:
+def check_post_processed(case: Case, b: int, mine: dict, selected: np.ndarray, original_size: tuple[int, int]) -> float:
     """Each row that the reference reports is ours too, from the same token.
 
     A score may differ by what the noise of the logits makes of it, and only a row within that of our last one
@@ -237,7 +241,8 @@ def check_post_processed(case: Case, b: int, mine: dict, selected: np.ndarray, o
     agreement = (reference == masks).mean()
     REPORT.append((case.name, f"end to end, image {b}", f"{100 * agreement:.4f} % of mask pixels"))
     assert 0.001 < reference.mean() < 0.999
-    assert 1 - agreement <= max(0.001, MASK_NOISE_FACTOR * reference_mask_noise(case))
+    assert 1 - agreement <= max(1 - MASK_AGREEMENT, MASK_NOISE_FACTOR * reference_mask_noise(case))
+    return agreement
 
 
 @pytest.mark.parametrize("name", [name for name in EVAL_CASES if "small" in name][-1:])
