@@ -28,6 +28,7 @@ class LoadedModel:
     category_ids: tuple[int, ...]
     metadata: dict  # of the checkpoint; empty for other files
     summary: str  # how many tensors were loaded
+    thresholds: dict | None = None  # of scores, stored by an evaluation: {"overall": 0.4, "classes": {name: 0.3}}
 
 
 def make_predict(model: MaskRTDETR, *, num_detections: int) -> Predict:
@@ -62,7 +63,10 @@ def load_model(source: str | os.PathLike[str] | Weights, config: ConfigDict | No
     category_ids = found.metadata.get("category_ids") or tuple(range(1, num_classes + 1))
     model = build_model(config.model, num_classes)
     variables, summary = weights_room.merge_weights(abstract_variables(model), found, class_names=class_names)
-    return LoadedModel(model, variables, config, class_names, tuple(category_ids), found.metadata, str(summary))
+    ids = tuple(category_ids)
+    return LoadedModel(
+        model, variables, config, class_names, ids, found.metadata, str(summary), thresholds=found.thresholds
+    )
 
 
 def merge_configs(config: ConfigDict, saved: ConfigDict) -> ConfigDict:

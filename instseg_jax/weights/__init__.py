@@ -30,6 +30,7 @@ class Weights:
     backbone: dict[str, np.ndarray] | None
     class_names: tuple[str, ...] | None  # None where the file doesn't say
     metadata: dict[str, Any]  # of a checkpoint; empty for official files
+    thresholds: dict[str, Any] | None = None  # score thresholds stored in a checkpoint: "overall" and "classes"
 
     @property
     def num_classes(self) -> int | None:
@@ -62,15 +63,16 @@ def read_weights(source: str | os.PathLike[str], *, class_names: Sequence[str] |
 
 
 def _read_checkpoint(path: Path, class_names: Sequence[str] | None) -> Weights:
-    from instseg_jax.weights.checkpoint import is_checkpoint, load_inference_checkpoint  # Orbax is slow to import
+    from instseg_jax.weights import checkpoint  # Orbax is slow to import
 
-    if not path.exists() and not is_checkpoint(path):
+    if not path.exists() and not checkpoint.is_checkpoint(path):
         raise FileNotFoundError(
             f"weights {str(path)!r} are no file, no checkpoint, and none of {', '.join(KNOWN_WEIGHTS)}"
         )
-    variables, metadata = load_inference_checkpoint(path)
+    variables, metadata = checkpoint.load_inference_checkpoint(path)
     names = class_names or metadata.get("class_names")
-    return Weights(str(path), variables, None, tuple(names) if names else None, metadata)
+    thresholds = checkpoint.read_thresholds(path)
+    return Weights(str(path), variables, None, tuple(names) if names else None, metadata, thresholds)
 
 
 def merge_weights(

@@ -25,10 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from instseg_jax.files import write_json
 from instseg_jax.weights.names import unflatten_tree
 
 CHECKPOINTS = "checkpoints"
 BEST_MODEL = "best_model"
+THRESHOLDS = "thresholds.json"  # beside the arrays of the checkpoint that they were found for
 
 _REMOVED = ".removed"  # steps on their way out: a rename is whole, a removal may be cut off and leave half a step
 _STATE, _VARIABLES, _METADATA = "state", "variables", "metadata"
@@ -236,6 +238,24 @@ def load_inference_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, A
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the metadata of the checkpoint that `load_inference_checkpoint` would read, without its arrays."""
     return _read_json(_find_checkpoint(Path(path)) / _METADATA)
+
+
+def save_thresholds(path: str | os.PathLike[str], thresholds: Mapping[str, Any]) -> Path:
+    """Store score thresholds in the checkpoint that `load_inference_checkpoint` would read; return their file.
+
+    `thresholds` is {"overall": score, "classes": {class name: score}}. They go when the checkpoint is replaced,
+    as other weights want others. Raises FileNotFoundError without a checkpoint, ValueError for scores beyond 0..1.
+    """
+    scores = [thresholds["overall"], *thresholds["classes"].values()]
+    if not all(isinstance(score, int | float) and 0 <= score <= 1 for score in scores):
+        raise ValueError(f"score thresholds must be between 0 and 1, got {dict(thresholds)}")
+    return write_json(_find_checkpoint(Path(path)) / THRESHOLDS, dict(thresholds), indent=2)
+
+
+def read_thresholds(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the score thresholds that are stored in a checkpoint, None when there are none."""
+    file = _find_checkpoint(Path(path)) / THRESHOLDS
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def read_checkpoints(directory: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
