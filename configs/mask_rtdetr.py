@@ -107,6 +107,7 @@ def get_config(size: str = "l") -> ConfigDict:
     config.train = train = ConfigDict()
     train.epochs = 72
     train.batch_size = 16  # images a step, over all devices
+    train.micro_batches = 1  # parts that a batch is worked through in, one after the other: less memory
     train.max_skipped_steps = 20  # steps with non-finite losses in a row after which training gives up
 
     config.eval = evaluation = ConfigDict()

@@ -17,6 +17,7 @@ import jax
 from jax.typing import ArrayLike
 
 Array = ArrayLike
+DATA_AXIS = "data"  # of the mesh of devices: images of a batch are split over it
 
 
 @jax.tree_util.register_dataclass

@@ -21,11 +21,13 @@ from instseg_jax.training.criterion import (
     PointDraws,
     build_loss_settings,
     compute_losses,
+    compute_match_costs,
+    draw_match_points,
     draw_points,
     set_names,
     sum_terms,
 )
-from instseg_jax.training.matching import TermWeights
+from instseg_jax.training.matching import TermWeights, assign
 from instseg_jax.training.sharding import make_mesh, put_batch, split_over_batch
 from instseg_jax.types import Predictions, Targets, TrainingOutputs
 
@@ -85,20 +87,34 @@ def make_denoising(targets):
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames="settings")
-def score(outputs, targets, denoising, draws, settings=SETTINGS):
-    """(total, terms), gradient to the outputs."""
+match_costs = functools.partial(jax.jit, static_argnames=("settings", "mesh"))(compute_match_costs)
 
+
+@functools.partial(jax.jit, static_argnames=("settings", "mesh"))
+def score_matches(outputs, targets, denoising, query_index, draws, settings, mesh=None):
     def loss(outputs):
-        return compute_losses(outputs, targets, denoising, draws, settings)
+        return compute_losses(outputs, targets, denoising, query_index, draws, settings, mesh=mesh)
 
     return jax.value_and_grad(loss, has_aux=True)(outputs)
+
+
+def score(outputs, targets, denoising, draws, settings=SETTINGS, mesh=None):
+    """(total, terms), gradient to the outputs; draws: points of matching and of the losses."""
+    costs = match_costs(outputs, targets, draws[0], settings, mesh=mesh)
+    return score_matches(
+        outputs, targets, denoising, assign(costs, targets.valid), draws[1], settings=settings, mesh=mesh
+    )
+
+
+def draw_both(rng, settings, outputs) -> tuple[jax.Array, PointDraws]:
+    match_key, key = jax.random.split(rng)
+    return draw_match_points(match_key, settings, outputs), draw_points(key, settings, outputs)
 
 
 def run_case(counts=(3, 2), seed=1, use_denoising=True):
     targets, outputs = make_targets(counts), make_outputs(len(counts), seed, use_denoising)
     denoising = make_denoising(targets) if use_denoising else None
-    draws = draw_points(jax.random.key(3), SETTINGS, outputs)
+    draws = draw_both(jax.random.key(3), SETTINGS, outputs)
     return outputs, targets, denoising, draws
 
 
@@ -292,7 +308,7 @@ def test_shared_points_and_own_points_agree():
     """A row of points for every mask, all rows equal, is the same as one row for all masks."""
     outputs, targets, denoising, draws = run_case()
     rows = NUM_DENOISING
-    own = PointDraws(draws.matcher, *(jnp.repeat(x, rows, axis=2) for x in (draws.candidates, draws.extra)))
+    own = (draws[0], jax.tree.map(lambda x: jnp.repeat(x, rows, axis=2), draws[1]))
     for a, b in zip(
         leaves(score(outputs, targets, denoising, draws)), leaves(score(outputs, targets, denoising, own)), strict=True
     ):
@@ -305,9 +321,9 @@ def test_sharing_points_leaves_the_expected_loss_as_it_is():
     sets, rows = 2 * LAYERS + 3, NUM_DENOISING
     sums = {"shared": [], "own": []}
     for i in range(150):
-        shared = draw_points(jax.random.key(i), SETTINGS, outputs)
+        shared = draw_both(jax.random.key(i), SETTINGS, outputs)
         own = [rng.random((sets, 2, rows, n, 2)).astype(np.float32) for n in (SETTINGS.num_candidates, 8)]
-        for kind, draws in (("shared", shared), ("own", PointDraws(shared.matcher, *own))):
+        for kind, draws in (("shared", shared), ("own", (shared[0], PointDraws(*own)))):
             (_, terms), _ = score(outputs, targets, denoising, draws)
             sums[kind].append([terms["loss/mask_bce/denoising"], terms["loss/mask_dice/denoising"]])
     shared, own = np.array(sums["shared"]), np.array(sums["own"])
@@ -318,10 +334,10 @@ def test_sharing_points_leaves_the_expected_loss_as_it_is():
 
 def test_points_are_uniform_and_independent():
     settings = dataclasses.replace(SETTINGS, num_points=20000, num_candidates=60000, num_important=15000)
-    draws = draw_points(jax.random.key(0), settings, make_outputs(1))
-    assert draws.matcher.shape == (LAYERS + 2, 1, 20000, 2)
-    assert draws.candidates.shape == (2 * LAYERS + 3, 1, 1, 60000, 2)
-    assert draws.extra.shape == (2 * LAYERS + 3, 1, 1, 5000, 2)
+    draws = draw_both(jax.random.key(0), settings, make_outputs(1))
+    assert draws[0].shape == (LAYERS + 2, 1, 20000, 2)
+    assert draws[1].candidates.shape == (2 * LAYERS + 3, 1, 1, 60000, 2)
+    assert draws[1].extra.shape == (2 * LAYERS + 3, 1, 1, 5000, 2)
     for x in leaves(draws):
         flat = x.reshape(-1, x.shape[-2], 2)
         assert (flat >= 0).all() and (flat < 1).all()
@@ -364,14 +380,14 @@ def test_settings_from_a_config():
 def test_denoising_and_its_predictions_come_together():
     outputs, targets, denoising, draws = run_case()
     with pytest.raises(ValueError, match="both be given"):
-        compute_losses(outputs, targets, None, draws, SETTINGS)
+        score(outputs, targets, None, draws)
     del denoising
 
 
 def test_a_mesh_of_one_device_changes_nothing():
     outputs, targets, _, draws = run_case(use_denoising=False)
     mesh = make_mesh(jax.devices()[:1])
-    total, terms = jax.jit(lambda *args: compute_losses(*args, SETTINGS, mesh=mesh))(outputs, targets, None, draws)
+    (total, terms), _ = score(outputs, targets, None, draws, mesh=mesh)
     (wanted, wanted_terms), _ = score(outputs, targets, None, draws)
     np.testing.assert_allclose(total, wanted, rtol=1e-6)
     assert terms.keys() == wanted_terms.keys()
@@ -388,17 +404,10 @@ def sharded_losses(num_devices: int) -> dict:
     )
     outputs = TrainingOutputs(*by_set, put_batch(outputs.mask_features, mesh))
 
-    @jax.jit
-    def step(outputs, targets, rng):
-        denoising = make_denoising(targets)
-        draws = draw_points(rng, SETTINGS, outputs)
-
-        def loss(outputs):
-            return compute_losses(outputs, targets, denoising, draws, SETTINGS, mesh=mesh)
-
-        return jax.value_and_grad(loss, has_aux=True)(outputs)
-
-    (total, terms), gradient = step(outputs, targets, jax.random.key(3))
+    denoising, draws = jax.jit(lambda rng: (make_denoising(targets), draw_both(rng, SETTINGS, outputs)))(
+        jax.random.key(3)
+    )
+    (total, terms), gradient = score(outputs, targets, denoising, draws, mesh=mesh)
     directions = jax.tree.map(lambda x: np.cos(np.arange(x.size, dtype=np.float64)).reshape(x.shape), gradient)
     projections = [float((np.asarray(g) * d).sum()) for g, d in zip(leaves(gradient), leaves(directions), strict=True)]
     kept = len(gradient.matching.boxes.sharding.device_set)
@@ -430,5 +439,5 @@ def test_eight_devices_agree_with_one():
     np.testing.assert_allclose(eight["gradient"], one["gradient"], rtol=1e-4, atol=1e-5)
     # Without a mesh the same batch gives the same loss.
     outputs, targets = make_outputs(8), make_targets((3, 2, 0, 5, 1, 4, 2, 3))
-    (total, _), _ = score(outputs, targets, make_denoising(targets), draw_points(jax.random.key(3), SETTINGS, outputs))
+    (total, _), _ = score(outputs, targets, make_denoising(targets), draw_both(jax.random.key(3), SETTINGS, outputs))
     np.testing.assert_allclose(total, one["total"], rtol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 from instseg_jax.config import load_config
 from instseg_jax.models.mask_rtdetr import build_model, initial_variables
 from instseg_jax.training.optimizer import build_optimizer, build_schedule
-from instseg_jax.training.sharding import make_mesh
+from instseg_jax.training.sharding import check_batch_size, make_mesh, put_micro_batches, put_replicated
 from instseg_jax.training.state import initial_state
 from instseg_jax.training.step import build_train_step
 from instseg_jax.types import Batch, Targets
@@ -47,13 +47,14 @@ def run_step():
     variables = initial_variables(model, seed=0)
     schedule = build_schedule(config.optimizer, total_steps=100)
     optimizer, multipliers = build_optimizer(config.optimizer, variables["params"], schedule)
-    step = build_train_step(config, model, optimizer, schedule, multipliers, make_mesh(jax.devices()[:1]))
+    mesh = make_mesh(jax.devices()[:1])
+    options = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}  # a few steps only
+    step = build_train_step(config, model, optimizer, schedule, multipliers, mesh, compiler_options=options)
     before = initial_state(variables, optimizer)
-    options = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
-    step = step.lower(before, make_batch((0, 0))).compile(options)  # a few steps are not worth a long compilation
 
-    def run(batch: Batch, state=before) -> tuple:
-        after, metrics = jax.tree.map(np.array, step(jax.tree.map(np.array, state), batch))
+    def run(batch: Batch, state=before, micro_batches: int = 1) -> tuple:
+        parts = put_micro_batches(batch, mesh, micro_batches)
+        after, metrics = jax.tree.map(np.array, step(put_replicated(state, mesh), parts))
         return state, after, metrics
 
     return run
@@ -111,3 +112,25 @@ def test_an_image_that_is_not_finite_changes_nothing_but_the_step(run_step, valu
     _, recovered, metrics = run_step(batch, after)  # and training goes on
     assert not metrics["skipped"] and np.isfinite(metrics["loss"])
     assert (recovered.step, recovered.num_updates) == (3, 2)
+
+
+def test_gradients_of_micro_batches_add_up(run_step):
+    """Halves that are alike have the statistics of the whole; their losses are divided by the objects of both."""
+    batch = make_batch((2, 1))
+    twice = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), batch)  # micro-batches take every second image
+    _, after, metrics = run_step(twice, micro_batches=2)
+    _, once, once_metrics = run_step(batch)
+    assert metrics["objects"] == 6 and once_metrics["objects"] == 3
+    for name in ("loss/box_l1/encoder", "loss/class/encoder"):  # the encoder's set does not depend on the noise
+        assert metrics[name] == pytest.approx(once_metrics[name], rel=1e-5)
+    assert not metrics["skipped"] and after.num_updates == 1
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), after.batch_stats, once.batch_stats)
+    assert all(jax.tree.leaves(changed))  # statistics have moved twice
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    mesh = make_mesh(jax.devices()[:1])
+    with pytest.raises(ValueError, match=r"train.batch_size is 3; it must be a multiple .* micro-batches, 2"):
+        check_batch_size(3, mesh, "train.batch_size", 2)
+    with pytest.raises(ValueError, match="train.micro_batches is 0"):
+        check_batch_size(4, mesh, "train.batch_size", 0)

@@ -1,14 +1,17 @@
 """Multi-scale deformable attention with a box reference (Zhu et al. 2021, as in RT-DETR)."""
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from instseg_jax.models.layers import Dense, Initializer, zero_bias, zero_kernel
+from instseg_jax.types import DATA_AXIS
 
 
 def sample_levels(
@@ -50,6 +53,17 @@ def sample_levels(
     share = (jnp.where(inside, share, 0) * weights[..., None]).reshape(row.shape)
     samples = jnp.take(value.reshape(-1, channels), row, axis=0, mode="clip")
     return jnp.einsum("bqhp,bqhpc->bqhc", share.astype(value.dtype), samples)
+
+
+def _on_each_device(function: Callable) -> Callable:
+    """Under `jax.set_mesh`, let every device sample its own images.
+
+    To the compiler the flat rows of all images are one table, which it would gather on every device.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get(DATA_AXIS, 1) == 1:
+        return function
+    split = PartitionSpec(DATA_AXIS)
+    return jax.shard_map(function, in_specs=split, out_specs=split, check_vma=False)
 
 
 def _directions(num_heads: int, num_levels: int, num_points: int) -> np.ndarray:
@@ -99,9 +113,8 @@ class DeformableAttention(nn.Module):
         weights = jax.nn.softmax(scores.astype(wide).reshape(batch, queries, heads, levels * points), axis=-1)
         reference = reference_boxes.astype(wide)[:, :, None, None, None, :]
         locations = reference[..., :2] + offsets / points * reference[..., 2:] * 0.5
-        sampled = sample_levels(
+        sampled = _on_each_device(lambda v, at, w: sample_levels(v, spatial_shapes, at, w))(
             value.reshape(*value.shape[:2], heads, channels // heads),
-            spatial_shapes,
             locations,
             weights.reshape(batch, queries, heads, levels, points),
         )

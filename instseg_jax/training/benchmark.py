@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from instseg_jax.data import loader
+from instseg_jax.devices import select_devices
 from instseg_jax.inference.predictor import make_predict
 from instseg_jax.models.mask_rtdetr import build_model, count_parameters, initial_variables
 from instseg_jax.training import loop, sharding
@@ -42,7 +43,7 @@ def run_benchmark(config: ConfigDict, *, repeats: int) -> dict:
     with config.unlocked():
         config.data.dir = config.data.dir or "embedded"
         config.data.train_sizes = (config.data.image_size,)
-    mesh = sharding.make_mesh(sharding.select_devices(config.device))
+    mesh = sharding.make_mesh(select_devices(config.device))
     sharding.check_batch_size(config.train.batch_size, mesh, "train.batch_size")
     dataset = loop.read_split(config.data, "train")
     train_loader = loader.build_train_loader(config, dataset)

@@ -1,6 +1,7 @@
-"""The training loss: every prediction set is matched with the objects and scored, terms are named and added up.
+"""The training loss: every prediction set is scored on its matches with the objects, terms are named and added up.
 
-Formulas are in `losses.py` and `point_losses.py`, the assignment in `matching.py`.
+Formulas are in `losses.py` and `point_losses.py`. Matching is on the host (`matching.py`): `compute_match_costs`
+is what comes before it, `compute_losses` what comes after.
 Source: PaddleDetection at 666f597fd0, ppdet/modeling/losses/detr_loss.py (DETRLoss, DINOLoss, MaskDINOLoss).
 
 Differences from the reference: an image without objects beside images with some adds only its background class
@@ -20,10 +21,9 @@ from ml_collections import ConfigDict
 from instseg_jax.models.denoising import count_slots
 from instseg_jax.training.losses import box_losses, box_quality, varifocal_loss
 from instseg_jax.training.mask_planes import pack_masks, resize_planes
-from instseg_jax.training.matching import TermWeights, match
+from instseg_jax.training.matching import TermWeights, match_cost
 from instseg_jax.training.point_losses import mask_iou_targets, point_losses
-from instseg_jax.training.sharding import DATA_AXIS
-from instseg_jax.types import DenoisingQueries, Predictions, Targets, TrainingOutputs
+from instseg_jax.types import DATA_AXIS, DenoisingQueries, Predictions, Targets, TrainingOutputs
 
 TERMS = ("class", "box_l1", "box_giou", "mask_bce", "mask_dice")
 IOU_TARGETS = ("mask", "box", "none")
@@ -47,13 +47,12 @@ class LossSettings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PointDraws:
-    """Uniform points (x, y) in 0..1 of one step: all the randomness of the loss.
+    """Uniform points (x, y) in 0..1 where the masks of one step are scored.
 
-    T = the S matching sets, then the denoising sets. The third dimension of candidates and extra is 1 (all masks of
-    an image share the points of a set) or the larger number of target and denoising slots (each row has its own).
+    T = the S matching sets, then the denoising sets. The third dimension is 1 (all masks of an image share the
+    points of a set) or the larger number of target and denoising slots (each row has its own).
     """
 
-    matcher: Array  # [S, B, num_points, 2]
     candidates: Array  # [T, B, 1 or R, num_candidates, 2]
     extra: Array  # [T, B, 1 or R, num_points - num_important, 2]
 
@@ -86,15 +85,19 @@ def build_loss_settings(config: ConfigDict) -> LossSettings:
     )
 
 
+def draw_match_points(rng: Array, settings: LossSettings, outputs: TrainingOutputs) -> Array:
+    """Draw the points [S, B, num_points, 2] in 0..1 at which queries and objects are compared for matching."""
+    sets, batch = outputs.matching.boxes.shape[:2]
+    return _sorted_points(jax.random.bits(rng, (sets, batch, settings.num_points + 1), jnp.uint32))
+
+
 def draw_points(rng: Array, settings: LossSettings, outputs: TrainingOutputs) -> PointDraws:
     """Draw the points of a step, shared by the masks of an image. The same key gives the same points on any mesh."""
     sets, batch = outputs.matching.boxes.shape[:2]
     all_sets = sets + (0 if outputs.denoising is None else outputs.denoising.boxes.shape[0])
     num_extra = settings.num_points - settings.num_important
-    shapes = [(sets, batch, settings.num_points)]
-    shapes += [(all_sets, batch, 1, n) for n in (settings.num_candidates, num_extra)]
     # One call for all bits: every call adds a second of compilation on a CPU.
-    shapes = [(*shape[:-1], shape[-1] + 1) for shape in shapes]
+    shapes = [(all_sets, batch, 1, n + 1) for n in (settings.num_candidates, num_extra)]
     sizes = [math.prod(shape) for shape in shapes]
     bits = jnp.split(jax.random.bits(rng, (sum(sizes),), jnp.uint32), np.cumsum(sizes)[:-1])
     return PointDraws(*(_sorted_points(part.reshape(shape)) for part, shape in zip(bits, shapes, strict=True)))
@@ -113,13 +116,38 @@ def _sorted_points(bits: Array) -> Array:
     return jnp.stack([x[..., :-1], sums[..., :-1] / sums[..., -1:]], axis=-1)
 
 
+def compute_match_costs(
+    outputs: TrainingOutputs, targets: Targets, points: Array, settings: LossSettings, *, mesh: Mesh | None = None
+) -> Array:
+    """Cost of every pair of a query and a target slot in every matching set, [S, B, Q, N], for `matching.assign`.
+
+    points come from `draw_match_points`; over a mesh each device computes its own images. No gradient flows through.
+    """
+    matching, features = lax.stop_gradient(
+        (_at_least_float32(outputs.matching), _at_least_float32(outputs.mask_features))
+    )
+
+    def cost(predictions: Predictions, features: Array, targets: Targets, points: Array) -> Array:
+        num_slots = count_slots(targets.valid)
+        planes = pack_masks(targets.masks, num_slots)
+        return match_cost(predictions, features, targets, planes, num_slots, points, settings.match_weights)
+
+    if mesh is not None:
+        split, by_set = PartitionSpec(DATA_AXIS), PartitionSpec(None, DATA_AXIS)
+        specs = (by_set, split, split, by_set)
+        cost = jax.shard_map(cost, mesh=mesh, in_specs=specs, out_specs=by_set, check_vma=False)
+    return cost(matching, features, jax.tree.map(jnp.asarray, targets), points)
+
+
 def compute_losses(
     outputs: TrainingOutputs,
     targets: Targets,
     denoising: DenoisingQueries | None,
+    query_index: Array,
     draws: PointDraws,
     settings: LossSettings,
     *,
+    num_objects: Array | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Loss of a step.
@@ -128,9 +156,11 @@ def compute_losses(
       outputs: predictions of any float type; the loss is computed in float32 or wider.
       targets: objects of the (global) batch.
       denoising: what was fed beside the queries; None exactly when outputs.denoising is None.
+      query_index: [S, B, N] the query matched with each target slot, -1 for none, from `matching.assign`.
       draws: from `draw_points`.
       settings: weights and choices.
-      mesh: devices over whose axis "data" the batch is split; each then matches and scores its own images.
+      num_objects: [] by which terms are divided; None: the objects in targets. A part of a batch gives the whole's.
+      mesh: devices over whose axis "data" the batch is split; each then scores its own images.
 
     Returns: the sum of all terms, and the terms by name: `loss/class`, `loss/box_l1`, `loss/box_giou`,
       `loss/mask_bce`, `loss/mask_dice` of the last layer; the same with `/encoder`, `/initial`, `/layer0` .. for
@@ -142,11 +172,13 @@ def compute_losses(
     """
     if (denoising is None) != (outputs.denoising is None):
         raise ValueError("denoising queries and their predictions must both be given, or neither")
-    outputs = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), outputs)
+    outputs = _at_least_float32(outputs)
     targets = jax.tree.map(jnp.asarray, targets)
-    num_objects = jnp.sum(targets.valid)
     # The same for every device: how many objects there are in the whole batch, and its denoising groups.
-    batch_facts = {"num_objects": num_objects, "num_groups": 1 if denoising is None else denoising.num_groups}
+    batch_facts = {
+        "num_objects": jnp.sum(targets.valid) if num_objects is None else num_objects,
+        "num_groups": 1 if denoising is None else denoising.num_groups,
+    }
 
     def score(*args):
         sums = _score_images(*args, settings)
@@ -158,14 +190,19 @@ def compute_losses(
         score = jax.shard_map(
             score,
             mesh=mesh,
-            in_specs=(TrainingOutputs(by_set, by_set, split), split, denoising_spec, by_set, whole),
+            in_specs=(TrainingOutputs(by_set, by_set, split), split, denoising_spec, by_set, by_set, whole),
             out_specs=split,
             check_vma=False,
         )
-    parts = score(outputs, targets, denoising, draws, batch_facts)
+    parts = score(outputs, targets, denoising, query_index, draws, batch_facts)
     total, by_term = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
     names = set_names(len(outputs.matching.boxes), denoising is not None)
     return total, {f"loss/{term}{name}": by_term[term][i] for i, name in enumerate(names) for term in TERMS}
+
+
+def _at_least_float32(tree):
+    """Low-precision predictions are matched and scored in float32, wider ones as they are."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def set_names(num_sets: int, use_denoising: bool) -> list[str]:
@@ -196,6 +233,7 @@ def _score_images(
     outputs: TrainingOutputs,
     targets: Targets,
     denoising: DenoisingQueries | None,
+    query_index: Array,
     draws: PointDraws,
     batch_facts: dict[str, Array],
     settings: LossSettings,
@@ -203,9 +241,6 @@ def _score_images(
     """Sum of all terms, and the terms [T] of matching and denoising sets, over the images of one device."""
     num_slots = count_slots(targets.valid)
     planes = pack_masks(targets.masks, num_slots)
-    query_index = match(
-        outputs.matching, outputs.mask_features, targets, planes, num_slots, draws.matcher, settings.match_weights
-    )
     sets, _, slots = query_index.shape
     dtype = outputs.matching.boxes.dtype
     num_objects = batch_facts["num_objects"]

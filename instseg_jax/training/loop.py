@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
 from instseg_jax.data import coco, loader
+from instseg_jax.devices import select_devices
 from instseg_jax.evaluation.coco import evaluate_batches, write_evaluation
 from instseg_jax.files import write_json
 from instseg_jax.inference.predictor import make_predict
@@ -124,9 +125,9 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict:
 
 def _set_up(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, dict]:
     """Read the data, describe the model, open the workdir: all that can fail before the first step."""
-    devices = sharding.select_devices(config.device)
+    devices = select_devices(config.device)
     mesh = sharding.make_mesh(devices)
-    sharding.check_batch_size(config.train.batch_size, mesh, "train.batch_size")
+    sharding.check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.micro_batches)
     splits = {split: read_split(config.data, split) for split in ("train", "val")}
     for dataset in splits.values():
         coco.check_images(dataset)
@@ -235,7 +236,8 @@ def _run_steps(run: Run, step_function, state: TrainState, manager, best: float 
         try:
             for step in range(start, run.total_steps):
                 batch = next(batches)
-                state, metrics = step_function(state, sharding.put_batch(batch, run.mesh))
+                parts = sharding.put_micro_batches(batch, run.mesh, config.train.micro_batches)
+                state, metrics = step_function(state, parts)
                 if pending is not None:
                     bad_steps = bad_steps + 1 if fetch(*pending) else 0
                 pending = (step, metrics, np.asarray(batch.image_index))

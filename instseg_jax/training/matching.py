@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy.optimize import linear_sum_assignment
 
 from instseg_jax.boxes import cxcywh_to_xyxy, generalized_box_iou
@@ -35,34 +36,6 @@ class TermWeights:
     mask_dice: float
 
 
-def match(
-    predictions: Predictions,
-    mask_features: Array,
-    targets: Targets,
-    mask_planes: Array,
-    num_slots: Array,
-    points: Array,
-    weights: TermWeights,
-) -> Array:
-    """Assign a query to every object of every image in every prediction set, at the least total cost.
-
-    Args:
-      predictions: S sets of Q queries.
-      mask_features: [B, h, w, P].
-      targets: objects in N slots.
-      mask_planes: their masks, packed by `mask_planes.pack_masks`.
-      num_slots: [] slots in use; the mask cost of later ones is not computed.
-      points: [S, B, M, 2] in 0..1, where masks are compared: the same for all queries and objects of an image.
-      weights: of the five costs.
-
-    Returns: query_index [S, B, N] int32, -1 where a slot has no query: it is not valid, or there are more objects
-      than queries. No gradient flows through.
-    """
-    predictions, mask_features = lax.stop_gradient((predictions, mask_features))
-    cost = match_cost(predictions, mask_features, targets, mask_planes, num_slots, points, weights)
-    return assign(cost, targets.valid)
-
-
 def match_cost(
     predictions: Predictions,
     mask_features: Array,
@@ -72,7 +45,17 @@ def match_cost(
     points: Array,
     weights: TermWeights,
 ) -> Array:
-    """Cost of every pair of query and target slot, [S, B, Q, N]; arguments as for `match`."""
+    """Cost of every pair of a query and a target slot in every prediction set, [S, B, Q, N].
+
+    Args:
+      predictions: S sets of Q queries.
+      mask_features: [B, h, w, P].
+      targets: objects in N slots.
+      mask_planes: their masks, packed by `mask_planes.pack_masks`.
+      num_slots: [] slots in use; the mask cost of later ones is not computed.
+      points: [S, B, M, 2] in 0..1, where masks are compared: the same for all queries and objects of an image.
+      weights: of the five costs.
+    """
     boxes, target_boxes = predictions.boxes[..., :, None, :], targets.boxes[:, None, :, :]
     giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
     cost = (
@@ -134,16 +117,33 @@ def mask_costs(
 
 
 def assign(cost: Array, valid: Array) -> Array:
-    """Solve all assignments of a step in one call to the host: [S, B, Q, N], [B, N] -> [S, B, N] int32, -1 for none."""
-    sets, batch, _, slots = cost.shape
-    result = jax.ShapeDtypeStruct((sets, batch, slots), jnp.int32)
-    return jax.pure_callback(_assign_on_host, result, cost, valid)
+    """Give a query to every object of every image in every prediction set, at the least total cost, on the host.
+
+    Args:
+      cost: [S, B, Q, N], computed or still being computed; may be split over devices and processes along B.
+      valid: [B, N], which slots hold an object.
+
+    Returns: query_index [S, B, N] int32 where cost is, -1 where a slot has no query: it is not valid, or there are
+      more objects than queries. Every device's images are solved from its own part: nothing is gathered.
+    """
+    cost, valid = jnp.asarray(cost), jnp.asarray(valid)
+    rows = {shard.device: shard.data for shard in valid.addressable_shards}
+    for array in (cost, valid):
+        array.copy_to_host_async()
+    solved = [
+        jax.device_put(_assign_on_host(np.asarray(shard.data), np.asarray(rows[shard.device])), shard.device)
+        for shard in cost.addressable_shards
+    ]
+    shape = (*cost.shape[:2], cost.shape[3])
+    sharding = cost.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:2]))
+    return jax.make_array_from_single_device_arrays(shape, sharding, solved)
 
 
 def _assign_on_host(cost: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Numpy only: a jax operation inside a callback can wait for the thread that waits for the callback."""
-    cost = np.nan_to_num(np.asarray(cost), nan=LARGEST_COST, posinf=LARGEST_COST, neginf=-LARGEST_COST)
-    columns = [np.flatnonzero(row) for row in np.asarray(valid)]
+    cost = np.nan_to_num(cost, nan=LARGEST_COST, posinf=LARGEST_COST, neginf=-LARGEST_COST)
+    columns = [np.flatnonzero(row) for row in valid]
     query_index = np.full((*cost.shape[:2], cost.shape[3]), -1, np.int32)
     for one_set, index in zip(cost, query_index, strict=True):
         for image, real, found in zip(one_set, columns, index, strict=True):

@@ -1,41 +1,14 @@
-"""Devices, the mesh over them, and how batches and states are laid out on it.
+"""The mesh over devices, and how batches and states are laid out on it.
 
 One axis, "data": batches are split over it, everything else is copied to every device. One device is a mesh
 of one. Several processes form one mesh; each puts its own part of the global batch on its own devices.
 """
 
-import re
-
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-DATA_AXIS = "data"
-
-
-def select_devices(device: str) -> list[jax.Device]:
-    """The devices that a text names: auto (all of the default backend), cpu, gpu, gpu:0,1, tpu.
-
-    Raises: ValueError that lists what there is when the text is of another form or names an absent device.
-    """
-    match = re.fullmatch(r"(auto|cpu|gpu|tpu)(?::(\d+(?:,\d+)*))?", device)
-    present = ", ".join(f"{d.platform}:{d.id}" for d in jax.devices())
-    if not match:
-        raise ValueError(f"device is {device!r}; allowed are auto, cpu, gpu, tpu, gpu:0,1; present are {present}")
-    platform, indices = match.groups()
-    try:
-        devices = jax.devices() if platform == "auto" else jax.devices(platform)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}, but there is no {platform} here; present are {present}") from error
-    if indices is None:
-        return list(devices)
-    wanted = [int(index) for index in indices.split(",")]
-    by_id = {d.id: d for d in devices}
-    absent = [index for index in wanted if index not in by_id]
-    if absent or len(set(wanted)) != len(wanted):
-        names = ", ".join(f"{platform}:{index}" for index in by_id)
-        raise ValueError(f"device is {device!r}; each index once, out of {names}")
-    return [by_id[index] for index in wanted]
+from instseg_jax.types import DATA_AXIS
 
 
 def make_mesh(devices: list[jax.Device]) -> Mesh:
@@ -51,16 +24,25 @@ def split_over_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, what: str) -> None:
-    """Raise ValueError unless every device gets the same number of images."""
-    if batch_size < 1 or batch_size % mesh.size:
-        raise ValueError(f"{what} is {batch_size}; it must be a multiple of the number of devices, {mesh.size}")
+def check_batch_size(batch_size: int, mesh: Mesh, what: str, micro_batches: int = 1) -> None:
+    """Raise ValueError unless every device gets the same number of images, in every micro-batch."""
+    if micro_batches < 1:
+        raise ValueError(f"train.micro_batches is {micro_batches}; it must be at least 1")
+    if batch_size < 1 or batch_size % (mesh.size * micro_batches):
+        parts = f" times the number of micro-batches, {micro_batches}" if micro_batches > 1 else ""
+        raise ValueError(f"{what} is {batch_size}; it must be a multiple of the number of devices, {mesh.size}{parts}")
 
 
 def put_batch(batch, mesh: Mesh):
     """Place this process's part of the global batch (numpy leaves [B_local, ...]) on its devices."""
     sharding = split_over_batch(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def put_micro_batches(batch, mesh: Mesh, micro_batches: int) -> list:
+    """Cut this process's part of the global batch into equal parts and place each as `put_batch` does."""
+    parts = [jax.tree.map(lambda x, i=i: np.asarray(x)[i::micro_batches], batch) for i in range(micro_batches)]
+    return [put_batch(part, mesh) for part in parts]
 
 
 def put_replicated(tree, mesh: Mesh):

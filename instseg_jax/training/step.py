@@ -1,6 +1,19 @@
-"""One training step: forward, loss, backward, update, moving average. Pure, compiled once an input size."""
+"""One training step: forward, matching, loss and backward, update. Pure functions, compiled once an input size.
 
-from collections.abc import Callable
+The step is three compiled programs with the matching between the first two:
+
+    forward   network and matching costs                      for each input size
+    assign    SciPy on the host (`matching.assign`)
+    backward  losses and gradients                            for each input size
+    update    optimizer, moving average, skipping bad steps   once
+
+A host callback inside one program would do the same, but JAX keeps no program with a callback in its compilation
+cache: every start of a run would compile for minutes. Gradients of several micro-batches add up between backward
+and update.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +24,33 @@ from ml_collections import ConfigDict
 from instseg_jax.models.denoising import make_denoising_queries
 from instseg_jax.models.mask_rtdetr import MaskRTDETR
 from instseg_jax.training import sharding
-from instseg_jax.training.criterion import LossSettings, build_loss_settings, compute_losses, draw_points
+from instseg_jax.training.criterion import (
+    LossSettings,
+    PointDraws,
+    build_loss_settings,
+    compute_losses,
+    compute_match_costs,
+    draw_match_points,
+    draw_points,
+)
+from instseg_jax.training.matching import assign
 from instseg_jax.training.optimizer import ema_decay, gradient_norm, update_ema
 from instseg_jax.training.state import TrainState
-from instseg_jax.types import Array, Batch, DenoisingQueries
+from instseg_jax.types import Array, Batch, DenoisingQueries, Targets, TrainingOutputs
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+TrainStep = Callable[[TrainState, Sequence[Batch]], tuple[TrainState, dict[str, Array]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """What the forward program leaves for matching and the backward program."""
+
+    outputs: TrainingOutputs
+    pull_back: Callable[[TrainingOutputs], tuple[dict]]  # gradient to the outputs -> gradient to the parameters
+    batch_stats: dict
+    denoising: DenoisingQueries | None
+    match_costs: Array  # [S, B, Q, N]
 
 
 def build_train_step(
@@ -26,101 +60,188 @@ def build_train_step(
     schedule: optax.Schedule,
     multipliers: dict,
     mesh: Mesh,
+    *,
+    compiler_options: dict | None = None,
 ) -> TrainStep:
-    """The step that a config describes, compiled for the mesh; it consumes the state that it is given."""
+    """The step that a config describes: (state, micro-batches on the mesh) -> (state, metrics).
+
+    It consumes the state that it is given. All micro-batches have the same size; losses are divided by the number
+    of objects in all of them, so that their gradients add up to the whole batch's.
+    """
     settings = build_loss_settings(config.loss)
     noise = dict(config.denoising)
-    seed, decay, ramp_steps = config.seed, config.optimizer.ema_decay, config.optimizer.ema_ramp_steps
+    copied = sharding.replicated(mesh)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        noise_key, points_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+    def program(function: Callable, **options) -> Callable:
+        compiled = jax.jit(function, compiler_options=compiler_options, **options)
+
+        def run(*args):
+            with jax.set_mesh(mesh):  # for the parts of the network that go device by device
+                return compiled(*args)
+
+        return run
+
+    def random_keys(step: Array, part: Array) -> Array:
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        return jax.random.split(jax.random.fold_in(key, part), 3)  # of the noise, of both kinds of points
+
+    def forward(params: dict, batch_stats: dict, step: Array, part: Array, batch: Batch) -> Forward:
+        noise_key, match_key, _ = random_keys(step, part)
         denoising = make_denoising_queries(
             batch.targets, num_classes=model.num_classes, num_queries=model.num_queries, rng=noise_key, **noise
         )
-        return train_step(
-            state,
+        return run_forward(
+            params,
+            batch_stats,
             batch,
             denoising,
-            lambda outputs: draw_points(points_key, settings, outputs),
+            lambda outputs: draw_match_points(match_key, settings, outputs),
             model=model,
-            optimizer=optimizer,
-            schedule=schedule,
             multipliers=multipliers,
             settings=settings,
-            decay=decay,
-            ramp_steps=ramp_steps,
             mesh=mesh,
         )
 
-    copied, split = sharding.replicated(mesh), sharding.split_over_batch(mesh)
-    return jax.jit(step, in_shardings=(copied, split), out_shardings=(copied, copied), donate_argnums=0)
+    def backward(
+        forward: Forward, targets: Targets, query_index: Array, num_objects: Array, step: Array, part: Array
+    ) -> tuple[dict, Array, dict[str, Array]]:
+        draws = draw_points(random_keys(step, part)[2], settings, forward.outputs)
+        return run_backward(forward, targets, query_index, draws, num_objects, settings=settings, mesh=mesh)
+
+    def update(state: TrainState, gradients: dict, batch_stats: dict, loss: Array, terms: dict):
+        return update_state(
+            state,
+            gradients,
+            batch_stats,
+            loss,
+            terms,
+            optimizer=optimizer,
+            schedule=schedule,
+            multipliers=multipliers,
+            decay=config.optimizer.ema_decay,
+            ramp_steps=config.optimizer.ema_ramp_steps,
+        )
+
+    forward = program(forward)
+    backward = program(backward, out_shardings=copied)
+    update = program(update, in_shardings=copied, out_shardings=copied, donate_argnums=0)
+    count_objects = program(lambda valid: sum(jnp.sum(v, dtype=jnp.int32) for v in valid), out_shardings=copied)
+    add = program(lambda *trees: jax.tree.map(jnp.add, *trees), donate_argnums=0)
+
+    def step(state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, Array]]:
+        num_objects = count_objects([batch.targets.valid for batch in batches])
+        batch_stats, sums = state.batch_stats, None
+        for part, batch in enumerate(batches):
+            ahead = forward(state.params, batch_stats, state.step, part, batch)
+            batch_stats = ahead.batch_stats
+            query_index = assign(ahead.match_costs, batch.targets.valid)
+            found = backward(ahead, batch.targets, query_index, num_objects, state.step, part)
+            del ahead  # frees what the backward pass has read
+            sums = found if sums is None else add(sums, found)
+        gradients, loss, terms = sums
+        state, metrics = update(state, gradients, batch_stats, loss, terms)
+        return state, {**metrics, "objects": num_objects}
+
+    return step
 
 
-def train_step(
-    state: TrainState,
+def run_forward(
+    params: dict,
+    batch_stats: dict,
     batch: Batch,
     denoising: DenoisingQueries | None,
-    draw: Callable,
+    draw: Callable[[TrainingOutputs], Array],
     *,
     model: MaskRTDETR,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
     multipliers: dict,
     settings: LossSettings,
-    decay: float,
-    ramp_steps: int,
     mesh: Mesh | None,
-) -> tuple[TrainState, dict[str, Array]]:
-    """Update the state by one batch; a batch whose loss or gradient is not finite changes nothing but `step`.
+) -> Forward:
+    """Run the network and compute the matching costs.
 
     Args:
       denoising: noised objects, or None.
-      draw: training outputs -> the points of the loss.
-      multipliers: learning rate factor of each parameter; 0: frozen, without gradient and moving average.
-
-    Returns: the state, and metrics: `loss`, every loss term, `grad_norm` (before clipping, without learning rate
-      factors), `learning_rate`, `objects`, `skipped` (1 for a step that changed nothing).
+      draw: training outputs -> the points of matching.
+      multipliers: learning rate factor of each parameter; those with 0 get no gradient.
     """
-    trainable = jax.tree.map(lambda factor: factor > 0, multipliers)
 
-    def loss_function(params: dict) -> tuple[Array, tuple[dict, dict]]:
-        params = jax.tree.map(lambda p, train: p if train else jax.lax.stop_gradient(p), params, trainable)
+    def apply(params: dict) -> tuple[TrainingOutputs, dict]:
+        params = jax.tree.map(lambda p, factor: p if factor > 0 else jax.lax.stop_gradient(p), params, multipliers)
         outputs, updated = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
+            {"params": params, "batch_stats": batch_stats},
             batch.images,
             train=True,
             denoising=denoising,
             mutable=["batch_stats"],
         )
-        total, terms = compute_losses(outputs, batch.targets, denoising, draw(outputs), settings, mesh=mesh)
-        return total, (terms, updated["batch_stats"])
+        return outputs, updated["batch_stats"]
 
-    (loss, (terms, batch_stats)), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
+    outputs, pull_back, batch_stats = jax.vjp(apply, params, has_aux=True)
+    costs = compute_match_costs(outputs, batch.targets, draw(outputs), settings, mesh=mesh)
+    return Forward(outputs, pull_back, batch_stats, denoising, costs)
+
+
+def run_backward(
+    forward: Forward,
+    targets: Targets,
+    query_index: Array,
+    draws: PointDraws,
+    num_objects: Array,
+    *,
+    settings: LossSettings,
+    mesh: Mesh | None,
+) -> tuple[dict, Array, dict[str, Array]]:
+    """Score the matches: (gradients of the parameters, loss, its terms by name)."""
+
+    def score(outputs: TrainingOutputs) -> tuple[Array, dict[str, Array]]:
+        return compute_losses(
+            outputs, targets, forward.denoising, query_index, draws, settings, num_objects=num_objects, mesh=mesh
+        )
+
+    (loss, terms), to_outputs = jax.value_and_grad(score, has_aux=True)(forward.outputs)
+    (gradients,) = forward.pull_back(to_outputs)
+    return gradients, loss, terms
+
+
+def update_state(
+    state: TrainState,
+    gradients: dict,
+    batch_stats: dict,
+    loss: Array,
+    terms: dict[str, Array],
+    *,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    multipliers: dict,
+    decay: float,
+    ramp_steps: int,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Take the optimizer's step; a batch whose loss or gradient is not finite changes nothing but `step`.
+
+    Returns: the state, and metrics: `loss`, every loss term, `grad_norm` (before clipping, without learning rate
+      factors), `learning_rate`, `skipped` (1 for a step that changed nothing).
+    """
     grad_norm = gradient_norm(gradients, multipliers)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     now = ema_decay(state.num_updates, decay=decay, ramp_steps=ramp_steps)
+    is_trained = jax.tree.map(lambda factor: factor > 0, multipliers)
     updated = TrainState(
         step=state.step,
         num_updates=state.num_updates + 1,
         params=params,
         batch_stats=batch_stats,
-        ema_params=update_ema(state.ema_params, params, now, trainable),
+        ema_params=update_ema(state.ema_params, params, now, is_trained),
         ema_batch_stats=update_ema(state.ema_batch_stats, batch_stats, now),
         opt_state=opt_state,
     )
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    state_after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state)
+    kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state)
     metrics = {
         "loss": loss,
         **terms,
         "grad_norm": grad_norm,
         "learning_rate": schedule(state.num_updates),
-        "objects": jnp.sum(jnp.asarray(batch.targets.valid)),
         "skipped": ~is_finite,
     }
-    return _with_step(state_after, state.step + 1), metrics
-
-
-def _with_step(state: TrainState, step: Array) -> TrainState:
-    return TrainState(**{**vars(state), "step": step})
+    return dataclasses.replace(kept, step=state.step + 1), metrics

@@ -17,15 +17,14 @@ from jax import Array, lax
 from reference import Case, load_case, official_weights
 
 from instseg_jax.config import load_config
-from instseg_jax.models.denoising import count_slots, noise_targets
+from instseg_jax.models.denoising import noise_targets
 from instseg_jax.models.mask_rtdetr import build_model
 from instseg_jax.models.sampling import sample_map
 from instseg_jax.training.criterion import PointDraws, build_loss_settings, sum_terms
-from instseg_jax.training.mask_planes import pack_masks
-from instseg_jax.training.matching import match
+from instseg_jax.training.matching import assign
 from instseg_jax.training.optimizer import build_optimizer, build_schedule
 from instseg_jax.training.state import initial_state
-from instseg_jax.training.step import train_step
+from instseg_jax.training.step import Forward, run_backward, run_forward, update_state
 from instseg_jax.types import Batch, Targets
 from instseg_jax.weights.names import flax_to_official, official_to_flax
 
@@ -158,7 +157,6 @@ def arrange_points(setup: types.SimpleNamespace, points: dict, outputs, query_in
         return jnp.concatenate([jnp.pad(matched, spare, constant_values=0.5), denoising])
 
     return PointDraws(
-        points["matcher"],
         join(prune(mask_queries, candidates), prune(outputs.denoising.mask_queries, points["denoising_candidates"])),
         join(extra, points["denoising_extra"]),
     )
@@ -194,56 +192,49 @@ class Run:
 def train(name: str) -> Run:
     setup = prepare(name)
     batch, targets, config = setup.batch, setup.batch.targets, setup.config
-    seen = []
+    fixed = {"settings": setup.settings, "mesh": None}
 
-    def step(state, noise, points):
+    def forward(state, noise, points) -> Forward:
         denoising = noise_targets(
             targets, **noise, **config.denoising, num_classes=NUM_CLASSES, num_queries=setup.model.num_queries
         )
+        weights = state.params, state.batch_stats
+        options = {"model": setup.model, "multipliers": setup.multipliers, **fixed}
+        return run_forward(*weights, batch, denoising, lambda _: points["matcher"], **options)
 
-        def draw(outputs) -> PointDraws:
-            outputs = lax.stop_gradient(outputs)
-            num_slots = count_slots(targets.valid)
-            planes = pack_masks(jnp.asarray(targets.masks), num_slots)
-            arguments = (outputs.matching, outputs.mask_features, jax.tree.map(jnp.asarray, targets), planes, num_slots)
-            query_index = match(*arguments, points["matcher"], setup.settings.match_weights)
-            jax.debug.callback(lambda *x: seen.append(jax.tree.map(np.asarray, x)), outputs, query_index)
-            return arrange_points(setup, points, outputs, query_index)
+    def backward(ahead, query_index, points):
+        draws = arrange_points(setup, points, ahead.outputs, query_index)
+        return run_backward(ahead, targets, query_index, draws, jnp.sum(jnp.asarray(targets.valid)), **fixed)
 
-        return train_step(
-            state,
-            batch,
-            denoising,
-            draw,
-            model=setup.model,
-            optimizer=setup.optimizer,
-            schedule=setup.schedule,
-            multipliers=setup.multipliers,
-            settings=setup.settings,
-            decay=config.optimizer.ema_decay,
-            ramp_steps=config.optimizer.ema_ramp_steps,
-            mesh=None,
-        )
-
+    update = functools.partial(
+        update_state,
+        optimizer=setup.optimizer,
+        schedule=setup.schedule,
+        multipliers=setup.multipliers,
+        decay=config.optimizer.ema_decay,
+        ramp_steps=config.optimizer.ema_ramp_steps,
+    )
     run = Run(None, None, [], {}, 0.0, [], {}, {})
     state = initial_state(setup.variables, setup.optimizer)
     with jax.default_matmul_precision("highest"):
-        compiled = jax.jit(step)
+        forward, backward, update = map(jax.jit, (forward, backward, update))
         for i in range(len(setup.history)):
-            state, metrics = compiled(state, *draw_step(setup, i))
+            noise, points = draw_step(setup, i)
+            ahead = forward(state, noise, points)
+            query_index = assign(ahead.match_costs, targets.valid)
+            gradients, loss, terms = backward(ahead, query_index, points)
+            state, metrics = update(state, gradients, ahead.batch_stats, loss, terms)
             metrics = jax.tree.map(np.asarray, metrics)
-            jax.effects_barrier()
             assert not metrics["skipped"]
             sums = sum_terms({key: value for key, value in metrics.items() if key.startswith("loss/")})
             run.terms.append({key: float(value) for key, value in sums.items()} | {"total": float(metrics["loss"])})
             run.learning_rates.append(float(metrics["learning_rate"]))
             if i == 0:
-                run.outputs, run.query_index = seen[0]
+                run.outputs, run.query_index = jax.tree.map(np.asarray, (ahead.outputs, query_index))
                 run.grad_norm = float(metrics["grad_norm"])
                 gradients = jax.tree.map(np.asarray, state.opt_state[0])
                 run.gradients = flax_to_official({"params": gradients, "batch_stats": {}})
             if any(key.startswith(f"P{i + 1}@") for key in setup.case.tensors):
                 values = {"params": state.params, "batch_stats": state.batch_stats}
                 run.weights[i + 1], run.averages[i + 1] = map(flax_to_official, (values, state.ema_variables))
-            seen.clear()
     return run

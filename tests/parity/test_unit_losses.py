@@ -13,10 +13,10 @@ import pytest
 from instseg_jax import boxes as box_ops
 from instseg_jax.models.denoising import noise_targets
 from instseg_jax.models.sampling import sample_map
-from instseg_jax.training.criterion import LossSettings, PointDraws, compute_losses, sum_terms
+from instseg_jax.training.criterion import LossSettings, PointDraws, compute_losses, compute_match_costs, sum_terms
 from instseg_jax.training.losses import uncertain_point_weights
 from instseg_jax.training.mask_planes import pack_masks
-from instseg_jax.training.matching import TermWeights, match, match_cost
+from instseg_jax.training.matching import TermWeights, assign, match_cost
 from instseg_jax.types import DenoisingQueries, Predictions, Targets, TrainingOutputs
 
 HERE = pathlib.Path(__file__).parent
@@ -125,8 +125,10 @@ def load_denoising(info: dict, z: dict, targets: Targets) -> DenoisingQueries | 
     )
 
 
-def load_draws(info: dict, z: dict, targets: Targets, denoising, outputs) -> PointDraws:
-    """The reference's draws: per set matcher, candidates, extra, the main set first; then the denoising sets.
+def load_draws(info: dict, z: dict, targets: Targets, denoising, outputs) -> tuple[np.ndarray, PointDraws]:
+    """The reference's draws, points of matching and of the losses.
+
+    They come per set: matcher, candidates, extra, the main set first; then the denoising sets.
 
     Candidates are those that the reference keeps. Which of several equally uncertain ones it keeps depends on the
     last bit of its sampling and on the C++ library; `test_selection` compares our own choice with its.
@@ -149,7 +151,7 @@ def load_draws(info: dict, z: dict, targets: Targets, denoising, outputs) -> Poi
     candidates = np.full((all_sets, batch, rows, s.num_important, 2), 0.5, np.float32)
     extra = np.full((all_sets, batch, rows, num_extra, 2), 0.5, np.float32)
     if not drawn:
-        return PointDraws(matcher, candidates, extra)
+        return matcher, PointDraws(candidates, extra)
     order = [sets - 1, *range(sets - 1)]
     for i, one_set in enumerate(order):
         matcher[one_set] = drawn[3 * i][:, 0]
@@ -162,7 +164,7 @@ def load_draws(info: dict, z: dict, targets: Targets, denoising, outputs) -> Poi
     for i, one_set in enumerate([sets - 2, *range(sets - 2)]):
         pair = drawn[3 * sets + 2 * i : 3 * sets + 2 * i + 2]
         arrange(*pair, z["dn_masks"][one_set], real, candidates[sets + one_set], extra[sets + one_set])
-    return PointDraws(matcher, candidates, extra)
+    return matcher, PointDraws(candidates, extra)
 
 
 def arrange(drawn, drawn_extra, masks, rows, candidates, extra) -> None:
@@ -239,7 +241,8 @@ def prepare_match(outputs, targets):
 
 
 def find_matches(outputs, targets, points, s: LossSettings) -> np.ndarray:
-    return np.asarray(match(*prepare_match(outputs, targets), jnp.asarray(points), s.match_weights))
+    cost = match_cost(*prepare_match(outputs, targets), jnp.asarray(points), s.match_weights)
+    return np.asarray(assign(cost, targets.valid))
 
 
 @functools.cache
@@ -249,10 +252,12 @@ def run(name: str):
     targets = load_targets(z)
     denoising = load_denoising(info, z, targets)
     outputs = load_outputs(z, 0 if denoising is None else denoising.valid.shape[1])
-    draws = load_draws(info, z, targets, denoising, outputs)
+    match_points, draws = load_draws(info, z, targets, denoising, outputs)
+    costs = compute_match_costs(outputs, targets, match_points, settings(info["P"]))
+    query_index = assign(costs, targets.valid)
 
     def loss(outputs):
-        return compute_losses(outputs, targets, denoising, draws, settings(info["P"]))
+        return compute_losses(outputs, targets, denoising, query_index, draws, settings(info["P"]))
 
     (total, terms), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jax.tree.map(jnp.asarray, outputs))
     return total, sum_terms(terms), jax.tree.map(np.asarray, gradient)
