@@ -51,6 +51,7 @@ def get_config(size: str = "l") -> ConfigDict:
     data.mask_stride = 1  # target masks at the network input's resolution divided by this
     data.mask_rasterization = "exact"  # or polygon: rasterise at the target resolution, quicker
     data.keep_empty = False  # train on images without objects too
+    data.skip_invalid = False  # leave out objects with a malformed mask or box, instead of stopping
     data.refit_boxes = False  # fit boxes to what a crop leaves of the masks
     data.num_workers = 2  # threads
     data.prefetch = 4  # batches prepared ahead

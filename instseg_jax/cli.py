@@ -44,6 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     about = "check the embedded pictures, train size N on them, evaluate, predict: about 8 minutes on two cores"
     sub = add("quickstart", about, "configs/quickstart.py")
     sub.add_argument("--threshold", type=float, default=0.3, help="lowest score that is drawn (%(default)s)")
+    about = "look at every picture and annotation; what passes can be trained on"
+    sub = add("check_dataset", about, "configs/mask_rtdetr.py:l")
+    sub.add_argument("--fix", action="store_true", help="write repaired copies of the annotation files")
     add("train", "train a model; the same command again resumes", "configs/mask_rtdetr.py:l")
     sub = add("evaluate", "COCO metrics of a model on the validation images", None)
     sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint or .pdparams (default: workdir)")

@@ -2,47 +2,23 @@
 
 Two layouts are recognised: `annotations/instance_{split}.json` with `images/`, and COCO 2017's own
 `annotations/instances_{split}2017.json` with `{split}2017/`. Masks stay polygons or run-length codes;
-drawing them is `masks.py` and `data/rasterize.py`. No image is opened here.
+drawing them is `masks.py` and `data/rasterize.py`; single entries of a file are read by
+`data/coco_entries.py`. No image is opened here.
 """
 
-import collections
 import dataclasses
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from instseg_jax import masks
+from instseg_jax.data import coco_entries
+from instseg_jax.data.coco_entries import Annotation, ImageRecord
 
 MIN_BOX_SIDE_PX = 1e-5  # of the reference: a training box must be wider and higher than this
+INVALID_HINT = "Run check_dataset to see all that is wrong, or leave such objects out with data.skip_invalid=True."
 EMBEDDED = "embedded"  # the name, instead of a folder, of the data set that comes with the package
-MAX_LISTED = 5  # names or ids that an error message lists before it only counts
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ImageRecord:
-    """One picture: its id in the file, its path relative to the image folder, its size in pixels."""
-
-    id: int
-    file_name: str
-    height: int
-    width: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Annotation:
-    """One object of a picture; `label` is the class index, the box is as the file has it."""
-
-    id: int
-    label: int
-    box_xywh_px: tuple[float, float, float, float]
-    area: float
-    segmentation: masks.Segmentation
-    is_crowd: bool
-    is_ignored: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +103,16 @@ def read_coco(annotation_file: str | Path, image_folder: str | Path, *, skip_inv
     and names them in `skipped`; otherwise they raise ValueError, as all other flaws of the file do.
     """
     file = Path(annotation_file)
-    content = _read_json(file)
-    categories = _read_categories(content["categories"], file)
+    content = coco_entries.read_json(file)
+    categories = coco_entries.read_categories(content["categories"], file)
     label_of_id = {category_id: label for label, (category_id, _) in enumerate(categories)}
-    images = _read_images(content["images"], file)
+    images = coco_entries.read_images(content["images"], file)
     position_of_id = {image.id: position for position, image in enumerate(images)}
     annotations: list[list[Annotation]] = [[] for _ in images]
     skipped: list[tuple[int, str]] = []
     for number, entry in enumerate(content["annotations"]):
-        _require(entry, ("id", "image_id", "category_id"), f"Annotation number {number + 1} of {file}")
-    _check_ids([entry["id"] for entry in content["annotations"]], "annotations", file)
+        coco_entries.require_keys(entry, ("id", "image_id", "category_id"), f"Annotation number {number + 1} of {file}")
+    coco_entries.check_ids([entry["id"] for entry in content["annotations"]], "annotations", file)
     for entry in content["annotations"]:
         what = f"Annotation {entry['id']} of {file}"
         position, label = _find(position_of_id, entry["image_id"]), _find(label_of_id, entry["category_id"])
@@ -145,10 +121,10 @@ def read_coco(annotation_file: str | Path, image_folder: str | Path, *, skip_inv
         if label is None:
             raise ValueError(f"{what} has the category id {entry['category_id']!r}, which the file does not list.")
         try:
-            annotations[position].append(_read_annotation(entry, label, images[position]))
+            annotations[position].append(coco_entries.read_annotation(entry, label, images[position]))
         except ValueError as error:
             if not skip_invalid:
-                raise ValueError(f"{what}: {error}") from error
+                raise ValueError(f"{what}: {error} {INVALID_HINT}") from error
             skipped.append((entry["id"], str(error)))
     return CocoDataset(
         name=file.stem,
@@ -229,8 +205,8 @@ def map_categories(dataset: CocoDataset, class_names: Sequence[str]) -> tuple[in
     unknown = [name for name in dataset.categories if name not in class_names]
     if unknown:
         raise ValueError(
-            f"{dataset.name} has categories that the model does not know: {_first_few(unknown)}; "
-            f"the model knows {_first_few(list(class_names))}."
+            f"{dataset.name} has categories that the model does not know: {coco_entries.first_few(unknown)}; "
+            f"the model knows {coco_entries.first_few(list(class_names))}."
         )
     return tuple(ids.get(name) for name in class_names)
 
@@ -241,7 +217,7 @@ def check_images(dataset: CocoDataset) -> None:
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(dataset)} images of {dataset.name} are missing in "
-            f"{str(dataset.image_folder)!r}: {_first_few(missing)}."
+            f"{str(dataset.image_folder)!r}: {coco_entries.first_few(missing)}."
         )
 
 
@@ -255,101 +231,7 @@ def check_same_categories(a: CocoDataset, b: CocoDataset) -> None:
         if of_a.get(i) != of_b.get(i)
     ]
     if differing:
-        raise ValueError(f"The categories of {a.name} and {b.name} differ: {_first_few(differing)}.")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"There is no annotation file {str(file)!r}.") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error.msg} in line {error.lineno}.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not a UTF-8 text file.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object with images, annotations and categories.")
-    _require(content, ("images", "annotations", "categories"), str(file))
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content[key], list):
-            raise ValueError(f"{key!r} of {file} must be a list.")
-    return content
-
-
-def _read_categories(entries: list[Any], file: Path) -> list[tuple[int, str]]:
-    """(id, name) of each category, by ascending id: the rank is the class index."""
-    for number, entry in enumerate(entries):
-        _require(entry, ("id", "name"), f"Category number {number + 1} of {file}")
-    if not entries:
-        raise ValueError(f"{file} lists no categories.")
-    _check_ids([entry["id"] for entry in entries], "categories", file)
-    return sorted((entry["id"], str(entry["name"])) for entry in entries)
-
-
-def _read_images(entries: list[Any], file: Path) -> list[ImageRecord]:
-    records = []
-    for number, entry in enumerate(entries):
-        _require(entry, ("id", "file_name", "height", "width"), f"Image number {number + 1} of {file}")
-        height, width = entry["height"], entry["width"]
-        for name, value in (("height", height), ("width", width)):
-            if not isinstance(value, (int, float)) or value != int(value) or value < 1:
-                raise ValueError(f"Image {entry['id']} of {file} has the {name} {value!r}, not a number of pixels.")
-        records.append(ImageRecord(entry["id"], str(entry["file_name"]), int(height), int(width)))
-    _check_ids([record.id for record in records], "images", file)
-    return records
-
-
-def _read_annotation(entry: dict[str, Any], label: int, image: ImageRecord) -> Annotation:
-    segmentation = _read_segmentation(entry.get("segmentation"), image)
-    box, area = entry.get("bbox"), entry.get("area")
-    if box is None or area is None:
-        rle = masks.segmentation_to_rle(segmentation, image.height, image.width)
-        if area is None:
-            area = masks.rle_area(rle)
-        if box is None:
-            x1, y1, x2, y2 = masks.rle_box_xyxy_px(rle)
-            box = [x1, y1, x2 - x1, y2 - y1]
-    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(_is_number(v) for v in box):
-        raise ValueError(f"its bbox must be four numbers [x, y, width, height], got {box!r}.")
-    if not _is_number(area):
-        raise ValueError(f"its area must be a number, got {area!r}.")
-    return Annotation(
-        id=entry["id"],
-        label=label,
-        box_xywh_px=(float(box[0]), float(box[1]), float(box[2]), float(box[3])),
-        area=float(area),
-        segmentation=segmentation,
-        is_crowd=bool(entry.get("iscrowd", 0)),
-        is_ignored=bool(entry.get("ignore", 0)),
-    )
-
-
-def _read_segmentation(segmentation: Any, image: ImageRecord) -> masks.Segmentation:
-    if isinstance(segmentation, dict):
-        rle = masks.segmentation_to_rle(segmentation, image.height, image.width)
-        masks.check_rle(rle)
-        return rle
-    if not isinstance(segmentation, list) or not segmentation:
-        raise ValueError("it has no segmentation: neither polygons nor a run-length code.")
-    if not all(isinstance(polygon, list) for polygon in segmentation):
-        raise ValueError("its segmentation must be a list of polygons [x1, y1, x2, y2, ...], not a flat list.")
-    return tuple(_read_polygon(polygon, image) for polygon in segmentation)
-
-
-def _read_polygon(polygon: list[Any], image: ImageRecord) -> np.ndarray:
-    if len(polygon) < 6:
-        raise ValueError(f"it has a polygon with {len(polygon) // 2} points, at least 3 are needed.")
-    if len(polygon) % 2:
-        raise ValueError(f"it has a polygon with {len(polygon)} numbers, but x and y come in pairs.")
-    try:
-        points = np.array(polygon, np.float64).reshape(-1, 2)
-    except (TypeError, ValueError):
-        raise ValueError("it has a polygon with coordinates that are not numbers.") from None
-    # Drawing takes memory and time in proportion to the coordinates: a stray 1e9 would end the process.
-    limit = 10 * max(image.height, image.width)
-    if not np.abs(points).max() <= limit:
-        raise ValueError(f"it has a polygon that reaches far outside its {image.width}x{image.height} image.")
-    return points
+        raise ValueError(f"The categories of {a.name} and {b.name} differ: {coco_entries.first_few(differing)}.")
 
 
 def _untrainable_reason(annotation: Annotation, image: ImageRecord) -> str | None:
@@ -368,30 +250,8 @@ def _untrainable_reason(annotation: Annotation, image: ImageRecord) -> str | Non
     return None
 
 
-def _require(entry: Any, keys: Sequence[str], what: str) -> None:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{what} must be a JSON object, got {type(entry).__name__}.")
-    missing = [key for key in keys if key not in entry]
-    if missing:
-        raise ValueError(f"{what} lacks {', '.join(repr(key) for key in missing)}.")
-
-
-def _check_ids(ids: Sequence[Any], what: str, file: Path) -> None:
-    """Raise ValueError unless the ids are whole numbers that differ."""
-    for value in ids:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"The ids of the {what} in {file} must be whole numbers, got {value!r}.")
-    if len(set(ids)) < len(ids):
-        twice = [value for value, count in collections.Counter(ids).items() if count > 1]
-        raise ValueError(f"Several {what} of {file} share an id: {_first_few(twice)}.")
-
-
 def _find(table: dict[int, int], key: Any) -> int | None:
     return table.get(key) if isinstance(key, int) else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _either(paths: Sequence[Path]) -> str:
@@ -400,8 +260,3 @@ def _either(paths: Sequence[Path]) -> str:
 
 def _name(names: dict[int, str], category_id: int) -> str:
     return repr(names[category_id]) if category_id in names else "missing"
-
-
-def _first_few(items: Sequence[Any]) -> str:
-    listed = ", ".join(str(item) for item in items[:MAX_LISTED])
-    return listed + (f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else "")

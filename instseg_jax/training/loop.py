@@ -168,7 +168,7 @@ def read_split(data: ConfigDict, split: str) -> coco.CocoDataset:
     if not data.dir:
         raise ValueError("data.dir is empty; name the data set's folder with --config.data.dir=DIR")
     annotations, images = data[f"{split}_annotations"], data[f"{split}_images"]
-    return coco.read_split(data.dir, split, annotations=annotations, images=images)
+    return coco.read_split(data.dir, split, annotations=annotations, images=images, skip_invalid=data.skip_invalid)
 
 
 def _open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:

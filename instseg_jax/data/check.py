@@ -1,0 +1,154 @@
+"""Is a data set sound? Reads every picture and every annotation and says all that is wrong with it.
+
+`check_dataset` promises: what passes can be trained on. What can be wrong is listed in `data/findings.py`,
+pictures are judged in `data/check_images.py`, annotation files in `data/check_annotations.py`, drawings and
+the page to look at are made by `data/check_report.py`, and `data/repair.py` writes mended copies.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from instseg_jax.data import check_annotations, check_images, check_numbers, coco, coco_entries
+from instseg_jax.data.check_annotations import CheckedFile, CheckedObject
+from instseg_jax.data.check_images import PictureFacts
+from instseg_jax.data.coco_entries import ImageRecord
+from instseg_jax.data.findings import Flaw, has_errors
+
+SPLITS = ("train", "val")
+Progress = Callable[[Iterable, int], Iterable]  # shows how far a loop over so many items has come
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The annotation file and the image folder of each split that there is."""
+
+    root: Path
+    splits: dict[str, tuple[Path, Path]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """All that was found out: the flaws, what can be used of each file, and what the pictures are."""
+
+    source: Source
+    flaws: list[Flaw]
+    contents: dict[str, dict[str, Any]]  # the files as they are
+    files: dict[str, CheckedFile]
+    pictures: dict[str, dict[int, PictureFacts]]  # by split and image id
+    measured: dict[str, dict[str, Any]]
+
+    @property
+    def passed(self) -> bool:
+        return not has_errors(self.flaws)
+
+
+def find_source(
+    dir: str | Path, annotations: dict[str, str | Path | None], images: dict[str, str | Path | None]
+) -> tuple[Source, list[Flaw]]:
+    """Find both splits below a folder; a split that is not there is a flaw.
+
+    Raises FileNotFoundError when the folder itself does not exist.
+    """
+    root, splits, flaws = coco.data_root(dir), {}, []
+    for split in SPLITS:
+        try:
+            splits[split] = coco.find_split(dir, split, annotations[split], images[split])
+        except FileNotFoundError as error:
+            flaws.append(Flaw("missing_annotations", split, (), str(error)))
+    return Source(root, splits), flaws
+
+
+def check_dataset(
+    source: Source,
+    known_flaws: Iterable[Flaw],
+    *,
+    num_queries: int,
+    max_instances: int,
+    image_size: tuple[int, int],
+    resize: str,
+    num_workers: int,
+    progress: Progress,
+    pictures: dict[Path, PictureFacts],
+) -> Check:
+    """Check both splits of a data set.
+
+    `pictures` keeps what is known about files that were looked at before (by path, added to): a second check of
+    the same pictures is quick. `num_workers` threads look at pictures at the same time.
+    """
+    flaws = list(known_flaws)
+    contents: dict[str, dict[str, Any]] = {}
+    files: dict[str, CheckedFile] = {}
+    facts_of: dict[str, dict[int, PictureFacts]] = {}
+    for split, (file, folder) in source.splits.items():
+        try:
+            contents[split] = coco_entries.read_json(file)
+        except (ValueError, FileNotFoundError, RecursionError) as error:
+            flaws.append(Flaw("broken_json", split, (), str(error)))
+            continue
+        files[split], found = check_annotations.check_file(split, contents[split])
+        entries, strays = check_annotations.entries_by_image(split, contents[split], files[split])
+        flaws += found + strays
+        images = list(files[split].images.values())
+
+        def look(image: ImageRecord, split: str = split, folder: Path = folder, entries: dict = entries) -> tuple:
+            path = folder / image.file_name
+            facts = pictures.get(path) or check_images.inspect_picture(path)
+            return facts, *check_annotations.check_objects(split, image, entries[image.id])
+
+        facts_of[split] = {}
+        with ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="check") as pool:
+            for image, seen in zip(images, progress(pool.map(look, images), len(images)), strict=True):
+                facts, objects, found = seen
+                pictures[folder / image.file_name] = facts_of[split][image.id] = facts
+                files[split].objects[image.id] = objects
+                flaws += check_images.find_picture_flaws(split, image, facts, folder) + found
+        flaws += _empty_flaws(split, files[split])
+    if len(files) == len(SPLITS):
+        flaws += check_annotations.compare_categories(files["train"], files["val"])
+        flaws += check_images.find_leaks(*(_pairs(files[split], facts_of[split]) for split in SPLITS))
+    measured = {split: check_numbers.measure_split(file, image_size, resize) for split, file in files.items()}
+    flaws += check_numbers.advise(
+        files, measured, num_queries=num_queries, max_instances=max_instances, image_size=image_size
+    )
+    if not has_errors(flaws):
+        flaws += _reading_flaws(source)
+    return Check(source, flaws, contents, files, facts_of, measured)
+
+
+def _pairs(file: CheckedFile, facts: dict[int, PictureFacts]) -> list[tuple[ImageRecord, PictureFacts]]:
+    return [(image, facts[image_id]) for image_id, image in file.images.items()]
+
+
+def _empty_flaws(split: str, file: CheckedFile) -> list[Flaw]:
+    flaws = []
+    empty = [image for image in file.images.values() if not any(map(_is_trainable, file.objects[image.id]))]
+    if len(empty) == len(file.images):
+        what = "there is no picture" if not file.images else f"none of its {len(file.images)} pictures has an object"
+        flaws.append(Flaw("no_objects", split, (), f"{what} that can be trained on"))
+    flaws += [
+        Flaw("empty_image", split, (image.id,), f"image {image.id}, {image.file_name!r}, has no object")
+        for image in empty
+    ]
+    return flaws
+
+
+def _is_trainable(o: CheckedObject) -> bool:
+    a = o.annotation
+    return not a.is_crowd and not a.is_ignored and a.area > 0 and o.mask_area > 0
+
+
+def _reading_flaws(source: Source) -> list[Flaw]:
+    """Read the data set the way training does: the last word on whether it can start."""
+    flaws = []
+    for split, (file, folder) in source.splits.items():
+        try:
+            dataset = coco.read_coco(file, folder)
+        except ValueError as error:
+            flaws.append(Flaw("broken_json", split, (), str(error)))
+            continue
+        if not len(coco.select_trainable(dataset, keep_empty=False)):
+            flaws.append(Flaw("no_objects", split, (), "no picture is left to train on"))
+    return flaws

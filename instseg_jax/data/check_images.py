@@ -1,0 +1,199 @@
+"""Everything about the picture files of a data set: each one is decoded, measured and fingerprinted.
+
+Fingerprints find the same picture in two splits: a digest of the file for exact copies, and a perceptual
+hash (signs of low frequencies) that survives another size, compression or brightness.
+"""
+
+import dataclasses
+import hashlib
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from instseg_jax import images
+from instseg_jax.data.coco_entries import ImageRecord
+from instseg_jax.data.findings import Flaw
+
+EXIF_ORIENTATION = 0x0112
+HASH_SIDE = 32  # pixels of the grey thumbnail that is hashed
+HASH_FREQUENCIES = 8  # of the cosine transform, each way: 64 bits
+MAX_HASH_DISTANCE = 8  # bits by which near duplicates differ at most
+MIN_LIKENESS = 0.97  # correlation of their thumbnails
+MIN_CONTRAST = 2.0  # grey levels of standard deviation; flatter pictures are only compared byte for byte
+COMPARED_AT_ONCE = 1 << 22  # pairs of hashes in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureFacts:
+    """What one file turned out to be; `error` says why it can't be used, the rest is then empty."""
+
+    error: str | None
+    is_missing: bool = False
+    size: tuple[int, int] = (0, 0)  # (height, width) as read, turned by EXIF
+    orientation: int = 1  # EXIF's, 1 is upright
+    digest: bytes = b""
+    thumbnail: np.ndarray | None = None  # [32, 32] uint8 grey; None for a flat picture
+    hash: int = 0
+
+
+def inspect_picture(path: Path) -> PictureFacts:
+    """Decode a file as training does, and once more strictly, since OpenCV reads half a file without a word."""
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return PictureFacts("there is no such file", is_missing=True)
+    except OSError as error:
+        return PictureFacts(f"it can't be opened: {error.strerror}")
+    try:
+        image = images.decode_image(data, str(path))
+    except ValueError as error:
+        return PictureFacts(str(error))
+    orientation, problem = _decode_strictly(data)
+    if problem is not None:
+        return PictureFacts(problem)
+    thumbnail, picture_hash = fingerprint(image)
+    return PictureFacts(
+        error=None,
+        size=image.shape[:2],
+        orientation=orientation,
+        digest=hashlib.blake2b(data, digest_size=16).digest(),
+        thumbnail=thumbnail,
+        hash=picture_hash,
+    )
+
+
+def find_picture_flaws(split: str, image: ImageRecord, facts: PictureFacts, folder: Path) -> list[Flaw]:
+    """What is wrong with the file of a picture of the data set."""
+
+    def flaw(code: str, detail: str) -> Flaw:
+        return Flaw(code, split, (image.id,), f"image {image.id}, {image.file_name!r}: {detail}")
+
+    if facts.is_missing:
+        near = find_file(folder, image.file_name)
+        hint = f"; but there is {near.relative_to(folder).as_posix()!r}" if near else ""
+        return [flaw("missing_image", f"there is no such file in {str(folder)!r}{hint}")]
+    if facts.error is not None:
+        return [flaw("undecodable_image", facts.error)]
+    height, width = facts.size
+    if (height, width) != (image.height, image.width):
+        is_turned = facts.orientation > 4 and (width, height) == (image.height, image.width)
+        hint = " once it is turned as its EXIF orientation says" if is_turned else ""
+        detail = f"it is {width}x{height}{hint}, the annotation file says {image.width}x{image.height}"
+        return [flaw("size_mismatch", detail)]
+    if facts.orientation != 1:
+        return [flaw("exif_rotation", f"EXIF orientation {facts.orientation}")]
+    return []
+
+
+def find_file(folder: Path, file_name: str) -> Path | None:
+    """The one file that a wrong file name may mean: without its folders, in other case, or with another ending."""
+    wanted = Path(file_name.replace("\\", "/"))
+    if (folder / wanted).is_file():  # written with backslashes
+        return folder / wanted
+    if (folder / wanted.name).is_file():
+        return folder / wanted.name
+    if not folder.is_dir():
+        return None
+    found = [path for path in folder.iterdir() if path.name.casefold() == wanted.name.casefold()]
+    found = found or [path for path in folder.iterdir() if path.stem.casefold() == wanted.stem.casefold()]
+    return found[0] if len(found) == 1 and found[0].is_file() else None
+
+
+def fingerprint(image: np.ndarray) -> tuple[np.ndarray | None, int]:
+    """Grey thumbnail [32, 32] uint8 and 64-bit perceptual hash of a picture; (None, 0) for a flat one."""
+    small = cv2.resize(image, (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
+    grey = small.reshape(HASH_SIDE, HASH_SIDE, -1).mean(axis=2)
+    if image.dtype == np.uint16:
+        grey /= 256
+    if grey.std() < MIN_CONTRAST:
+        return None, 0
+    low = cv2.dct(grey - grey.mean())[:HASH_FREQUENCIES, :HASH_FREQUENCIES].ravel()
+    bits = low > np.median(low)
+    return np.clip(np.rint(grey), 0, 255).astype(np.uint8), int(np.packbits(bits).view(">u8")[0])
+
+
+def find_leaks(
+    train: Sequence[tuple[ImageRecord, PictureFacts]], val: Sequence[tuple[ImageRecord, PictureFacts]]
+) -> list[Flaw]:
+    """Pictures of the validation split that are in the training split too: same bytes, or the same to the eye."""
+    by_digest = {facts.digest: image for image, facts in train if facts.error is None}
+    flaws, rest = [], []
+    for image, facts in val:
+        if facts.error is not None:
+            continue
+        twin = by_digest.get(facts.digest)
+        if twin is None:
+            rest.append((image, facts))
+        else:
+            flaws.append(_leak(twin, image, "the same file"))
+    shown = [(image, facts) for image, facts in train if facts.thumbnail is not None]
+    rest = [(image, facts) for image, facts in rest if facts.thumbnail is not None]
+    return flaws + [_leak(a, b, "nearly the same picture") for a, b in _near_duplicates(shown, rest)]
+
+
+def _near_duplicates(
+    train: Sequence[tuple[ImageRecord, PictureFacts]], val: Sequence[tuple[ImageRecord, PictureFacts]]
+) -> list[tuple[ImageRecord, ImageRecord]]:
+    """For each picture of `val` the most alike one of `train`, where there is one."""
+    if not train or not val:
+        return []
+    hashes = np.array([facts.hash for _, facts in train], np.uint64)
+    pairs = []
+    rows = max(1, COMPARED_AT_ONCE // len(hashes))
+    for start in range(0, len(val), rows):
+        block = np.array([facts.hash for _, facts in val[start : start + rows]], np.uint64)
+        near = np.bitwise_count(block[:, None] ^ hashes[None]) <= MAX_HASH_DISTANCE
+        for row in np.flatnonzero(near.any(axis=1)).tolist():
+            image, facts = val[start + row]
+            likeness = [(_likeness(train[i][1], facts), i) for i in np.flatnonzero(near[row]).tolist()]
+            best, position = max(likeness)
+            if best >= MIN_LIKENESS:
+                pairs.append((train[position][0], image))
+    return pairs
+
+
+def _likeness(a: PictureFacts, b: PictureFacts) -> float:
+    """Correlation of two thumbnails, -1..1."""
+    assert a.thumbnail is not None and b.thumbnail is not None  # flat pictures were left out
+    return float(np.corrcoef(a.thumbnail.ravel(), b.thumbnail.ravel())[0, 1])
+
+
+def _leak(train: ImageRecord, val: ImageRecord, what: str) -> Flaw:
+    detail = f"{train.file_name!r} of train and {val.file_name!r} of val are {what}"
+    return Flaw("leak", None, (train.id, val.id), detail)
+
+
+def _decode_strictly(data: bytes) -> tuple[int, str | None]:
+    """EXIF orientation of a picture, and what Pillow says against it; a format that it does not know passes."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its doubts about size or metadata are none about the pixels
+            with Image.open(io.BytesIO(data)) as picture:
+                orientation = picture.getexif().get(EXIF_ORIENTATION, 1)
+                picture.load()
+    except Image.UnidentifiedImageError:
+        return 1, None
+    except Exception as error:  # Pillow's plugins raise all kinds on damaged files
+        return 1, f"it is damaged: {error}"
+    return orientation if orientation in range(1, 9) else 1, None
+
+
+def turn_pixels(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn [H, W, ...] as it is stored to how EXIF's orientation (1..8) says to show it."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
+
+
+def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a binary mask [H, W] to (height, width)."""
+    return cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST)

@@ -1,0 +1,249 @@
+"""What `check_dataset` leaves behind: the result as JSON, drawings, a histogram, and a page to look at.
+
+Drawing the objects themselves is handed in by the caller as a function; the rest is drawn here.
+"""
+
+import html
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from instseg_jax import files, images, masks
+from instseg_jax.data import check_numbers, findings
+from instseg_jax.data.check import Check
+
+FOLDER = "check_dataset"
+MAX_PICTURES = 10  # drawn of each split, as the official check does
+MAX_SIDE = 1280  # pixels of a drawing
+MAX_BARS = 40  # classes of the histogram, the most frequent ones
+COLORS = {"train": (43, 108, 176), "val": (221, 107, 32)}
+DrawInstances = Callable[..., np.ndarray]  # inference.visualize.draw_instances
+
+
+def write_report(workdir: Path, check: Check, draw_instances: DrawInstances, fixed: dict[str, Any] | None) -> dict:
+    """Write check_dataset_result.json, check_dataset/ and check_dataset.html below `workdir`; return the result."""
+    grouped = findings.group(check.flaws)
+    paths = {split: _draw_pictures(workdir, split, check, draw_instances) for split in check.files}
+    counts = check_numbers.count_classes(check.files)
+    histogram = f"{FOLDER}/histogram.png"
+    _save(workdir / histogram, draw_histogram(counts))
+    names = list(counts)
+    attributes: dict[str, Any] = {"num_classes": _num_classes(check), "class_names": names}
+    for split in ("train", "val"):
+        numbers = check.measured.get(split, {})
+        attributes[f"{split}_samples"] = numbers.get("annotations", 0)
+        attributes[f"{split}_sample_paths"] = paths.get(split, [])
+        attributes[f"{split}_images"] = numbers.get("images", 0)
+    result = {
+        "done_flag": True,
+        "check_pass": check.passed,
+        "attributes": attributes,
+        "analysis": {"histogram": histogram, "objects_of_class": counts, "splits": check.measured},
+        "dataset_path": check.source.root.resolve().name,
+        "show_type": "image",
+        "dataset_type": "COCOInstSegDataset",
+        "findings": grouped,
+    }
+    if fixed is not None:
+        result["fixed"] = fixed
+    files.write_json(workdir / "check_dataset_result.json", result, indent=2)
+    files.write_text(workdir / "check_dataset.html", make_page(result))
+    return result
+
+
+def summarise(result: dict[str, Any], workdir: Path) -> list[str]:
+    """The result in lines of text: what was found, where the rest stands, and the verdict last."""
+    lines = []
+    for finding in result["findings"]:
+        lines += findings.describe(finding)
+    for split in ("train", "val"):
+        images, objects = (result["attributes"][f"{split}_{what}"] for what in ("images", "samples"))
+        lines.append(f"{split}: {images} images, {objects} objects")
+    lines.append(f"to look at: {workdir / 'check_dataset.html'}")
+    if "fixed" in result:
+        fixed = result["fixed"]
+        verdict = "which pass the check" if fixed["check_pass"] else "which still do not pass the check"
+        lines.append(f"{len(fixed['changes'])} changes in repaired copies, {verdict}; use them with")
+        lines += [f"    --config.data.{s}_annotations={Path(file).resolve()}" for s, file in fixed["files"].items()]
+    errors = sum(finding["count"] for finding in result["findings"] if finding["severity"] == findings.ERROR)
+    failed = f"Check dataset failed: {errors} error{'' if errors == 1 else 's'}."
+    if "fixed" not in result and result["analysis"]["splits"]:
+        failed += " --fix writes repaired copies of the annotation files."
+    return [*lines, "Check dataset passed !" if result["check_pass"] else failed]
+
+
+def draw_histogram(counts: dict[str, dict[str, int]]) -> Image.Image:
+    """Draw the objects of each class in each split as bars; of many classes the 40 most frequent."""
+    order = sorted(counts, key=lambda name: -sum(counts[name].values()))
+    shown = [name for name in counts if name in order[:MAX_BARS]]
+    title, label = ImageFont.load_default(20), ImageFont.load_default(14)
+    row, top, bar = 42, 60, 15
+    left = 24 + max([int(label.getlength(name)) for name in shown], default=0)
+    width, most = 900, max((n for name in shown for n in counts[name].values()), default=0)
+    picture = Image.new("RGB", (left + width + 90, top + row * max(1, len(shown)) + 16), "white")
+    draw = ImageDraw.Draw(picture)
+    text = "Objects of each class" + (f" (the {MAX_BARS} most frequent of {len(counts)})" if len(counts) > 40 else "")
+    draw.text((12, 14), text, fill="black", font=title)
+    x = 40 + title.getlength(text)
+    for split, color in COLORS.items():
+        draw.rectangle((x, 18, x + 16, 34), fill=color)
+        draw.text((x + 22, 17), split, fill="black", font=label)
+        x += 90
+    for i, name in enumerate(shown):
+        y = top + i * row
+        draw.text((left - 8 - label.getlength(name), y + 6), name, fill="black", font=label)
+        for k, (split, color) in enumerate(COLORS.items()):
+            count, bar_top = counts[name].get(split, 0), y + k * (bar + 2)
+            length = width * count / most if most else 0
+            draw.rectangle((left, bar_top, left + max(length, 1), bar_top + bar), fill=color)
+            draw.text((left + length + 6, bar_top - 1), str(count), fill=(70, 70, 70), font=label)
+    return picture
+
+
+def make_page(result: dict[str, Any]) -> str:
+    """The result as a page of HTML; pictures are linked relative to it."""
+    verdict = "Check dataset passed !" if result["check_pass"] else "Check dataset failed"
+    color = "#276749" if result["check_pass"] else "#c53030"
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        f"<title>{html.escape(verdict)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1 style='color:{color}'>{html.escape(verdict)}</h1><p>{html.escape(result['dataset_path'])}</p>",
+        _numbers_table(result),
+        "<h2>Findings</h2>" if result["findings"] else "<h2>No findings</h2>",
+    ]
+    parts += [_finding_block(finding) for finding in result["findings"]]
+    if result.get("fixed"):
+        parts.append(_fixed_block(result["fixed"]))
+    parts.append(
+        f"<h2>Classes</h2><img class='wide' src='{result['analysis']['histogram']}' alt='objects of each class'>"
+    )
+    for split in ("train", "val"):
+        paths = result["attributes"][f"{split}_sample_paths"]
+        if paths:
+            parts.append(f"<h2>Pictures of {split}</h2><div class='grid'>")
+            parts += [
+                f"<figure><a href='{html.escape(p)}'><img src='{html.escape(p)}' loading='lazy'></a>"
+                f"<figcaption>{html.escape(Path(p).name)}</figcaption></figure>"
+                for p in paths
+            ]
+            parts.append("</div>")
+    return "\n".join([*parts, "</body></html>\n"])
+
+
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#1a202c}
+table{border-collapse:collapse}td,th{padding:.25rem .8rem;border-bottom:1px solid #e2e8f0;text-align:right}
+td:first-child,th:first-child{text-align:left}
+.finding{border-left:.4rem solid #a0aec0;padding:.2rem 1rem;margin:1rem 0;background:#f7fafc}
+.error{border-color:#c53030}.warning{border-color:#dd6b20}.advice{border-color:#3182ce}
+.badge{font-size:.8rem;text-transform:uppercase;letter-spacing:.05em}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:1rem}
+figure{margin:0}img{max-width:100%}figcaption{font-size:.8rem;color:#4a5568}code{word-break:break-all}
+"""
+
+
+def _numbers_table(result: dict[str, Any]) -> str:
+    splits = result["analysis"]["splits"]
+    rows = [
+        ("images", "images"),
+        ("images without objects", "images_without_objects"),
+        ("objects", "objects"),
+        ("of them crowds", "crowds"),
+        ("objects an image", "objects_per_image"),
+        ("image width, px", "image_width_px"),
+        ("image height, px", "image_height_px"),
+        ("object side (root of area), px", "object_side_px"),
+        ("object side at the training size, px", "object_side_at_training_size_px"),
+    ]
+    cells = [
+        f"<tr><th>{result['attributes']['num_classes']} classes</th>{''.join(f'<th>{s}</th>' for s in splits)}</tr>"
+    ]
+    for title, key in rows:
+        values = "".join(f"<td>{_show_number(numbers[key])}</td>" for numbers in splits.values())
+        cells.append(f"<tr><td>{title}</td>{values}</tr>")
+    return f"<table>{''.join(cells)}</table>"
+
+
+def _show_number(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    if not value:
+        return "-"
+    return f"median {value['p50']:g} (1 %: {value['p1']:g}, 99 %: {value['p99']:g}, most {value['max']:g})"
+
+
+def _finding_block(finding: dict[str, Any]) -> str:
+    where = f" in {finding['split']}" if finding["split"] else ""
+    details = "".join(f"<li>{html.escape(text)}</li>" for text in finding["details"])
+    left = finding["count"] - len(finding["details"])
+    is_open = " open" if finding["severity"] == findings.ERROR else ""
+    more = f"<li>and {left} more; their ids are in check_dataset_result.json</li>" if left > 0 else ""
+    return (
+        f"<div class='finding {finding['severity']}'><span class='badge'>{finding['severity']}</span> "
+        f"<b><code>{finding['code']}</code></b>{where}: {html.escape(finding['message'])} ({finding['count']})"
+        f"<details{is_open}><summary>places</summary><ul>{details}{more}</ul></details>"
+        f"<p>{html.escape(finding['what_to_do'])}</p></div>"
+    )
+
+
+def _fixed_block(fixed: dict[str, Any]) -> str:
+    verdict = "pass the check" if fixed["check_pass"] else "still do not pass the check"
+    listed = "".join(f"<li>{html.escape(change)}</li>" for change in fixed["changes"])
+    paths = html.escape(", ".join(fixed["files"].values()))
+    return f"<h2>Repaired copies</h2><p>They {verdict}: {paths}</p><ul>{listed}</ul>"
+
+
+def _draw_pictures(workdir: Path, split: str, check: Check, draw_instances: DrawInstances) -> list[str]:
+    """Draw a few pictures of a split with their objects; returns the paths relative to the workdir."""
+    file, facts = check.files[split], check.pictures[split]
+    usable = [i for i in file.images if facts[i].error is None and facts[i].size == _size_of(file.images[i])]
+    usable = [i for i in usable if file.objects[i]] or usable
+    paths = []
+    for position in np.linspace(0, len(usable) - 1, min(MAX_PICTURES, len(usable))).round().astype(int):
+        image_id = usable[position]
+        image, objects = file.images[image_id], file.objects[image_id]
+        drawn = draw_instances(
+            images.read_image(check.source.splits[split][1] / image.file_name),
+            boxes_xyxy_px=np.array([_corners(o.annotation.box_xywh_px) for o in objects]).reshape(-1, 4),
+            labels=[o.category_id for o in objects],
+            names=[file.categories[o.category_id] for o in objects],
+            scores=None,
+            masks=[masks.segmentation_to_rle(o.annotation.segmentation, image.height, image.width) for o in objects],
+        )
+        name = f"{split}_{Path(image.file_name.replace('/', '_')).stem}.jpg"
+        path = f"{FOLDER}/demo_img/{name}"
+        if path in paths:  # the same name in several folders or with several endings
+            path = f"{FOLDER}/demo_img/{split}_{image_id}_{name.removeprefix(split + '_')}"
+        _save(workdir / path, Image.fromarray(_shrink(drawn)))
+        paths.append(path)
+    return paths
+
+
+def _num_classes(check: Check) -> int:
+    return len({i for file in check.files.values() for i in file.categories})
+
+
+def _size_of(image: Any) -> tuple[int, int]:
+    return image.height, image.width
+
+
+def _corners(box_xywh_px: Sequence[float]) -> tuple[float, float, float, float]:
+    x, y, w, h = box_xywh_px
+    return x, y, x + w, y + h
+
+
+def _shrink(picture: np.ndarray) -> np.ndarray:
+    scale = MAX_SIDE / max(picture.shape[:2])
+    if scale >= 1:
+        return picture
+    size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
+def _save(path: Path, picture: Image.Image) -> None:
+    encoded = cv2.imencode(path.suffix, np.asarray(picture)[..., ::-1])[1]
+    files.write_bytes(path, encoded.tobytes())

@@ -1,0 +1,184 @@
+"""The entries of a COCO annotation file: each one read and checked by itself, in one sentence each.
+
+What a whole file means, and how splits are found, is `data/coco.py`; what is wrong with a data set as a
+whole, `data/check.py`.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instseg_jax import masks
+
+MAX_LISTED = 5  # names or ids that an error message lists before it only counts
+MAX_REACH = 10  # times the longer side of its picture that a polygon may reach
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One picture: its id in the file, its path relative to the image folder, its size in pixels."""
+
+    id: int
+    file_name: str
+    height: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Annotation:
+    """One object of a picture; `label` is the class index, the box is as the file has it."""
+
+    id: int
+    label: int
+    box_xywh_px: tuple[float, float, float, float]
+    area: float
+    segmentation: masks.Segmentation
+    is_crowd: bool
+    is_ignored: bool
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read an annotation file as far as its three lists; raises FileNotFoundError or ValueError."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no annotation file {str(file)!r}.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: {error.msg} in line {error.lineno}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a UTF-8 text file.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object with images, annotations and categories.")
+    require_keys(content, ("images", "annotations", "categories"), str(file))
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content[key], list):
+            raise ValueError(f"{key!r} of {file} must be a list.")
+    return content
+
+
+def read_categories(entries: list[Any], file: Path) -> list[tuple[int, str]]:
+    """(id, name) of each category, by ascending id: the rank is the class index."""
+    for number, entry in enumerate(entries):
+        require_keys(entry, ("id", "name"), f"Category number {number + 1} of {file}")
+    if not entries:
+        raise ValueError(f"{file} lists no categories.")
+    check_ids([entry["id"] for entry in entries], "categories", file)
+    return sorted((entry["id"], str(entry["name"])) for entry in entries)
+
+
+def read_images(entries: list[Any], file: Path) -> list[ImageRecord]:
+    """The pictures of a file, their ids whole numbers that differ."""
+    records = [read_image(entry, f"Image number {number + 1} of {file}") for number, entry in enumerate(entries)]
+    check_ids([record.id for record in records], "images", file)
+    return records
+
+
+def read_image(entry: Any, what: str) -> ImageRecord:
+    """One picture; `what` begins the message of the ValueError."""
+    require_keys(entry, ("id", "file_name", "height", "width"), what)
+    for name in ("height", "width"):
+        value = entry[name]
+        if not is_number(value) or value != int(value) or value < 1:
+            raise ValueError(f"{what} (id {entry['id']}) has the {name} {value!r}, not a number of pixels.")
+    if not isinstance(entry["file_name"], str):
+        raise ValueError(f"{what} (id {entry['id']}) has the file name {entry['file_name']!r}, not a string.")
+    return ImageRecord(entry["id"], entry["file_name"], int(entry["height"]), int(entry["width"]))
+
+
+def read_annotation(entry: dict[str, Any], label: int, image: ImageRecord) -> Annotation:
+    """One object of a picture; a missing `bbox` or `area` is computed from the mask."""
+    segmentation = read_segmentation(entry.get("segmentation"), image)
+    box, area = read_box_and_area(entry, segmentation, image)
+    return Annotation(
+        id=entry["id"],
+        label=label,
+        box_xywh_px=box,
+        area=area,
+        segmentation=segmentation,
+        is_crowd=bool(entry.get("iscrowd", 0)),
+        is_ignored=bool(entry.get("ignore", 0)),
+    )
+
+
+def read_box_and_area(
+    entry: dict[str, Any], segmentation: masks.Segmentation, image: ImageRecord
+) -> tuple[tuple[float, float, float, float], float]:
+    """(x, y, width, height) in pixels and the area of an object, from the entry or else from its mask."""
+    box, area = entry.get("bbox"), entry.get("area")
+    if box is None or area is None:
+        rle = masks.segmentation_to_rle(segmentation, image.height, image.width)
+        if area is None:
+            area = masks.rle_area(rle)
+        if box is None:
+            x1, y1, x2, y2 = masks.rle_box_xyxy_px(rle)
+            box = [x1, y1, x2 - x1, y2 - y1]
+    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(is_number(v) for v in box):
+        raise ValueError(f"its bbox must be four numbers [x, y, width, height], got {box!r}.")
+    if not is_number(area):
+        raise ValueError(f"its area must be a number, got {area!r}.")
+    return (float(box[0]), float(box[1]), float(box[2]), float(box[3])), float(area)
+
+
+def read_segmentation(segmentation: Any, image: ImageRecord) -> masks.Segmentation:
+    """Polygons or a run-length code of a picture, checked so that drawing it is safe."""
+    if isinstance(segmentation, dict):
+        rle = masks.segmentation_to_rle(segmentation, image.height, image.width)
+        masks.check_rle(rle)
+        return rle
+    if not isinstance(segmentation, list) or not segmentation:
+        raise ValueError("it has no segmentation: neither polygons nor a run-length code.")
+    if not all(isinstance(polygon, list) for polygon in segmentation):
+        raise ValueError("its segmentation must be a list of polygons [x1, y1, x2, y2, ...], not a flat list.")
+    return tuple(_read_polygon(polygon, image) for polygon in segmentation)
+
+
+def _read_polygon(polygon: list[Any], image: ImageRecord) -> np.ndarray:
+    if len(polygon) < 6:
+        raise ValueError(f"it has a polygon with {len(polygon) // 2} points, at least 3 are needed.")
+    if len(polygon) % 2:
+        raise ValueError(f"it has a polygon with {len(polygon)} numbers, but x and y come in pairs.")
+    try:
+        points = np.array(polygon, np.float64).reshape(-1, 2)
+    except (TypeError, ValueError):
+        raise ValueError("it has a polygon with coordinates that are not numbers.") from None
+    # Drawing takes memory and time in proportion to the coordinates: a stray 1e9 would end the process.
+    limit = MAX_REACH * max(image.height, image.width)
+    if not np.abs(points).max() <= limit:
+        raise ValueError(f"it has a polygon that reaches far outside its {image.width}x{image.height} image.")
+    return points
+
+
+def require_keys(entry: Any, keys: Sequence[str], what: str) -> None:
+    """Raise ValueError unless the entry is an object that has the keys."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{what} must be a JSON object, got {type(entry).__name__}.")
+    missing = [key for key in keys if key not in entry]
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(repr(key) for key in missing)}.")
+
+
+def check_ids(ids: Sequence[Any], what: str, file: Path) -> None:
+    """Raise ValueError unless the ids are whole numbers that differ."""
+    for value in ids:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"The ids of the {what} in {file} must be whole numbers, got {value!r}.")
+    if len(set(ids)) < len(ids):
+        twice = [value for value, count in collections.Counter(ids).items() if count > 1]
+        raise ValueError(f"Several {what} of {file} share an id: {first_few(twice)}.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def first_few(items: Sequence[Any]) -> str:
+    """The first five of the items, and how many more there are."""
+    listed = ", ".join(str(item) for item in items[:MAX_LISTED])
+    return listed + (f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else "")

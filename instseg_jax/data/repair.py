@@ -1,0 +1,265 @@
+"""Mended copies of annotation files: what `check_dataset --fix` writes.
+
+Every change is said in a sentence. Nothing is guessed: where it is open what was meant (two pictures of one id),
+the doubtful entries are left out.
+"""
+
+import collections
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instseg_jax import files, masks
+from instseg_jax.data import check_annotations, check_images, coco_entries, polygons
+from instseg_jax.data.check import Check, Source
+from instseg_jax.data.check_annotations import is_id
+from instseg_jax.data.check_images import PictureFacts
+from instseg_jax.data.coco_entries import ImageRecord
+
+SAME_SHAPE = 0.01  # relative difference of the two scale factors of a picture that was resized
+TURNING = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+
+Entry = dict[str, Any]
+Moves = dict[int, tuple[ImageRecord, PictureFacts]]  # image id: what the file said, what the picture is
+
+
+def repair_dataset(check: Check) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Mend what was found: the new content of each file that could be read, and what was changed, in words."""
+    changes: list[str] = []
+    contents = {split: _copy_finite(content) for split, content in check.contents.items()}
+    for split, content in contents.items():
+        said: list[str] = []
+        _repair_file(content, check.source.splits[split][1], check.pictures[split], said)
+        changes += [f"{split}: {text}" for text in said]
+    if any(flaw.code == "categories_differ" for flaw in check.flaws):
+        _unite_categories(contents, changes)
+    return contents, changes
+
+
+def write_repaired(check: Check, folder: Path) -> tuple[Source, list[str]]:
+    """Write the mended annotation files below `folder`; where they and their pictures are, and what was changed."""
+    contents, changes = repair_dataset(check)
+    splits = {}
+    for split, content in contents.items():
+        file = folder / "annotations" / f"instance_{split}.json"
+        splits[split] = (files.write_json(file, content), check.source.splits[split][1])
+    return Source(check.source.root, splits), changes
+
+
+def _repair_file(content: Entry, folder: Path, facts_of: dict[int, PictureFacts], said: list[str]) -> None:
+    content["categories"] = _sound_categories(content["categories"], said)
+    category_ids = {entry["id"] for entry in content["categories"]}
+    images, moves = [], {}
+    for entry in _sound_images(content["images"], said):
+        facts = _find_picture(entry, folder, facts_of[entry["id"]], said)
+        if facts is None:
+            continue
+        record = coco_entries.read_image(entry, "")
+        if facts.size != (record.height, record.width):
+            moves[record.id] = (record, facts)
+            entry["height"], entry["width"] = facts.size
+            name, old, new = (
+                f"image {record.id} ({record.file_name!r})",
+                f"{record.width}x{record.height}",
+                f"{facts.size[1]}x{facts.size[0]}",
+            )
+            said.append(f"{name}: size {old} is now {new}{_how_moved(record, facts)}")
+        images.append(entry)
+    content["images"] = images
+    records = {entry["id"]: coco_entries.read_image(entry, "") for entry in images}
+    annotations = []
+    for entry in _sound_annotations(content["annotations"], said):
+        what, image_id, category_id = f"annotation {entry['id']}", entry["image_id"], entry["category_id"]
+        if not is_id(category_id) or category_id not in category_ids:
+            said.append(f"{what} left out: unknown category id {category_id!r}")
+        elif not is_id(image_id) or image_id not in records:
+            said.append(f"{what} left out: there is no image {image_id!r}, or it was left out")
+        elif _repair_object(what, entry, records[image_id], moves, said):
+            annotations.append(entry)
+    content["annotations"] = annotations
+
+
+def _copy_finite(node: Any) -> Any:
+    """Copy a JSON document; NaN and infinity, which JSON does not have, become null."""
+    if isinstance(node, dict):
+        return {key: _copy_finite(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_copy_finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
+
+
+def _sound_categories(entries: list[Any], said: list[str]) -> list[Entry]:
+    sound: dict[int, Entry] = {}
+    for entry in entries:
+        if not isinstance(entry, dict) or not is_id(entry.get("id")) or "name" not in entry:
+            said.append(f"a category left out: {entry!r}")
+        elif entry["id"] in sound:
+            said.append(f"category {entry['name']!r} left out: its id {entry['id']} is taken")
+        else:
+            sound[entry["id"]] = entry
+    return list(sound.values())
+
+
+def _sound_images(entries: list[Any], said: list[str]) -> list[Entry]:
+    """Image entries that can be read, without those that share an id."""
+    by_id: dict[int, list[Entry]] = collections.defaultdict(list)
+    for number, entry in enumerate(entries):
+        try:
+            record = coco_entries.read_image(entry, f"image number {number + 1}")
+        except ValueError as error:
+            said.append(f"an image left out: {error}")
+            continue
+        if is_id(record.id):
+            by_id[record.id].append(entry)
+        else:
+            said.append(f"image {record.file_name!r} left out: its id {record.id!r} is no whole number")
+    sound = []
+    for image_id, group in by_id.items():
+        if len({entry["file_name"] for entry in group}) > 1:
+            said.append(f"image id {image_id} left out: {len(group)} pictures share it")
+            continue
+        if len(group) > 1:
+            said.append(f"image {image_id} ({group[0]['file_name']!r}) is listed once now, not {len(group)} times")
+        sound.append(group[0])
+    return sound
+
+
+def _find_picture(entry: Entry, folder: Path, facts: PictureFacts, said: list[str]) -> PictureFacts | None:
+    """Facts of the picture of an image entry, under another name where that is plainly meant; None without one."""
+    if facts.error is None:
+        return facts
+    found = check_images.find_file(folder, entry["file_name"]) if facts.is_missing else None
+    if found is not None:
+        facts = check_images.inspect_picture(found)
+    if found is None or facts.error is not None:
+        said.append(f"image {entry['id']} ({entry['file_name']!r}) left out: {facts.error}")
+        return None
+    name = found.relative_to(folder).as_posix()
+    said.append(f"image {entry['id']}: file_name {entry['file_name']!r} is now {name!r}")
+    entry["file_name"] = name
+    return facts
+
+
+def _sound_annotations(entries: list[Any], said: list[str]) -> list[Entry]:
+    """Annotation entries with the keys that they need, each with an id of its own."""
+    sound = []
+    for number, entry in enumerate(entries):
+        if isinstance(entry, dict) and is_id(entry.get("id")) and {"image_id", "category_id"} <= entry.keys():
+            sound.append(entry)
+        else:
+            said.append(f"annotation number {number + 1} left out: it lacks a whole id, image_id or category_id")
+    next_id = max((entry["id"] for entry in sound), default=0) + 1
+    taken: set[int] = set()
+    for entry in sound:
+        if entry["id"] in taken:
+            said.append(f"another annotation {entry['id']} has the id {next_id} now")
+            entry["id"], next_id = next_id, next_id + 1
+        taken.add(entry["id"])
+    return sound
+
+
+def _repair_object(what: str, entry: Entry, image: ImageRecord, moves: Moves, said: list[str]) -> bool:
+    """Mend the mask, box and area of an object in place; says whether there is an object left."""
+    is_changed = False
+    if image.id in moves:
+        _move_object(entry, *moves[image.id])
+        is_changed = True
+    problem = check_annotations.find_segmentation_flaw(entry.get("segmentation"), image)
+    if problem is not None:
+        if not _repair_polygons(entry, image):
+            said.append(f"{what} left out: {problem[1]}")
+            return False
+        said.append(f"{what}: polygons cut or left out ({problem[1]})")
+        is_changed = True
+    segmentation = coco_entries.read_segmentation(entry["segmentation"], image)
+    rle = masks.segmentation_to_rle(segmentation, image.height, image.width)
+    if not masks.rle_area(rle):
+        said.append(f"{what} left out: its mask has no pixel")
+        return False
+    _, found = check_annotations.check_objects("", image, [entry])
+    doubts = {flaw.code for flaw in found}
+    if is_changed or doubts & {"box_mask_mismatch", "outside_image", "zero_area", "broken_json"}:
+        x1, y1, x2, y2 = masks.rle_box_xyxy_px(rle)
+        entry["bbox"], entry["area"] = [x1, y1, x2 - x1, y2 - y1], masks.rle_area(rle)
+        if not is_changed:
+            said.append(f"{what}: bbox and area computed from the mask")
+    return True
+
+
+def _repair_polygons(entry: Entry, image: ImageRecord) -> bool:
+    """Keep what can be used of an object's polygons, cut at the picture's border; False when nothing is left."""
+    if not isinstance(entry.get("segmentation"), list):
+        return False
+    kept = []
+    for polygon in entry["segmentation"]:
+        if not isinstance(polygon, list) or len(polygon) < 6 or not all(map(coco_entries.is_number, polygon)):
+            continue
+        points = np.array(polygon[: len(polygon) // 2 * 2], np.float64).reshape(-1, 2)
+        points = polygons.clip_polygon(points, image.height, image.width)
+        if len(points) >= 3 and not check_annotations.is_degenerate(points):
+            kept.append(points.round(3).ravel().tolist())
+    entry["segmentation"] = kept
+    return bool(kept) and check_annotations.find_segmentation_flaw(kept, image) is None
+
+
+def _how_moved(record: ImageRecord, facts: PictureFacts) -> str:
+    if _was_unturned(record, facts):
+        return ", its objects turned as its EXIF orientation says"
+    return ", its objects scaled" if _was_resized(record, facts) else ""
+
+
+def _move_object(entry: Entry, record: ImageRecord, facts: PictureFacts) -> None:
+    """Bring an object from the size that the annotation file spoke of to that of the picture, where it is plain how."""
+    segmentation = entry.get("segmentation")
+    if check_annotations.find_segmentation_flaw(segmentation, record) is not None:
+        return
+    (height, width), is_turned = facts.size, _was_unturned(record, facts)
+    if not is_turned and not _was_resized(record, facts):
+        return
+    read = coco_entries.read_segmentation(segmentation, record)
+    if isinstance(read, dict):
+        mask = masks.decode_rle(read)
+        turn, resize = check_images.turn_pixels, check_images.resize_nearest
+        entry["segmentation"] = masks.encode_mask(
+            turn(mask, facts.orientation) if is_turned else resize(mask, facts.size)
+        )
+        return
+    scale = (width / record.width, height / record.height)
+    entry["segmentation"] = [
+        (polygons.turn_points(p, facts.orientation, record.height, record.width) if is_turned else p * scale)
+        .round(3)
+        .ravel()
+        .tolist()
+        for p in read
+    ]
+
+
+def _was_unturned(record: ImageRecord, facts: PictureFacts) -> bool:
+    return facts.orientation in TURNING and facts.size == (record.width, record.height)
+
+
+def _was_resized(record: ImageRecord, facts: PictureFacts) -> bool:
+    along_y, along_x = facts.size[0] / record.height, facts.size[1] / record.width
+    return abs(along_y / along_x - 1) < SAME_SHAPE
+
+
+def _unite_categories(contents: dict[str, Entry], changes: list[str]) -> None:
+    """Give both files one list of categories: ids of the first, names that it lacks added."""
+    ids: dict[str, int] = {}
+    for content in contents.values():
+        for entry in content["categories"]:
+            if str(entry["name"]) not in ids:
+                is_free = entry["id"] not in ids.values()
+                ids[str(entry["name"])] = entry["id"] if is_free else max(ids.values()) + 1
+    for split, content in contents.items():
+        names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
+        for old, name in names.items():
+            if ids[name] != old:
+                changes.append(f"{split}: category {name!r} has the id {ids[name]} now, not {old}")
+        for name in ids.keys() - set(names.values()):
+            changes.append(f"{split}: category {name!r} added with the id {ids[name]}")
+        for entry in content["annotations"]:
+            entry["category_id"] = ids[names[entry["category_id"]]]
+        content["categories"] = [{"id": i, "name": name} for name, i in sorted(ids.items(), key=lambda item: item[1])]
