@@ -116,6 +116,10 @@ def get_config(size: str = "l") -> ConfigDict:
     evaluation.batch_size = 4
     evaluation.num_detections = 100  # (query, class) pairs kept an image
     evaluation.best_metric = "segm/AP"
+    evaluation.engine = "pycocotools"  # or faster-coco-eval, hotcoco: the same numbers sooner, where installed
+    evaluation.boundary = True  # the verb evaluate tells Boundary AP too
+    evaluation.gallery_size = 12  # pictures of each gallery in the report
+    evaluation.tta_scales = (0.75, 1.25)  # of image_size, beside 1, with --tta=scales
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 1000

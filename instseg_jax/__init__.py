@@ -59,7 +59,7 @@ def train(config: "ConfigDict", workdir: str | os.PathLike[str]) -> dict:
 
 def evaluate(config: "ConfigDict", weights: str | os.PathLike[str]) -> dict:
     """Metrics of `weights` on the validation images of `config`, as the verb `evaluate` computes them: 0..1."""
-    from instseg_jax.verbs import evaluate_weights
+    from instseg_jax.verbs_evaluation import evaluate_weights
 
     metrics, _ = evaluate_weights(config, weights)
     return metrics

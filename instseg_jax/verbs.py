@@ -6,7 +6,6 @@ checkpoint's own config when none is given) and the parsed options.
 
 import argparse
 import functools
-import os
 import pathlib
 import time
 
@@ -14,16 +13,15 @@ from ml_collections import ConfigDict
 from rich.progress import track
 
 from instseg_jax.config import override
-from instseg_jax.data import check, check_report, coco, findings, loader, repair
-from instseg_jax.evaluation.coco import evaluate_batches, write_evaluation
+from instseg_jax.data import check, check_report, coco, findings, repair
 from instseg_jax.files import write_json
 from instseg_jax.inference.pipeline import find_images, predict_files
-from instseg_jax.inference.predictor import LoadedModel, load_model, make_predict
+from instseg_jax.inference.predictor import LoadedModel, load_model
 from instseg_jax.inference.visualize import draw_instances
 from instseg_jax.training import loop
+from instseg_jax.verbs_evaluation import evaluate as evaluate
+from instseg_jax.verbs_evaluation import load_with_overrides, print_metrics, score_model, write_outcome
 from instseg_jax.weights import checkpoint
-
-SHOWN_METRICS = ("segm/AP", "segm/AP50", "segm/AP75", "bbox/AP", "bbox/AP50", "bbox/AP75")
 
 
 def quickstart(config: ConfigDict, options: argparse.Namespace) -> int:
@@ -43,9 +41,9 @@ def quickstart(config: ConfigDict, options: argparse.Namespace) -> int:
         print("stopped early; the same command goes on")
         return 1
     print("3/4  evaluation of the best checkpoint")
-    metrics, results = evaluate_weights(config, workdir)
-    write_evaluation(workdir, metrics, results)
-    _print_metrics(metrics)
+    evaluated = score_model(load_with_overrides(config, workdir), str(workdir), ())
+    write_outcome(workdir, evaluated)
+    print_metrics(evaluated.metrics)
     print("4/4  prediction")
     images = [splits["val"].image_path(i) for i in range(len(splits["val"]))]
     predictions = workdir / "predictions"
@@ -55,6 +53,7 @@ def quickstart(config: ConfigDict, options: argparse.Namespace) -> int:
     print(f"done in {minutes:.1f} minutes")
     print(f"     pictures: {predictions}")
     print(f"     numbers:  {workdir / 'evaluate_result.json'}")
+    print(f"     report:   {workdir / 'report.html'}")
     print(f"     model:    {workdir / checkpoint.BEST_MODEL}")
     print(f"     next:     python run.py predict --weights={workdir} --input=YOUR_PICTURES")
     return 0
@@ -110,40 +109,11 @@ def train(config: ConfigDict, options: argparse.Namespace) -> int:
     return 0
 
 
-def evaluate(config: ConfigDict | dict[str, str], options: argparse.Namespace) -> int:
-    metrics, results = evaluate_weights(config, options.weights or options.workdir)
-    write_evaluation(options.workdir, metrics, results)
-    _print_metrics(metrics)
-    print(f"all numbers: {pathlib.Path(options.workdir) / 'evaluate_result.json'}")
-    return 0
-
-
-def evaluate_weights(
-    config: ConfigDict | dict[str, str], weights: str | os.PathLike[str]
-) -> tuple[dict[str, float | None], list[dict]]:
-    """Score weights on the validation images: (metrics, COCO result entries)."""
-    model = _load(config, weights)
-    dataset = loop.read_split(model.config.data, "val")
-    coco.check_images(dataset)
-    categories = coco.map_categories(dataset, model.class_names)
-    eval_loader = loader.build_eval_loader(model.config, dataset)
-    predict_batch = make_predict(model.model, num_detections=model.config.eval.num_detections)
-    batches = track(eval_loader.batches(), "evaluating", eval_loader.num_batches)
-    return evaluate_batches(
-        lambda images: predict_batch(model.variables, images),
-        batches,
-        ground_truth=coco.to_coco(dataset),
-        image_ids=[image.id for image in dataset.images],
-        category_ids=categories,
-        num_detections=model.config.eval.num_detections,
-    )
-
-
 def predict(config: ConfigDict | dict[str, str], options: argparse.Namespace) -> int:
     if not 0 <= options.threshold <= 1:
         raise ValueError(f"--threshold is {options.threshold}, it must be between 0 and 1")
     images = find_images(options.input)
-    model = _load(config, options.weights or options.workdir)
+    model = load_with_overrides(config, options.weights or options.workdir)
     folder = pathlib.Path(options.save_path or pathlib.Path(options.workdir) / "predictions")
     summary = predict_files(model, images, folder, threshold=options.threshold, progress=_progress("predicting"))
     print(
@@ -176,26 +146,10 @@ def import_weights(config: ConfigDict, options: argparse.Namespace) -> int:
 def export_weights(config: ConfigDict | dict[str, str], options: argparse.Namespace) -> int:
     from instseg_jax.weights.export import export_weights as write_weights
 
-    model = _load(config, options.weights or options.workdir)
+    model = load_with_overrides(config, options.weights or options.workdir)
     path = pathlib.Path(options.workdir) / f"{model.config.model.name}.{options.format}"
     print(f"weights: {write_weights(path, model.variables, format=options.format)}")
     return 0
-
-
-def _load(config: ConfigDict | dict[str, str], weights: str | os.PathLike[str]) -> LoadedModel:
-    """A model by its weights, with the given config, or with its own and overrides."""
-    if isinstance(config, ConfigDict):
-        return load_model(weights, config)
-    model = load_model(weights)
-    for field, text in config.items():
-        override(model.config, field, text)
-    return model
-
-
-def _print_metrics(metrics: dict[str, float | None]) -> None:
-    for name in SHOWN_METRICS:
-        value = metrics[name]
-        print(f"     {name:10s} {'no objects' if value is None else f'{value:.3f}'}")
 
 
 def _progress(text: str):

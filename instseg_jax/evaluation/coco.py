@@ -1,11 +1,9 @@
-"""COCO detection metrics by pycocotools: detections to result entries, result entries to named numbers.
+"""COCO detection metrics: detections to result entries, result entries to named numbers.
 
-Ground truth is a plain COCO dict in memory (or a pycocotools COCO); nothing passed in is changed, and
-pycocotools' printing is kept off the terminal. Confusion, precision/recall curves and reports are not here.
+Ground truth is a plain COCO dict in memory (or a pycocotools COCO); nothing passed in is changed. The counting is
+`engines`; matches, curves, error split and report are files of their own.
 """
 
-import contextlib
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,8 +11,10 @@ from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
+from instseg_jax.evaluation.boundary import mask_boundary
+from instseg_jax.evaluation.engines import AREAS, count_matches
+from instseg_jax.evaluation.processes import local_rows
 from instseg_jax.files import write_json
 from instseg_jax.inference.postprocess import detections_to_instances
 from instseg_jax.masks import rle_area, segmentation_to_rle
@@ -77,33 +77,26 @@ def coco_metrics(
     *,
     iou_types: Sequence[str] = IOU_TYPES,
     max_detections: int = 100,
+    engine: str = "pycocotools",
 ) -> dict[str, float | None]:
     """Score COCO result entries against COCO ground truth, over all its images.
 
-    Returns, for `segm` and `bbox`, `segm/AP` (IoU 0.50:0.95), `AP50`, `AP75`, `AP_small`, `AP_medium`, `AP_large`,
-    `AR_1`, `AR_10`, `AR_100`, `AR_small`, `AR_medium`, `AR_large` and `AP/<class name>` for each class, in 0..1; and
-    `AP`, which is `segm/AP`. None where there is no ground truth to find. `max_detections` counts per image and
-    class, as COCO does; another one takes the place of 100, in the names as well.
+    Returns, for `segm` and `bbox` (and `boundary`, where asked for), `segm/AP` (IoU 0.50:0.95), `AP50`, `AP75`,
+    `AP_small`, `AP_medium`, `AP_large`, `AR_1`, `AR_10`, `AR_100`, `AR_small`, `AR_medium`, `AR_large` and
+    `AP/<class name>` for each class, in 0..1; and `AP`, which is `segm/AP`. None where there is no ground truth to
+    find. `max_detections` counts per image and class, as COCO does; another one takes the place of 100, in the names
+    as well.
 
     Areas of results are those of the mask for `segm` and of the box for `bbox`. Raises ValueError for entries
     that do not fit the ground truth.
     """
-    unknown = [iou_type for iou_type in iou_types if iou_type not in IOU_TYPES]
-    if unknown or not iou_types:
-        raise ValueError(f"iou_types must be some of {', '.join(IOU_TYPES)}, got {iou_types!r}.")
+    known = (*IOU_TYPES, "boundary")
+    if not iou_types or any(iou_type not in known for iou_type in iou_types):
+        raise ValueError(f"iou_types must be some of {', '.join(known)}, got {iou_types!r}.")
     if max_detections < 1:
         raise ValueError(f"max_detections must be at least 1, got {max_detections}.")
     dataset = ground_truth.dataset if isinstance(ground_truth, COCO) else ground_truth
-    with contextlib.redirect_stdout(io.StringIO()):
-        scores = {
-            iou_type: _evaluate(
-                _index(dataset, _truth_entries(dataset, iou_type)),
-                _index(dataset, _result_entries(dataset, results, iou_type)),
-                iou_type,
-                max_detections,
-            )
-            for iou_type in iou_types
-        }
+    scores = {iou_type: _evaluate(dataset, results, iou_type, max_detections, engine) for iou_type in iou_types}
     metrics = {"AP": scores["segm"]["AP"]} if "segm" in scores else {}
     return metrics | {
         f"{iou_type}/{name}": value for iou_type, named in scores.items() for name, value in named.items()
@@ -122,49 +115,63 @@ def evaluate_batches(
     """Predict and score: (metrics as `coco_metrics` gives them, COCO result entries).
 
     `num_detections` is what `predict` gives an image; beyond COCO's 100 the metrics count as many.
-
-    The network already works on a batch while the masks of the one before are encoded.
     """
-    results: list[dict] = []
-    pending = None
-    for batch in batches:
-        detections = predict(batch.images)
-        if pending is not None:
-            results += coco_results(*pending, image_ids, category_ids)
-        pending = (detections, batch)
-    if pending is not None:
-        results += coco_results(*pending, image_ids, category_ids)
+    pairs = ((predict(batch.images), batch) for batch in batches)
+    results = collect_results(pairs, image_ids=image_ids, category_ids=category_ids)
     return coco_metrics(ground_truth, results, max_detections=max(100, num_detections)), results
 
 
-def write_evaluation(output_dir: str | Path, metrics: dict[str, float | None], results: Sequence[dict]) -> None:
-    """Write `evaluate_result.json` (metrics) and `predictions.json` (COCO result entries) to a folder."""
+def collect_results(
+    pairs: Iterable[tuple[Detections, Batch]], *, image_ids: Sequence[int], category_ids: Sequence[int | None]
+) -> list[dict]:
+    """Turn detections, as they come, into COCO result entries; see `coco_results`.
+
+    A pair is asked for before the one before it is encoded, so that a device works on it meanwhile. Of several
+    processes each gets the results of its own part of the batches; `processes.gather_results` brings them together.
+    """
+
+    def encode(detections: Detections, batch: Batch) -> list[dict]:
+        return coco_results(local_rows(detections), batch, image_ids, category_ids)
+
+    results: list[dict] = []
+    pending = None
+    for pair in pairs:
+        if pending is not None:
+            results += encode(*pending)
+        pending = pair
+    if pending is not None:
+        results += encode(*pending)
+    return results
+
+
+def write_evaluation(
+    output_dir: str | Path, metrics: dict[str, float | None], results: Sequence[dict], **more: Any
+) -> None:
+    """Write `evaluate_result.json` (metrics, and `more` beside them) and `predictions.json` (COCO result entries)."""
     write_json(Path(output_dir) / "predictions.json", list(results))
     # Last, since its presence says that the evaluation is complete.
-    write_json(Path(output_dir) / "evaluate_result.json", {"done_flag": True, "metrics": metrics}, indent=4)
+    write_json(Path(output_dir) / "evaluate_result.json", {"done_flag": True, "metrics": metrics, **more}, indent=4)
 
 
-def _evaluate(truth: COCO, predicted: COCO, iou_type: str, max_detections: int) -> dict[str, float | None]:
-    """Run pycocotools and name its numbers."""
-    evaluation = COCOeval(truth, predicted, iou_type)
-    params = evaluation.params
-    params.maxDets = sorted({min(limit, max_detections) for limit in (1, 10, max_detections)})
-    evaluation.evaluate()
-    evaluation.accumulate()
-    # [IoU thresholds, recall thresholds, classes, areas, detection limits] and the same without recall; -1 where
-    # there is no ground truth. The numbers of `summarize()`, which only knows a limit of 100, are means of these.
-    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
-    area = {name: i for i, name in enumerate(params.areaRngLbl)}
+def _evaluate(
+    dataset: dict, results: Sequence[dict], iou_type: str, max_detections: int, engine: str
+) -> dict[str, float | None]:
+    """Have the engine count, and name the numbers."""
+    objects, detections = truth_entries(dataset, iou_type), result_entries(dataset, results, iou_type)
+    limits = sorted({min(limit, max_detections) for limit in (1, 10, max_detections)})
+    precision, recall = count_matches(engine, dataset, objects, detections, iou_type, limits)
+    # The numbers of `summarize()`, which only knows a limit of 100, are means of these arrays.
+    area = {name: i for i, name in enumerate(AREAS)}
     named = {
         "AP": _mean(precision[:, :, :, area["all"], -1]),
-        "AP50": _mean(precision[np.isclose(params.iouThrs, 0.5), :, :, area["all"], -1]),
-        "AP75": _mean(precision[np.isclose(params.iouThrs, 0.75), :, :, area["all"], -1]),
+        "AP50": _mean(precision[0, :, :, area["all"], -1]),
+        "AP75": _mean(precision[5, :, :, area["all"], -1]),
     }
     named |= {f"AP_{size}": _mean(precision[:, :, :, area[size], -1]) for size in ("small", "medium", "large")}
-    named |= {f"AR_{limit}": _mean(recall[:, :, area["all"], i]) for i, limit in enumerate(params.maxDets)}
+    named |= {f"AR_{limit}": _mean(recall[:, :, area["all"], i]) for i, limit in enumerate(limits)}
     named |= {f"AR_{size}": _mean(recall[:, :, area[size], -1]) for size in ("small", "medium", "large")}
-    names = _class_names(truth.dataset["categories"])
-    named |= {f"AP/{names[id_]}": _mean(precision[:, :, k, area["all"], -1]) for k, id_ in enumerate(params.catIds)}
+    names = class_names(dataset["categories"])
+    named |= {f"AP/{names[id_]}": _mean(precision[:, :, k, area["all"], -1]) for k, id_ in enumerate(sorted(names))}
     return named
 
 
@@ -174,7 +181,7 @@ def _mean(values: np.ndarray) -> float | None:
     return float(defined.mean()) if defined.size else None
 
 
-def _class_names(categories: Sequence[dict]) -> dict[int, str]:
+def class_names(categories: Sequence[dict]) -> dict[int, str]:
     """Name by category id; classes that share a name get their id behind it."""
     names = [category.get("name", str(category["id"])) for category in categories]
     return {
@@ -183,15 +190,7 @@ def _class_names(categories: Sequence[dict]) -> dict[int, str]:
     }
 
 
-def _index(dataset: dict, annotations: list[dict]) -> COCO:
-    """Make a pycocotools COCO of new annotations on the images and categories of a data set."""
-    coco = COCO()
-    coco.dataset = {"images": dataset["images"], "categories": dataset["categories"], "annotations": annotations}
-    coco.createIndex()
-    return coco
-
-
-def _truth_entries(dataset: dict, iou_type: str) -> list[dict]:
+def truth_entries(dataset: dict, iou_type: str) -> list[dict]:
     """Copy the ground truth with what pycocotools relies on: area, iscrowd, and ids from 1 (0 is its 'no match')."""
     sizes = {image["id"]: (image.get("height"), image.get("width")) for image in dataset["images"]}
     entries = []
@@ -213,6 +212,8 @@ def _truth_entries(dataset: dict, iou_type: str) -> list[dict]:
         else:
             entry["segmentation"] = _to_rle(annotation.get("segmentation"), sizes[image_id], where)
             entry["area"] = annotation.get("area", rle_area(entry["segmentation"]))
+            if iou_type == "boundary":
+                entry["boundary"] = mask_boundary(entry["segmentation"])
         entries.append(entry)
     return entries
 
@@ -231,7 +232,7 @@ def _to_rle(segmentation: Any, size: tuple[int, int], where: str) -> dict:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _result_entries(dataset: dict, results: Sequence[dict], iou_type: str) -> list[dict]:
+def result_entries(dataset: dict, results: Sequence[dict], iou_type: str) -> list[dict]:
     """Copy the results with what pycocotools relies on, of the kind that is evaluated only."""
     key = "bbox" if iou_type == "bbox" else "segmentation"
     sizes = {image["id"]: (image.get("height"), image.get("width")) for image in dataset["images"]}
@@ -251,13 +252,18 @@ def _result_entries(dataset: dict, results: Sequence[dict], iou_type: str) -> li
         if not math.isfinite(result["score"]):
             raise ValueError(f"Result {number} has score {result['score']}, which must be finite.")
         entry = {name: result[name] for name in ("image_id", "category_id", "score", key)}
+        is_compressed = isinstance(entry[key], dict) and not isinstance(entry[key].get("counts"), list)
+        if iou_type != "bbox" and not is_compressed:
+            entry[key] = _to_rle(entry[key], sizes[entry["image_id"]], f"Result {number}")
         # pycocotools takes masks of unequal sizes for disjoint, without a word.
-        if iou_type == "segm" and tuple(entry[key]["size"]) != sizes[entry["image_id"]]:
+        if iou_type != "bbox" and tuple(entry[key]["size"]) != sizes[entry["image_id"]]:
             raise ValueError(
                 f"Result {number} has a mask of size {entry[key]['size']}, "
                 f"but image {entry['image_id']} is {list(sizes[entry['image_id']])} (height, width)."
             )
         # The area decides which results count for small, medium and large objects when they match nothing.
         area = result["bbox"][2] * result["bbox"][3] if iou_type == "bbox" else rle_area(result[key])
+        if iou_type == "boundary":
+            entry["boundary"] = mask_boundary(result[key])
         entries.append(entry | {"id": number, "area": area, "iscrowd": 0})
     return entries

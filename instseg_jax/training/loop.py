@@ -30,7 +30,10 @@ from instseg_jax.training.step import build_train_step
 from instseg_jax.weights import checkpoint
 
 # A run may be continued with other values of these: none of them changes what is computed.
-FREE_TO_CHANGE = ("device", "data.num_workers", "data.prefetch", "checkpoint", "log", "eval.batch_size")
+FREE_TO_CHANGE = (
+    *("device", "data.num_workers", "data.prefetch", "checkpoint", "log", "eval.batch_size"),
+    *("eval.engine", "eval.boundary", "eval.gallery_size", "eval.tta_scales"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,312 @@
+"""The verbs `evaluate` and `compare`: put model, data, devices and analysis together; hold no logic of theirs."""
+
+import argparse
+import copy
+import dataclasses
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.progress import track
+
+from instseg_jax.config import load_config, override
+from instseg_jax.data import coco, loader
+from instseg_jax.devices import select_devices
+from instseg_jax.evaluation.analysis import Analysis, analyse
+from instseg_jax.evaluation.coco import coco_metrics, collect_results, write_evaluation
+from instseg_jax.evaluation.gallery import choose_cases, draw_cases
+from instseg_jax.evaluation.processes import gather_results, local_rows
+from instseg_jax.evaluation.read import read_results, read_truth
+from instseg_jax.evaluation.report import write_report
+from instseg_jax.files import write_json
+from instseg_jax.images import read_image
+from instseg_jax.inference import tta as tta_room
+from instseg_jax.inference.predictor import LoadedModel, load_model, make_predict
+from instseg_jax.inference.visualize import draw_instances
+from instseg_jax.training import loop, sharding
+from instseg_jax.types import Batch, Detections
+from instseg_jax.weights import checkpoint
+
+SHOWN_METRICS = ("AP", "AP50", "AP75")
+DEFAULTS = "configs/mask_rtdetr.py:l"  # for checkpoints that are older than a field, and without any model
+SIZE_MULTIPLE = 32  # of the network's input, in pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """Results with their score, and what a report needs beside them."""
+
+    metrics: dict[str, float | None]
+    results: list[dict]
+    ground_truth: dict
+    kinds: tuple[str, ...]  # segm, bbox or both
+    max_detections: int
+    facts: dict[str, str]
+    run: dict[str, str]  # times and memory
+    image_paths: dict  # by image id; empty without images
+    annotations: str  # where the truth came from
+    gallery_size: int
+
+
+def evaluate(config: ConfigDict | dict[str, str], options: argparse.Namespace) -> int:
+    """Score a model, or a results file, and write numbers, results and report."""
+    workdir = Path(options.workdir)
+    try:
+        _check_options(options)
+        if options.predictions:
+            evaluated = _score_file(config, options)
+        else:
+            weights = options.weights or options.workdir
+            model = load_with_overrides(config, weights)
+            evaluated = score_model(model, str(weights), tta_room.parse_views(options.tta))
+        analyses = write_outcome(workdir, evaluated)
+        if options.save_thresholds and jax.process_index() == 0:
+            _save_thresholds(options.weights or options.workdir, next(iter(analyses.values())))
+    except (ValueError, OSError) as error:
+        if workdir.is_dir():
+            failure = {"done_flag": False, "err_type": type(error).__name__, "err_msg": str(error)}
+            write_json(workdir / "evaluate_result.json", failure, indent=4)
+        raise
+    print_metrics(evaluated.metrics)
+    print(f"all numbers: {workdir / 'evaluate_result.json'}")
+    print(f"report:      {workdir / 'report.html'}")
+    return 0
+
+
+def evaluate_weights(
+    config: ConfigDict | dict[str, str], weights: str | os.PathLike[str]
+) -> tuple[dict[str, float | None], list[dict]]:
+    """Score weights on the validation images: (metrics, COCO result entries)."""
+    model = load_with_overrides(config, weights)
+    results, dataset = _predict_split(model, ())
+    limit = max(100, model.config.eval.num_detections)
+    metrics = coco_metrics(coco.to_coco(dataset), results, max_detections=limit, engine=model.config.eval.engine)
+    return metrics, results
+
+
+def load_with_overrides(config: ConfigDict | dict[str, str], weights: str | os.PathLike[str]) -> LoadedModel:
+    """A model by its weights, with the given config, or with its own and overrides."""
+    model = load_model(weights, config if isinstance(config, ConfigDict) else None)
+    defaults = load_config(DEFAULTS)
+    with model.config.unlocked():
+        for field, value in defaults.eval.items():
+            if field not in model.config.eval:
+                model.config.eval[field] = value
+    if not isinstance(config, ConfigDict):
+        for field, text in config.items():
+            override(model.config, field, text)
+    return model
+
+
+def print_metrics(metrics: dict[str, float | None]) -> None:
+    for name, value in metrics.items():
+        if name.split("/")[-1] in SHOWN_METRICS and name.count("/") == 1:
+            print(f"     {name:13s} {'no objects' if value is None else f'{value:.3f}'}")
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    if options.predictions:
+        if not options.annotations:
+            raise ValueError("--predictions needs --annotations=FILE, the COCO ground truth to score against")
+        useless = [name for name in ("weights", "save_thresholds", "tta") if getattr(options, name)]
+        if useless:
+            raise ValueError(f"--{useless[0]} is about a model, and --predictions scores a file without one")
+    elif options.annotations or options.images:
+        name = "annotations" if options.annotations else "images"
+        raise ValueError(f"--{name} goes with --predictions; for a model set --config.data.dir and its siblings")
+
+
+def _score_file(config: ConfigDict | dict[str, str], options: argparse.Namespace) -> Evaluated:
+    """Score a COCO results file."""
+    if not isinstance(config, ConfigDict):
+        config = load_config(DEFAULTS, config)
+    started = time.perf_counter()
+    truth = read_truth(options.annotations)
+    results, kinds = read_results(options.predictions)
+    scored = (*kinds, "boundary") if config.eval.boundary and "segm" in kinds else kinds
+    limit = max(100, config.eval.num_detections)
+    metrics = coco_metrics(truth, results, iou_types=scored, max_detections=limit, engine=config.eval.engine)
+    paths = {}
+    if options.images:
+        folder = Path(options.images)
+        paths = {image["id"]: folder / image["file_name"] for image in truth["images"]}
+        missing = [path for path in paths.values() if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{len(missing)} of {len(paths)} images are missing, the first is {missing[0]}")
+    return Evaluated(
+        metrics=metrics,
+        results=results,
+        ground_truth=truth,
+        kinds=kinds,
+        max_detections=limit,
+        facts={
+            "results": Path(options.predictions).name,
+            "truth": f"{Path(options.annotations).name} ({len(truth['images'])} images)",
+        },
+        run={"reading and scoring": f"{time.perf_counter() - started:.2f} s", "engine": config.eval.engine},
+        image_paths=paths,
+        annotations=str(Path(options.annotations).resolve()),
+        gallery_size=config.eval.gallery_size,
+    )
+
+
+def score_model(model: LoadedModel, weights: str, tta: Sequence[str]) -> Evaluated:
+    """Score a model on the validation images of its config; `weights` says where it came from."""
+    evaluation = model.config.eval
+    started = time.perf_counter()
+    results, dataset = _predict_split(model, tta)
+    predicted = time.perf_counter()
+    truth = coco.to_coco(dataset)
+    limit = max(100, evaluation.num_detections)
+    kinds = ("segm", "bbox")
+    metrics = coco_metrics(
+        truth,
+        results,
+        iou_types=(*kinds, "boundary") if evaluation.boundary else kinds,
+        max_detections=limit,
+        engine=evaluation.engine,
+    )
+    seconds = predicted - started
+    devices = select_devices(model.config.device)
+    data = model.config.data
+    return Evaluated(
+        metrics=metrics,
+        results=results,
+        ground_truth=truth,
+        kinds=kinds,
+        max_detections=limit,
+        facts={
+            "model": model.config.model.name,
+            "weights": weights,
+            "images": f"{len(dataset)} of {dataset.name}",
+            "input": f"{data.image_size} px, {data.resize}" + (f", TTA {', '.join(tta)}" if tta else ""),
+        },
+        run={
+            "loading, network, masks": f"{seconds:.1f} s with compiling",
+            "images per second": f"{len(dataset) / seconds:.2f}",
+            "scoring": f"{time.perf_counter() - predicted:.1f} s with {evaluation.engine}",
+            "highest memory of the process": f"{_peak_memory_mb():.0f} MB",
+            "batch size": str(evaluation.batch_size),
+            "devices": ", ".join(f"{d.platform}:{d.id}" for d in devices),
+        },
+        image_paths={image.id: dataset.image_path(i) for i, image in enumerate(dataset.images)},
+        annotations=str(coco.find_split(data.dir, "val", data.val_annotations, data.val_images)[0].resolve()),
+        gallery_size=evaluation.gallery_size,
+    )
+
+
+def _predict_split(model: LoadedModel, tta: Sequence[str]) -> tuple[list[dict], coco.CocoDataset]:
+    """Result entries of the validation images, the same in every process, and the data set."""
+    config = model.config
+    dataset = loop.read_split(config.data, "val")
+    coco.check_images(dataset)
+    categories = coco.map_categories(dataset, model.class_names)
+    pairs = detect(model, dataset, tta)
+    image_ids = [image.id for image in dataset.images]
+    results = collect_results(pairs, image_ids=image_ids, category_ids=categories)
+    return gather_results(results), dataset
+
+
+def detect(model: LoadedModel, dataset: coco.CocoDataset, tta: Sequence[str]) -> Iterator[tuple[Detections, Batch]]:
+    """Detections of a data set with their batches, computed on all devices of the config.
+
+    A batch is filled up to a multiple of the number of devices; of several processes each yields its own part.
+    """
+    config = copy.deepcopy(model.config)
+    mesh = sharding.make_mesh(select_devices(config.device))
+    variables = sharding.put_replicated(model.variables, mesh)
+    predict = jax.jit(
+        make_predict(model.model, num_detections=config.eval.num_detections),
+        out_shardings=sharding.split_over_batch(mesh),
+    )
+    config.eval.batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+    scales = config.eval.tta_scales if "scales" in tta else ()
+    loaders = []
+    for size in tta_room.scaled_sizes(config.data.image_size, scales, SIZE_MULTIPLE) if scales else [None]:
+        sized = copy.deepcopy(config)
+        if size is not None:
+            sized.data.image_size = size
+        loaders.append(
+            loader.build_eval_loader(
+                sized, dataset, process_index=jax.process_index(), process_count=jax.process_count()
+            )
+        )
+    batches = zip(*(each.batches() for each in loaders), strict=True)
+    for views in track(batches, "evaluating", loaders[0].num_batches):
+        found = []
+        for view in views:
+            found.append(predict(variables, sharding.put_batch(view.images, mesh)))
+            if "flip" in tta:
+                mirrored = np.ascontiguousarray(view.images[:, :, ::-1])
+                flipped = predict(variables, sharding.put_batch(mirrored, mesh))
+                found.append(tta_room.flip_back(local_rows(flipped)))
+        if len(found) > 1:
+            merged = [local_rows(detections) for detections in found]
+            yield tta_room.merge_views(merged, num_detections=config.eval.num_detections), views[0]
+        else:
+            yield found[0], views[0]
+
+
+def write_outcome(workdir: Path, evaluated: Evaluated) -> dict[str, Analysis]:
+    """Analyse, and write report.html, predictions.json and, last, evaluate_result.json; returns the analyses.
+
+    Of several processes all may call this; the first one writes.
+    """
+    analyses = {
+        kind: analyse(evaluated.ground_truth, evaluated.results, iou_type=kind, max_detections=evaluated.max_detections)
+        for kind in evaluated.kinds
+    }
+    if jax.process_index() == 0:
+        _write(workdir, evaluated, analyses)
+    return analyses
+
+
+def _write(workdir: Path, evaluated: Evaluated, analyses: dict[str, Analysis]) -> None:
+    main = next(iter(analyses.values()))
+    galleries = {}
+    if evaluated.image_paths:
+        galleries = {
+            title: draw_cases(
+                main,
+                evaluated.results,
+                cases,
+                read_image=lambda image_id: read_image(evaluated.image_paths[image_id]),
+                draw=draw_instances,
+            )
+            for title, cases in choose_cases(main, evaluated.gallery_size).items()
+        }
+    write_report(
+        workdir / "report.html",
+        title="Evaluation",
+        metrics=evaluated.metrics,
+        analyses=analyses,
+        facts=evaluated.facts,
+        galleries=galleries,
+        run=evaluated.run,
+    )
+    write_evaluation(
+        workdir,
+        evaluated.metrics,
+        evaluated.results,
+        analysis={kind: analysis.summary() for kind, analysis in analyses.items()},
+        evaluated=evaluated.facts | {"annotations": evaluated.annotations},
+        run=evaluated.run,
+    )
+
+
+def _save_thresholds(weights: str | os.PathLike[str], analysis: Analysis) -> None:
+    if analysis.thresholds is None:
+        raise ValueError("--save_thresholds: nothing was found on the validation images, so no score is a threshold")
+    file = checkpoint.save_thresholds(weights, analysis.thresholds)
+    print(f"thresholds:  {file}")
+
+
+def _peak_memory_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
