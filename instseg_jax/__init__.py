@@ -1,18 +1,19 @@
 """instseg_jax: instance segmentation in JAX with Mask-RT-DETR.
 
-The public face: `create_model`, `train`, `evaluate`. The verbs of the command line do the same.
+The public face: `create_model`, `create_pipeline`, `train`, `evaluate`. The verbs of the command line do the same.
 """
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+    from instseg_jax.inference.pipeline import Pipeline
     from instseg_jax.models.mask_rtdetr import MaskRTDETR
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "create_model", "evaluate", "train"]
+__all__ = ["__version__", "create_model", "create_pipeline", "evaluate", "train"]
 
 
 def create_model(
@@ -48,6 +49,20 @@ def create_model(
 
         variables, _ = merge_weights(variables, read_weights(weights))
     return model, variables
+
+
+def create_pipeline(pipeline: str | os.PathLike[str] | None = None, **options: Any) -> "Pipeline":
+    """Create a pipeline that finds the instances in images; see `instseg_jax.inference.pipeline.create_pipeline`.
+
+    Args:
+      pipeline: "instance_segmentation" (the default) or the path of a pipeline's YAML file.
+      options: config, device, weights, threshold, batch_size, use_hpip, hpi_config, model_config.
+
+    Returns: a pipeline; `for result in pipeline.predict(images): result.save_all("results")`.
+    """
+    from instseg_jax.inference.pipeline import create_pipeline as create
+
+    return create(pipeline, **options)
 
 
 def train(config: "ConfigDict", workdir: str | os.PathLike[str]) -> dict:

@@ -55,11 +55,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--predictions", metavar="FILE", help="score this COCO results file; needs no model and no config")
     sub.add_argument("--annotations", metavar="FILE", help="with --predictions: the COCO ground truth")
     sub.add_argument("--images", metavar="DIR", help="with --predictions: the pictures, for the report's galleries")
-    sub = add("predict", "segment pictures: drawings and JSON", None)
-    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint or .pdparams (default: workdir)")
-    sub.add_argument("--input", metavar="FILE|FOLDER", required=True, help="a picture or a folder of pictures")
-    sub.add_argument("--threshold", type=float, default=0.5, help="lowest score that is shown (%(default)s)")
+    sub = add("predict", "segment pictures, videos and maps: drawings, JSON and other formats", None)
+    _add_pipeline(sub)
+    inputs = "a picture, folder, pattern like 'a/**/*.jpg', URL or video"
+    sub.add_argument("--input", metavar="PATH|URL", required=True, help=inputs)
     sub.add_argument("--save_path", metavar="DIR", help="where the results go (default: WORKDIR/predictions)")
+    formats = "some of img,json,coco,labelme,yolo,geojson,gpkg (%(default)s)"
+    sub.add_argument("--formats", metavar="NAMES", default="img,json", help=formats)
+    sub.add_argument("--masks_format", choices=("rle", "crop", "polygon"), default="rle", help="in JSON (%(default)s)")
+    _add_tiles(sub)
+    about = "write the YAML file of a pipeline, to change it and to name it as --pipeline"
+    sub = add("get_pipeline_config", about, None)
+    sub.add_argument("--pipeline", metavar="NAME", default="instance_segmentation", help="(%(default)s)")
+    sub.add_argument("--save_path", metavar="DIR", required=True, help="folder of the file")
+    sub.add_argument("--weights", metavar="PATH", help="the model_dir to write into it")
     sub = add("benchmark", "time forward pass, training step and data loading of a config", "configs/mask_rtdetr.py:s")
     sub.add_argument("--repeats", type=int, default=5, help="timed repetitions after a warm-up (%(default)s)")
     sub = add("import_weights", "turn official weights into a checkpoint", "configs/mask_rtdetr.py:l")
@@ -68,6 +77,25 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--weights", metavar="PATH", help="workdir of a run or checkpoint (default: workdir)")
     sub.add_argument("--format", choices=("pdparams", "safetensors"), default="pdparams", help="(%(default)s)")
     return parser
+
+
+def _add_pipeline(sub: argparse.ArgumentParser) -> None:
+    """The options of verbs that run a pipeline."""
+    default = "instance_segmentation"
+    sub.add_argument("--pipeline", metavar="NAME|FILE", default=default, help="name or YAML file (%(default)s)")
+    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint or .pdparams (default: workdir)")
+    about = "lowest score that counts (default: as stored with the weights, else 0.5)"
+    sub.add_argument("--threshold", type=float, help=about)
+    sub.add_argument("--batch_size", type=int, metavar="N", help="images a call of the network (default: 1)")
+    sub.add_argument("--device", metavar="NAME", help="auto, cpu, gpu, gpu:0,1 or tpu (default: auto)")
+
+
+def _add_tiles(sub: argparse.ArgumentParser) -> None:
+    """The options of verbs that work on large images in windows."""
+    sub.add_argument("--tile", type=int, metavar="PIXELS", help="side of the windows for large images (default: none)")
+    sub.add_argument("--overlap", type=float, default=0.2, help="of neighbouring windows, part of a side (%(default)s)")
+    about = "look for objects larger than the overlap in the whole image too (default: yes)"
+    sub.add_argument("--whole_image", action=argparse.BooleanOptionalAction, default=True, help=about)
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -118,7 +146,7 @@ def run_verb(options: argparse.Namespace, overrides: dict[str, str]) -> int | No
 
     config = load_config(options.config, overrides) if options.config else None
     _keep_compiled_programs(options.workdir)
-    if config is None and options.verb in ("evaluate", "predict", "export_weights"):
+    if config is None and options.verb in ("evaluate", "predict", "serve", "export_weights"):
         # The config of the checkpoint is used; overrides apply to it.
         return getattr(verbs, options.verb)(overrides, options)
     return getattr(verbs, options.verb)(config, options)

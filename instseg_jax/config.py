@@ -25,7 +25,7 @@ def load_config(spec: str, overrides: dict[str, str] | None = None) -> ConfigDic
     Raises: FileNotFoundError, or ValueError that names the field and the nearest known one.
     """
     name, _, argument = spec.partition(":")
-    path = _find(name)
+    path = find_config(name)
     get_config = _load_module(path).get_config
     config = get_config(argument) if argument else get_config()
     for field, text in (overrides or {}).items():
@@ -33,7 +33,7 @@ def load_config(spec: str, overrides: dict[str, str] | None = None) -> ConfigDic
     return config.lock()
 
 
-def _find(name: str) -> pathlib.Path:
+def find_config(name: str) -> pathlib.Path:
     path = pathlib.Path(name)
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     candidates = [path, *(root.joinpath(*parts) for root in (CHECKOUT, PACKAGED))]

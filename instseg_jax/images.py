@@ -23,10 +23,45 @@ def read_image(path: str | Path) -> np.ndarray:
         data = np.fromfile(path, np.uint8)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no image {str(path)!r}.") from None
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    return decode_image(data, str(path))
+
+
+def decode_image(data: bytes | np.ndarray, name: str) -> np.ndarray:
+    """Decode the bytes of an image file as `read_image` does; ValueError that says `name` when they are none."""
+    buffer = np.frombuffer(data, np.uint8)
+    try:
+        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR) if len(buffer) else None
+    except cv2.error:  # more pixels than OpenCV takes
+        image = None
     if image is None:
-        raise ValueError(f"{str(path)!r} can't be read as an image.")
+        raise ValueError(f"{name!r} can't be read as an image.")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def to_rgb(array: np.ndarray, *, channels: str) -> np.ndarray:
+    """Bring an array of pixels to uint8 RGB [h, w, 3].
+
+    It may be [h, w], [h, w, 1], [h, w, 3] or [h, w, 4] (whose alpha is left out), of uint8, uint16 (0..65535) or
+    floats in 0..1. `channels` is "rgb" or "bgr", the order of OpenCV. Raises ValueError for anything else.
+    """
+    array = np.asarray(array)
+    shape = list(array.shape)
+    if channels not in ("rgb", "bgr"):
+        raise ValueError(f"channels must be 'rgb' or 'bgr', got {channels!r}.")
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise ValueError(f"An image must be [height, width, 3], [height, width] or [height, width, 4], got {shape}.")
+    if array.dtype == np.uint16:
+        array = (array >> 8).astype(np.uint8)
+    elif array.dtype.kind == "f":
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise ValueError("An image of floats must lie in 0..1; pass uint8 for 0..255.")
+        array = np.rint(array * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise ValueError(f"An image must be of uint8, uint16 or floats in 0..1, got {array.dtype}.")
+    color = np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[..., :3]
+    return np.ascontiguousarray(color if channels == "rgb" else color[..., ::-1])
 
 
 def content_size(view_size: tuple[int, int], size: tuple[int, int], resize: str) -> tuple[int, int]:

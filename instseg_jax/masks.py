@@ -52,7 +52,16 @@ def compress_rle(rle: dict[str, Any]) -> dict[str, Any]:
 
 def check_rle(rle: dict[str, Any]) -> None:
     """Raise ValueError unless the runs of an RLE with compressed counts add up to height * width."""
-    total = rle["size"][0] * rle["size"][1]
+    total, runs = rle["size"][0] * rle["size"][1], rle_runs(rle)
+    if (runs < 0).any() or runs.sum() != total:
+        raise ValueError(f"An RLE's counts must add up to its {total} pixels, got {int(runs.sum())}.")
+
+
+def rle_runs(rle: dict[str, Any]) -> np.ndarray:
+    """Decode an RLE's compressed counts (bytes) to run lengths [r] int64, down the columns, background first.
+
+    Raises ValueError for counts that no encoder makes; whether they fit the size is for `check_rle` to say.
+    """
     digits = np.frombuffer(rle["counts"], np.uint8).astype(np.int64) - 48
     # A run is a little-endian base-32 number, 5 bits a character; 0x20 marks that more characters follow.
     ends = np.flatnonzero((digits & 0x20) == 0)
@@ -67,8 +76,7 @@ def check_rle(rle: dict[str, Any]) -> None:
     runs -= np.where(digits[ends] & 0x10, 1 << (5 * lengths), 0)  # 0x10 of the last character is the sign
     # From the fourth run on the code holds the difference to the run two before.
     runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
-    if (runs < 0).any() or runs.sum() != total:
-        raise ValueError(f"An RLE's counts must add up to its {total} pixels, got {int(runs.sum())}.")
+    return runs
 
 
 def rasterize_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:

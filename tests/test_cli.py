@@ -30,7 +30,16 @@ def test_help_lists_every_verb(capsys):
         build_parser().parse_args(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for verb in ("quickstart", "train", "evaluate", "predict", "benchmark", "import_weights", "export_weights"):
+    for verb in (
+        "quickstart",
+        "train",
+        "evaluate",
+        "predict",
+        "get_pipeline_config",
+        "benchmark",
+        "import_weights",
+        "export_weights",
+    ):
         assert verb in shown
 
 
@@ -65,6 +74,10 @@ def test_overrides_are_parted_from_options():
         (["evaluate", "--weights=/no/weights"], "/no/weights"),
         (["predict", "--input={picture}", "--threshold=7"], "--threshold is 7.0"),
         (["predict", "--input={empty}", "--weights=x"], "there is no picture"),
+        (["predict", "--input={picture}", "--formats=img,gif"], "got gif"),
+        (["predict", "--input={picture}"], "run.py quickstart"),
+        (["predict", "--input={picture}", "--weights=x", "--pipeline=none.yaml"], "none.yaml"),
+        (["get_pipeline_config", "--save_path={folder}", "--pipeline=OCR"], "'OCR'"),
         (["benchmark", "--repeats=0"], "--repeats is 0"),
     ],
 )

@@ -6,13 +6,14 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "instseg_jax"
-NEUTRAL = {"types", "boxes", "masks", "files", "images", "config"}
+NEUTRAL = {"types", "boxes", "masks", "files", "images", "config", "devices"}
 ALLOWED = {
     "models": {"models"},
     "data": {"data"},
     "weights": {"weights", "models"},
     "evaluation": {"evaluation", "inference.postprocess"},
     "inference": {"inference", "models", "weights"},
+    "deploy": {"deploy", "inference", "evaluation", "models", "weights"},
     "training": {"training", "models", "evaluation", "inference", "data", "weights"},
 }
 ONLY_IN = {

@@ -1,80 +1,249 @@
-"""Pictures in files to drawings and JSON."""
+"""The pipeline: whatever holds images in, a stream of results out.
 
-import pathlib
-import time
-from collections.abc import Callable, Iterable, Sequence
+What an input may be is in `sources.py`, how the work overlaps in `streaming.py`, large images in `tiling.py`, the YAML
+file in `pipeline_config.py`. Files of results are written in `results.py` and `saving.py`.
+"""
 
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
-from instseg_jax.images import preprocess, read_image
-from instseg_jax.inference.postprocess import detections_to_instances
-from instseg_jax.inference.predictor import LoadedModel, make_predict
-from instseg_jax.inference.results import IMAGE_SUFFIXES, Result
+from instseg_jax.config import load_config
+from instseg_jax.devices import select_devices
+from instseg_jax.inference import predictor, tiling
+from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_config
+from instseg_jax.inference.results import Result
+from instseg_jax.inference.sources import Source, find_sources
+from instseg_jax.inference.streaming import Feeding, Found, stream_instances
+from instseg_jax.models.variants import canonical_name
+from instseg_jax.types import Detections
 
+DEFAULT_WEIGHTS = "output"  # where a training leaves its weights when it is not told otherwise
+DEFAULT_THRESHOLD = 0.5  # where neither call nor weights nor YAML say one
+Threshold = float | Mapping[str, float]
 
-def find_images(source: str | pathlib.Path) -> list[pathlib.Path]:
-    """The picture, or all pictures of a folder in order of their names.
-
-    Raises: FileNotFoundError when there is no such file or folder, or no picture in it.
-    """
-    path = pathlib.Path(source)
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
-            raise FileNotFoundError(f"there is no picture ({', '.join(IMAGE_SUFFIXES)}) in {path}")
-        return found
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file or folder {path}")
-    return [path]
+log = logging.getLogger(__name__)
 
 
-def predict_files(
-    model: LoadedModel,
-    paths: Sequence[pathlib.Path],
-    folder: pathlib.Path,
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A network that is ready for images. `create_pipeline` makes one."""
+
+    run: Callable[[np.ndarray], Detections]  # [B, H, W, 3] float32 on; compiles once for every B
+    feeding: Feeding
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    thresholds: np.ndarray  # [K] lowest scores by class index, where a call says none
+    batch_size: int
+    visualize: bool = True  # whether a server draws, where a request does not say
+
+    def predict(
+        self,
+        x: Any,
+        threshold: Threshold | None = None,
+        batch_size: int | None = None,
+        *,
+        channels: str = "rgb",
+        tile: int | None = None,
+        overlap: float = 0.2,
+        whole_image: bool = True,
+    ) -> Iterator[Result]:
+        """Segment images, one result after another in the order of the input.
+
+        Args:
+          x: a path, URL, folder, pattern such as "shots/**/*.jpg", array [h, w, 3], PIL image, video, or a list of
+            these.
+          threshold: the lowest score that is kept, for all classes or by class name (the others keep theirs).
+          batch_size: images a call of the network; every size is compiled once.
+          channels: "rgb" or "bgr", of arrays.
+          tile: side in pixels of the windows in which larger images are worked on; None: as a whole.
+          overlap: of neighbouring windows, as a part of their side.
+          whole_image: look for objects that are larger than the overlap in the whole image, scaled down, too.
+
+        A file among several that can't be read gives a result with `error` and no instances at its place; one alone
+        raises. Raises FileNotFoundError or ValueError at once for an input that is not there, or wrong arguments.
+        """
+        size = self.batch_size if batch_size is None else batch_size
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}, it must be a whole number of at least 1")
+        thresholds = thresholds_by_class(threshold, self.class_names, self.thresholds)
+        tiles = None if tile is None else tiling.Tiles(tile, overlap, whole_image)
+        sources, count = find_sources(x, channels=channels)
+        if tiles is not None:
+            return self._results(tiling.stream_tiled(sources, self._stream, tiles, size, thresholds), count == 1)
+        return self._results(self._stream(sources, size, thresholds), count == 1)
+
+    def __call__(self, x: Any, **options: Any) -> list[Result]:
+        """All results of `predict` at once."""
+        return list(self.predict(x, **options))
+
+    def segment(
+        self, images: Sequence[np.ndarray], thresholds: Sequence[np.ndarray], names: Sequence[str]
+    ) -> list[Result]:
+        """Segment decoded images [h, w, 3] uint8 RGB, at most `batch_size`, in one call; each with its thresholds [K].
+
+        For callers that form batches themselves, from several threads if need be.
+        """
+        lowest = np.min(thresholds, axis=0)
+        sources = (Source(name, lambda image=image: image) for name, image in zip(names, images, strict=True))
+        results = self._results(self._stream(sources, self.batch_size, lowest), False)
+        limits = (dict(enumerate(own.tolist())) for own in thresholds)
+        return [result.filter(limit) for result, limit in zip(results, limits, strict=True)]
+
+    def warm_up(self) -> None:
+        """Compile for the default batch size, so that the first image does not wait for it."""
+        jax.block_until_ready(self.run(np.zeros((self.batch_size, *self.feeding.size, 3), np.float32)))
+
+    def _stream(self, sources: Iterator[Source], batch_size: int, thresholds: np.ndarray) -> Iterator[Found]:
+        return stream_instances(sources, self.run, feeding=self.feeding, batch_size=batch_size, thresholds=thresholds)
+
+    def _results(self, found: Iterator[Found], is_single: bool) -> Iterator[Result]:
+        for one in found:
+            if one.error is not None or one.instances is None:
+                if is_single:
+                    raise ValueError(one.error)
+                yield Result.failed(one.source.name, one.error or "unknown")
+                continue
+            yield Result.from_instances(
+                one.instances,
+                class_names=self.class_names,
+                category_ids=self.category_ids,
+                input_path=one.source.name,
+                size=one.size,
+                image=one.image,
+                page_index=one.source.page_index,
+                georeference=one.source.georeference,
+            )
+
+
+def create_pipeline(
+    pipeline: str | os.PathLike[str] | None = None,
     *,
-    threshold: float,
-    progress: Callable[[Iterable, int], Iterable],
-) -> dict:
-    """Segment each picture and write `{stem}_res{ext}` and `{stem}_res.json` into `folder`.
+    config: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    threshold: Threshold | None = None,
+    batch_size: int | None = None,
+    use_hpip: bool | None = None,
+    hpi_config: Mapping[str, Any] | None = None,
+    model_config: ConfigDict | None = None,
+) -> Pipeline:
+    """Create a pipeline that finds the instances in images.
 
-    A picture that cannot be read is left out and reported; the rest goes on.
+    Args:
+      pipeline: "instance_segmentation" (the default), or the path of a YAML file as `get_pipeline_config` writes it.
+      config: the content of such a file; it goes before `pipeline`.
+      device: auto, cpu, gpu, gpu:0,1, tpu; several devices share every batch. None: auto.
+      weights: workdir of a run, checkpoint, or official file; None: those of the YAML, else the run in `output`.
+      threshold: lowest score, for all classes or by class name; None: as stored with the weights, else of the YAML.
+      batch_size: images a call of the network; None: that of the YAML.
+      use_hpip: True asks for a faster runtime than the compiled network, of which checkpoints have none (a warning).
+      hpi_config: settings of such a runtime; without one they change nothing.
+      model_config: how the network is built, for files that don't say, see `load_model`.
 
-    Returns: {"images", "instances", "seconds", "failed": [(path, reason)]}.
+    Raises: FileNotFoundError without weights; ValueError for settings that are wrong or contradict each other.
     """
-    predict = make_predict(model.model, num_detections=model.config.eval.num_detections)
-    summary = {"images": 0, "instances": 0, "failed": []}
-    started = time.monotonic()
-    for path in progress(paths, len(paths)):
-        try:
-            image = read_image(path)
-        except (ValueError, OSError) as error:
-            summary["failed"].append((str(path), str(error)))
-            continue
-        result = predict_image(model, predict, image, input_path=path, threshold=threshold)
-        result.save_to_img(folder)
-        result.save_to_json(folder)
-        summary["images"] += 1
-        summary["instances"] += len(result)
-    return summary | {"seconds": time.monotonic() - started}
-
-
-def predict_image(
-    model: LoadedModel, predict: Callable, image: np.ndarray, *, input_path: str | pathlib.Path, threshold: float
-) -> Result:
-    """Segment one picture [H, W, 3] uint8 RGB: its instances with a score of at least `threshold`."""
-    data = model.config.data
-    size = (data.image_size, data.image_size)
-    pixels, content = preprocess(image, size, resize=data.resize, interpolation=data.eval_interpolation)
-    detections = predict(model.variables, pixels[None])
-    instances = detections_to_instances(
-        detections,
-        0,
-        input_size=size,
-        content_size=content,
-        original_size=image.shape[:2],
-        score_threshold=threshold,
+    settings = load_pipeline_config(config if config is not None else pipeline or "instance_segmentation")
+    if config is not None and pipeline is not None:
+        log.warning("both pipeline=%s and config are given; config is used", pipeline)
+    model = load_pipeline_model(settings, weights, model_config)
+    if use_hpip or (use_hpip is None and settings.use_hpip):
+        log.warning("use_hpip: a checkpoint has no faster runtime than the compiled network, which is used")
+    return build_pipeline(
+        model,
+        device=device or "auto",
+        threshold=pick_threshold(threshold, model, settings),
+        batch_size=settings.batch_size if batch_size is None else batch_size,
+        visualize=settings.visualize,
     )
-    return Result.from_instances(
-        instances, class_names=model.class_names, input_path=input_path, size=image.shape[:2], image=image
+
+
+def load_pipeline_model(
+    settings: PipelineConfig,
+    weights: str | os.PathLike[str] | None,
+    model_config: ConfigDict | None,
+    *,
+    default: str = DEFAULT_WEIGHTS,
+) -> predictor.LoadedModel:
+    """Load the weights that the call or the YAML names, else those of the last training in `default`."""
+    from instseg_jax.weights.checkpoint import is_checkpoint  # Orbax is slow to import
+
+    source = weights or settings.model_dir
+    if source is None:
+        if not is_checkpoint(default):
+            raise FileNotFoundError(
+                f"no weights: there is no trained model in {Path(default).resolve()}; train one "
+                "(`python run.py quickstart` takes minutes) or name weights (a run's workdir, a checkpoint, a "
+                ".pdparams file) with weights=... or --weights=..."
+            )
+        source = default
+    if model_config is None and settings.model_name is not None and not is_checkpoint(source):
+        model_config = load_config(f"configs/mask_rtdetr.py:{canonical_name(settings.model_name)[-1]}")
+    model = predictor.load_model(source, model_config)
+    if settings.model_name is not None and canonical_name(settings.model_name) != canonical_name(
+        model.config.model.name
+    ):
+        raise ValueError(
+            f"model_name is {settings.model_name}, but the weights {source} are of {model.config.model.name}"
+        )
+    return model
+
+
+def pick_threshold(threshold: Threshold | None, model: predictor.LoadedModel, settings: PipelineConfig) -> np.ndarray:
+    """Thresholds [K]: the given one first, then those stored with the weights, then the YAML's."""
+    names = model.class_names
+    default = np.full(len(names), DEFAULT_THRESHOLD)
+    by_class = thresholds_by_class(settings.threshold, names, default)
+    if model.thresholds is not None:
+        by_class = np.full(len(names), model.thresholds["overall"], np.float64)
+        stored = {name: score for name, score in model.thresholds["classes"].items() if name in names}
+        by_class = thresholds_by_class(stored, names, by_class)
+    return thresholds_by_class(threshold, names, by_class)
+
+
+def thresholds_by_class(threshold: Threshold | None, class_names: Sequence[str], default: np.ndarray) -> np.ndarray:
+    """Thresholds [K] of the classes: one number for all, or by class name with `default` [K] for the others."""
+    chosen = np.array(default, np.float64)
+    given = threshold if isinstance(threshold, Mapping) else dict.fromkeys(class_names, threshold)
+    for name, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"threshold is {value!r}, it must be between 0 and 1")
+        if name not in class_names:
+            raise ValueError(f"threshold for {name!r}, but the classes are {', '.join(class_names)}")
+        chosen[[i for i, known in enumerate(class_names) if known == name]] = value
+    return chosen
+
+
+def build_pipeline(
+    model: predictor.LoadedModel, *, device: str, threshold: np.ndarray, batch_size: int, visualize: bool = True
+) -> Pipeline:
+    """Put a loaded model on its devices; batches are split over them. Raises ValueError where they don't divide."""
+    devices = select_devices(device)
+    if device == "auto":
+        devices = devices[:1]
+    if batch_size < 1 or batch_size % len(devices):
+        raise ValueError(f"batch_size is {batch_size}, it must be a multiple of the number of devices, {len(devices)}")
+    mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    variables = jax.device_put(model.variables, NamedSharding(mesh, PartitionSpec()))
+    predict = predictor.make_predict(model.model, num_detections=model.config.eval.num_detections)
+    data = model.config.data
+    return Pipeline(
+        run=lambda images: predict(variables, jax.device_put(images, split)),
+        feeding=Feeding((data.image_size, data.image_size), data.resize, data.eval_interpolation),
+        class_names=model.class_names,
+        category_ids=model.category_ids,
+        thresholds=threshold,
+        batch_size=batch_size,
+        visualize=visualize,
     )

@@ -1,0 +1,110 @@
+"""The YAML file of a pipeline, in the official schema: reading, checking and writing it."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from instseg_jax.config import find_config
+from instseg_jax.files import write_text
+
+PIPELINES = ("instance_segmentation",)
+MODULE = "InstanceSegmentation"
+KEYS = ("pipeline_name", "SubModules", "Serving", "use_hpip", "hpi_config", "device")
+MODULE_KEYS = ("module_name", "model_name", "model_dir", "batch_size", "threshold")
+SERVING_KEYS = ("visualize",)
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """What a pipeline's YAML says; None where it leaves the choice to the weights."""
+
+    model_name: str | None
+    model_dir: str | None
+    batch_size: int
+    threshold: float | dict[str, float] | None
+    use_hpip: bool | None
+    visualize: bool
+
+
+def load_pipeline_config(pipeline: str | Path | Mapping[str, Any]) -> PipelineConfig:
+    """Read a pipeline by its name, the path of its YAML file, or the content of one.
+
+    A relative model_dir is looked for from the current folder, then from the file's.
+    Raises: FileNotFoundError, or ValueError that names the key that is wrong.
+    """
+    if isinstance(pipeline, Mapping):
+        return _parse(pipeline, "config", None)
+    path = default_path(str(pipeline)) if str(pipeline) in PIPELINES else Path(pipeline)
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        raise ValueError(f"pipeline is {str(pipeline)!r}; it must be {' or '.join(PIPELINES)}, or a .yaml file")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no pipeline file {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML file ({' '.join(str(error).split())})") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold the keys {', '.join(KEYS)}, got {type(content).__name__}")
+    return _parse(content, str(path), path.parent)
+
+
+def write_pipeline_config(save_path: str | Path, *, pipeline: str, model_dir: str | None) -> Path:
+    """Write a pipeline's default YAML into a folder (or to a .yaml file), for changing; return the file.
+
+    `model_dir` fills the key of that name. Raises ValueError for an unknown pipeline.
+    """
+    if pipeline not in PIPELINES:
+        raise ValueError(f"pipeline is {pipeline!r}, it must be one of {', '.join(PIPELINES)}")
+    path = Path(save_path)
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        path = path / f"{pipeline}.yaml"
+    text = default_path(pipeline).read_text(encoding="utf-8")
+    if model_dir is not None:
+        value = yaml.safe_dump(str(model_dir), default_style='"').strip()
+        text = text.replace("model_dir: null ", f"model_dir: {value} ", 1)
+    return write_text(path, text)
+
+
+def default_path(pipeline: str) -> Path:
+    return find_config(f"configs/{pipeline}.yaml")
+
+
+def _parse(content: Mapping[str, Any], where: str, folder: Path | None) -> PipelineConfig:
+    _check_keys(content, KEYS, where)
+    name = content.get("pipeline_name", PIPELINES[0])
+    if name not in PIPELINES:
+        raise ValueError(f"{where}: pipeline_name is {name!r}, it must be one of {', '.join(PIPELINES)}")
+    modules = content.get("SubModules") or {}
+    _check_keys(modules, (MODULE,), f"{where}: SubModules")
+    module = modules.get(MODULE) or {}
+    _check_keys(module, MODULE_KEYS, f"{where}: {MODULE}")
+    serving = content.get("Serving") or {}
+    _check_keys(serving, SERVING_KEYS, f"{where}: Serving")
+    batch_size = module.get("batch_size", 1)
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"{where}: batch_size is {batch_size!r}, it must be a whole number of at least 1")
+    model_dir = module.get("model_dir")
+    if model_dir is not None and folder is not None and not Path(model_dir).exists() and (folder / model_dir).exists():
+        model_dir = str(folder / model_dir)
+    return PipelineConfig(
+        model_name=module.get("model_name"),
+        model_dir=None if model_dir is None else str(model_dir),
+        batch_size=batch_size,
+        threshold=module.get("threshold"),
+        use_hpip=content.get("use_hpip"),
+        visualize=bool(serving.get("visualize", True)),
+    )
+
+
+def _check_keys(content: Any, known: tuple[str, ...], where: str) -> None:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where} must hold the keys {', '.join(known)}, got {content!r}")
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+            raise ValueError(f"{where} has an unknown key {key!r}{hint}")

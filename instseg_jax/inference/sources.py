@@ -1,0 +1,198 @@
+"""What may be segmented: paths, URLs, folders, patterns, arrays, PIL images, videos, and lists of these.
+
+`find_sources` names the images; each is decoded only when its turn comes. Rasters that are read in windows are in
+`rasters.py`; images that a server gets are checked in `deploy/`.
+"""
+
+import dataclasses
+import glob
+import pathlib
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+from instseg_jax.images import decode_image, read_image, to_rgb
+from instseg_jax.inference.results import IMAGE_SUFFIXES
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+URL_PREFIXES = ("http://", "https://")
+MAX_DOWNLOAD = 256 << 20  # bytes of a picture at a URL
+DOWNLOAD_SECONDS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One image: how it is called, and how to get its pixels [h, w, 3] uint8 RGB.
+
+    `read` raises ValueError or OSError when there is none. `size` (height, width) is that of the image where `read`
+    gives a smaller view of it.
+    """
+
+    name: str
+    read: Callable[[], np.ndarray]
+    page_index: int | None = None  # frame of a video
+    size: tuple[int, int] | None = None
+    path: pathlib.Path | None = None  # of an image file
+    georeference: Any = None  # `geo.Georeference` of an image that has one
+
+
+def find_sources(x: Any, *, channels: str) -> tuple[Iterator[Source], int | None]:
+    """Say what is to be segmented: (sources in order, how many they are; None when only reading tells).
+
+    `x` is a path, URL, folder, pattern (`**` for all folders below), array ([h, w, 3], see `images.to_rgb`), PIL
+    image, video, or an iterable of these. What cannot be found raises FileNotFoundError at once, but within a list it
+    becomes a source whose `read` raises, so that the rest goes on.
+    """
+    if isinstance(x, (str, pathlib.Path, np.ndarray, Image.Image)):
+        return _one(x, channels=channels, number=0)
+    if isinstance(x, (bytes, dict)) or not isinstance(x, Iterable):
+        raise ValueError(
+            f"An input must be a path, URL, folder, array, PIL image or a list of these, got {type(x).__name__}."
+        )
+    items = x if isinstance(x, (list, tuple)) else None
+    return _many(x, channels=channels), _count(items, channels)
+
+
+def find_files(source: str | pathlib.Path) -> list[pathlib.Path]:
+    """The pictures and videos that a path, folder or pattern names, in order of their names.
+
+    A folder stands for its pictures. Raises: FileNotFoundError when there is nothing.
+    """
+    path = pathlib.Path(source)
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            raise FileNotFoundError(f"there is no picture ({', '.join(IMAGE_SUFFIXES)}) in {path}")
+        return found
+    if path.exists():
+        return [path]
+    if glob.has_magic(str(source)):
+        known = IMAGE_SUFFIXES + VIDEO_SUFFIXES
+        matches = (pathlib.Path(p) for p in glob.glob(str(source), recursive=True))  # noqa: PTH207 (absolute patterns too)
+        found = sorted(p for p in matches if p.suffix.lower() in known and p.is_file())
+        if not found:
+            raise FileNotFoundError(f"there is no picture or video that matches {str(source)!r}")
+        return found
+    raise FileNotFoundError(f"there is no file or folder {path}")
+
+
+def is_video(path: str | pathlib.Path) -> bool:
+    return pathlib.PurePath(path).suffix.lower() in VIDEO_SUFFIXES
+
+
+def read_video(path: str | pathlib.Path) -> Iterator[np.ndarray]:
+    """The frames of a video, one after another, as [h, w, 3] uint8 RGB. Raises ValueError when it has none."""
+    capture = cv2.VideoCapture(str(path))
+    try:
+        found = False
+        while True:
+            is_read, frame = capture.read()
+            if not is_read:
+                break
+            found = True
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+    finally:
+        capture.release()
+    if not found:
+        raise ValueError(f"{str(path)!r} can't be read as a video.")
+
+
+def count_frames(path: str | pathlib.Path) -> int | None:
+    """The number of frames that a video says it has; None when it does not say."""
+    capture = cv2.VideoCapture(str(path))
+    try:
+        count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
+    finally:
+        capture.release()
+    return count if count > 0 else None
+
+
+def _one(x: Any, *, channels: str, number: int) -> tuple[Iterator[Source], int | None]:
+    if isinstance(x, np.ndarray):
+        image = to_rgb(x, channels=channels)
+        return iter([Source(f"array_{number}", lambda: image)]), 1
+    if isinstance(x, Image.Image):
+        return iter([Source(getattr(x, "filename", "") or f"image_{number}", lambda: _from_pil(x))]), 1
+    if isinstance(x, str) and x.startswith(URL_PREFIXES):
+        return iter([Source(x, lambda: decode_image(_download(x), x))]), 1
+    if not isinstance(x, (str, pathlib.Path)):
+        raise ValueError(f"An input must be a path, URL, array or PIL image, got {type(x).__name__}.")
+    files = find_files(x)
+    frames = [count_frames(path) if is_video(path) else 1 for path in files]
+    known = [count for count in frames if count is not None]
+    return _from_files(files), sum(known) if len(known) == len(frames) else None
+
+
+def _many(items: Iterable, *, channels: str) -> Iterator[Source]:
+    for number, item in enumerate(items):
+        name = str(item) if isinstance(item, (str, pathlib.Path)) else f"item_{number}"
+        try:
+            sources, _ = _one(item, channels=channels, number=number)
+        except (ValueError, OSError) as error:
+            yield Source(name, _raising(error))
+        else:
+            yield from sources
+
+
+def _count(items: list | tuple | None, channels: str) -> int | None:
+    """How many images a list holds, where that is plain without opening folders and videos."""
+    if items is None:
+        return None
+    is_plain = [not isinstance(item, (str, pathlib.Path)) or _is_single(str(item)) for item in items]
+    return len(items) if all(is_plain) else None
+
+
+def _is_single(name: str) -> bool:
+    return not (glob.has_magic(name) or is_video(name) or pathlib.Path(name).is_dir())
+
+
+def _from_files(files: list[pathlib.Path]) -> Iterator[Source]:
+    for path in files:
+        if not is_video(path):
+            yield Source(str(path), _reader(path), path=path)
+            continue
+        try:
+            for index, frame in enumerate(read_video(path)):
+                yield Source(str(path), _giving(frame), page_index=index)
+        except ValueError as error:
+            yield Source(str(path), _raising(error))
+
+
+# Functions that make functions: a lambda in a loop would see the loop's last value.
+def _reader(path: pathlib.Path) -> Callable[[], np.ndarray]:
+    return lambda: read_image(path)
+
+
+def _giving(image: np.ndarray) -> Callable[[], np.ndarray]:
+    return lambda: image
+
+
+def _raising(error: Exception) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        raise error
+
+    return read
+
+
+def _from_pil(image: Image.Image) -> np.ndarray:
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith("I;16"):
+        return to_rgb(np.asarray(turned, np.uint16), channels="rgb")
+    return np.asarray(turned.convert("RGB"))
+
+
+def _download(url: str) -> bytes:
+    """The bytes at a URL. Raises ValueError in one sentence when they do not come or are too many."""
+    try:
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as response:
+            data = response.read(MAX_DOWNLOAD + 1)
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise ValueError(f"{url} can't be fetched ({error}).") from error
+    if len(data) > MAX_DOWNLOAD:
+        raise ValueError(f"{url} is larger than {MAX_DOWNLOAD >> 20} MiB.")
+    return data

@@ -1,0 +1,154 @@
+"""Large images in windows: where the windows lie, how they are read and worked on.
+
+What was found in them becomes the instances of the image in `mask_merging.py`. A GeoTIFF is read window by window
+(`rasters.py`); other formats have to be decoded whole.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+
+from instseg_jax.inference import rasters
+from instseg_jax.inference.mask_merging import WindowInstances, merge_windows
+from instseg_jax.inference.sources import Source
+from instseg_jax.inference.streaming import Found
+from instseg_jax.inference.windows import Window, fill_up, view_size
+
+OVERVIEW_SIDE = 2048  # pixels of the longer side of the view in which large objects are looked for
+MAX_PIXELS = 2**32 - 1  # pycocotools counts in 32 bits
+
+Stream = Callable[[Iterator[Source], int, np.ndarray], Iterator[Found]]
+
+
+class Image(Protocol):
+    """What windows are read from."""
+
+    size: tuple[int, int]  # (height, width)
+    georeference: Any
+
+    def read(self, window: Window) -> np.ndarray:
+        """The pixels of a window [height, width, 3] uint8 RGB; black beyond the image."""
+
+    def view(self, side: int) -> np.ndarray:
+        """The whole image, its longer side at most `side` pixels."""
+
+    def picture(self) -> np.ndarray:
+        """The whole image, or a smaller view where it is too large to hold."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How large images are cut. `overlap` is a part of the side; see `Pipeline.predict`."""
+
+    side: int
+    overlap: float
+    whole_image: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.side, int) or self.side < 32:
+            raise ValueError(f"tile is {self.side!r}, it must be a whole number of pixels, at least 32")
+        if not 0 <= self.overlap <= 0.9:
+            raise ValueError(f"overlap is {self.overlap!r}, it must be between 0 and 0.9")
+
+    @property
+    def stride(self) -> int:
+        return max(1, self.side - self.overlap_px)
+
+    @property
+    def overlap_px(self) -> int:
+        return round(self.side * self.overlap)
+
+
+class ArrayImage:
+    """Windows of an image that is in memory."""
+
+    georeference = None
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels = pixels
+        self.size = (pixels.shape[0], pixels.shape[1])
+
+    def read(self, window: Window) -> np.ndarray:
+        part = self.pixels[window.y : window.y + window.height, window.x : window.x + window.width]
+        return fill_up(part, window)
+
+    def view(self, side: int) -> np.ndarray:
+        height, width = view_size(self.size, side)
+        if (height, width) == self.size:
+            return self.pixels
+        return cv2.resize(self.pixels, (width, height), interpolation=cv2.INTER_AREA)
+
+    def picture(self) -> np.ndarray:
+        return self.pixels
+
+
+def stream_tiled(
+    sources: Iterator[Source], stream: Stream, tiles: Tiles, batch_size: int, thresholds: np.ndarray
+) -> Iterator[Found]:
+    """Find the instances of each source in windows, in order; an image that fits into one is worked on as it is."""
+    for source in sources:
+        try:
+            image = _open(source)
+        except (ValueError, OSError) as error:
+            yield Found(source, None, None, " ".join(str(error).split()))
+            continue
+        source = dataclasses.replace(source, size=image.size, georeference=image.georeference)
+        if max(image.size) <= tiles.side:
+            pixels = image.picture()
+            yield from stream(
+                iter([dataclasses.replace(source, read=lambda pixels=pixels: pixels)]), batch_size, thresholds
+            )
+            continue
+        found = list(stream(_window_sources(source, image, tiles), batch_size, thresholds))
+        failed = [one.error for one in found if one.error is not None]
+        if failed:
+            yield Found(source, None, None, failed[0])
+            continue
+        windows = windows_of(image.size, tiles)
+        parts = [
+            WindowInstances(window, one.instances)
+            for window, one in zip(windows, found, strict=False)
+            if one.instances is not None
+        ]
+        whole = found[-1].instances if tiles.whole_image else None
+        merged = merge_windows(parts, whole, size=image.size, overlap_px=tiles.overlap_px)
+        yield Found(source, image.picture(), merged)
+
+
+def windows_of(size: tuple[int, int], tiles: Tiles) -> list[Window]:
+    """Square windows over an image of `size` (height, width), row by row.
+
+    The last ones of a row or column end at the border of the image; in a direction in which the image is shorter than
+    a window, they reach beyond it.
+    """
+    rows, columns = (_starts(length, tiles) for length in size)
+    return [Window(x, y, tiles.side, tiles.side) for y in rows for x in columns]
+
+
+def _starts(length: int, tiles: Tiles) -> list[int]:
+    last = max(0, length - tiles.side)
+    return [min(i * tiles.stride, last) for i in range(math.ceil(last / tiles.stride) + 1)]
+
+
+def _open(source: Source) -> Image:
+    """Windows of a source: read from its file where the format allows, else of the decoded image."""
+    image: Image
+    if source.path is not None and rasters.is_raster(source.path):
+        image = rasters.RasterImage(source.path)
+    else:
+        image = ArrayImage(source.read())
+    if image.size[0] * image.size[1] > MAX_PIXELS:
+        raise ValueError(f"{source.name} has {image.size[0]} x {image.size[1]} pixels, more than {MAX_PIXELS}")
+    return image
+
+
+def _window_sources(source: Source, image: Image, tiles: Tiles) -> Iterator[Source]:
+    """The windows of an image, and the whole of it scaled down as the last one where that is asked for."""
+    for window in windows_of(image.size, tiles):
+        yield Source(source.name, lambda window=window: image.read(window))  # type: ignore[misc]
+    if tiles.whole_image:
+        yield Source(source.name, lambda: image.view(OVERVIEW_SIDE), size=image.size)
