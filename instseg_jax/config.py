@@ -33,6 +33,17 @@ def load_config(spec: str, overrides: dict[str, str] | None = None) -> ConfigDic
     return config.lock()
 
 
+def add_missing_fields(config: ConfigDict, defaults: ConfigDict) -> ConfigDict:
+    """Give `config`, in place, the fields of `defaults` that it lacks: a checkpoint may be older than a field."""
+    with config.unlocked():
+        for name, value in defaults.items():
+            if name not in config:
+                config[name] = value
+            elif isinstance(value, ConfigDict) and isinstance(config[name], ConfigDict):
+                add_missing_fields(config[name], value)
+    return config
+
+
 def find_config(name: str) -> pathlib.Path:
     path = pathlib.Path(name)
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts

@@ -34,7 +34,7 @@ from instseg_jax.types import Batch, Detections
 from instseg_jax.weights import checkpoint
 
 SHOWN_METRICS = ("AP", "AP50", "AP75")
-DEFAULTS = "configs/mask_rtdetr.py:l"  # for checkpoints that are older than a field, and without any model
+DEFAULTS = "configs/mask_rtdetr.py:l"  # where there is no model
 SIZE_MULTIPLE = 32  # of the network's input, in pixels
 
 
@@ -93,11 +93,6 @@ def evaluate_weights(
 def load_with_overrides(config: ConfigDict | dict[str, str], weights: str | os.PathLike[str]) -> LoadedModel:
     """A model by its weights, with the given config, or with its own and overrides."""
     model = load_model(weights, config if isinstance(config, ConfigDict) else None)
-    defaults = load_config(DEFAULTS)
-    with model.config.unlocked():
-        for field, value in defaults.eval.items():
-            if field not in model.config.eval:
-                model.config.eval[field] = value
     if not isinstance(config, ConfigDict):
         for field, text in config.items():
             override(model.config, field, text)

@@ -5,10 +5,10 @@ import copy
 import io
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluation_cases import EXAMPLE, annotation, data_set, example_results, example_truth, read_json, result, square
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -16,8 +16,6 @@ from pycocotools.cocoeval import COCOeval
 from instseg_jax.evaluation.coco import coco_metrics, coco_results, write_evaluation
 from instseg_jax.types import Batch, Detections, Targets
 
-# Ground truth and made-up detections of 100 images with their published result: the COCO API's own example.
-EXAMPLE = Path(__file__).parent / "data" / "cocoeval100"
 NAMES = (
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
     *("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"),
@@ -25,49 +23,9 @@ NAMES = (
 EVERY_RECALL = 101
 
 
-def read_json(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def example_truth() -> dict:
-    return read_json(EXAMPLE / "instances_val2014_100.json")
-
-
-def example_results(iou_type: str) -> list[dict]:
-    return read_json(EXAMPLE / f"instances_val2014_fake{iou_type}100_results.json")
-
-
-def square(x: int, y: int, side: int = 10, size: tuple[int, int] = (40, 60)) -> dict:
-    """A filled square as a COCO RLE."""
-    mask = np.zeros(size, np.uint8, order="F")
-    mask[y : y + side, x : x + side] = 1
-    rle = mask_api.encode(mask)
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
-
-
-def annotation(
-    id_: int, image_id: int, x: int, y: int, *, category_id: int = 1, iscrowd: int = 0, side: int = 10
-) -> dict:
-    return {
-        "id": id_, "image_id": image_id, "category_id": category_id, "iscrowd": iscrowd,
-        "bbox": [x, y, side, side], "area": side * side, "segmentation": square(x, y, side),
-    }  # fmt: skip
-
-
-def result(image_id: int, x: int, y: int, score: float, *, category_id: int = 1) -> dict:
-    return {
-        "image_id": image_id, "category_id": category_id, "score": score,
-        "bbox": [x, y, 10, 10], "segmentation": square(x, y),
-    }  # fmt: skip
-
-
-def data_set(*annotations: dict, image_ids=(1, 2), categories=((1, "cat"),)) -> dict:
-    return {
-        "images": [{"id": i, "height": 40, "width": 60, "file_name": f"{i}.png"} for i in image_ids],
-        "categories": [{"id": id_, "name": name} for id_, name in categories],
-        "annotations": list(annotations),
-    }
+@pytest.fixture(scope="module", name="example_truth")
+def _example_truth() -> dict:
+    return example_truth()
 
 
 # --- published numbers ---------------------------------------------------------------------------------------------

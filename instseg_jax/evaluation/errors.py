@@ -60,7 +60,8 @@ def split_errors(matches: Matches) -> ErrorSplit:
     not_found = ~matches.object_is_crowd
     not_found[found[found >= 0]] = False
     # Correcting a detection makes it find its object, unless another one has it already: then it only goes away.
-    correctable = np.flatnonzero((is_wrong_class | is_misplaced) & not_found[nearest])
+    correctable = np.flatnonzero(is_wrong_class | is_misplaced)
+    correctable = correctable[not_found[nearest[correctable]]]
     correctable = correctable[np.argsort(-matches.scores[correctable], kind="stable")]
     _, first = np.unique(nearest[correctable], return_index=True)
     becomes_true = np.zeros(len(kinds), bool)

@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
+from instseg_jax.config import add_missing_fields, load_config
 from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, abstract_variables, build_model
 from instseg_jax.types import Detections
@@ -55,6 +56,7 @@ def load_model(source: str | os.PathLike[str] | Weights, config: ConfigDict | No
         raise ValueError(f"{source} holds a backbone alone; it can start a training, but predicts nothing")
     if found.metadata.get("config"):
         saved = ConfigDict(found.metadata["config"])
+        add_missing_fields(saved, load_config(f"configs/mask_rtdetr.py:{saved.model.name[-1]}"))
         config = saved if config is None else merge_configs(config, saved)
     elif config is None:
         raise ValueError(f"{source} does not say which model it is; name one with --config=configs/mask_rtdetr.py:SIZE")
