@@ -106,6 +106,7 @@ def print_metrics(metrics: dict[str, float | None]) -> None:
 
 
 def _check_options(options: argparse.Namespace) -> None:
+    tta_room.parse_views(options.tta)
     if options.predictions:
         if not options.annotations:
             raise ValueError("--predictions needs --annotations=FILE, the COCO ground truth to score against")
@@ -127,6 +128,7 @@ def _score_file(config: ConfigDict | dict[str, str], options: argparse.Namespace
     scored = (*kinds, "boundary") if config.eval.boundary and "segm" in kinds else kinds
     limit = max(100, config.eval.num_detections)
     metrics = coco_metrics(truth, results, iou_types=scored, max_detections=limit, engine=config.eval.engine)
+    metrics.setdefault("AP", metrics["bbox/AP"] if "bbox" in kinds else None)
     paths = {}
     if options.images:
         folder = Path(options.images)

@@ -13,7 +13,10 @@ NUM_COLORS = 8  # of the style's --c0 .. --c7
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A line of a chart; `color` is a position in the style's colours, None for a faint line without a legend."""
+    """A line of a chart; `color` is a position in the style's colours, None for a faint line without a legend.
+
+    Positions beyond the colours begin anew and are dashed.
+    """
 
     name: str
     x: np.ndarray
@@ -39,9 +42,10 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:3
 td:first-child,th:first-child{text-align:left}th{color:var(--dim);font-weight:500}
 tr+tr td{border-top:1px solid var(--grid)}
 .bar{min-width:180px;padding:3px 0}.bar div{height:11px;border-radius:2px}.scroll{overflow-x:auto}
+.matrix td:first-child{text-align:right;white-space:nowrap}
 .matrix td{min-width:34px;text-align:center;border:1px solid var(--bg)}
 .matrix th.col{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left}
-.key{display:inline-block;width:14px;height:3px;margin:0 5px 3px 12px}
+.key{display:inline-block;white-space:nowrap;border-top:2.5px;margin:3px 10px 0 0}td.text{text-align:left}
 .gallery{display:flex;flex-wrap:wrap;gap:14px}
 .gallery figure{flex:0 0 auto;max-width:none}.gallery img{display:block;border-radius:3px}"""
 
@@ -51,15 +55,16 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, title: str)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">', *_axes()]
     for line in sorted(lines, key=lambda line: line.color is not None):
         style = 'class="faint"' if line.color is None else f'class="line" style="stroke:{color(line.color)}"'
-        dashes = ' stroke-dasharray="5 4"' if line.is_dashed else ""
+        dashes = ' stroke-dasharray="5 4"' if _stroke(line) == "dashed" else ""
         points = _points(line.x, line.y)
         if points:
             parts.append(
                 f'<polyline {style}{dashes} points="{points}"><title>{html.escape(line.name)}</title></polyline>'
             )
     parts += [*_labels(x_label, y_label), "</svg>"]
-    legend = "".join(
-        f'<span class="key" style="background:{color(line.color)}"></span>{html.escape(line.name)}'
+    legend = " ".join(
+        f'<span class="key" style="border-color:{color(line.color)};border-top-style:{_stroke(line)}">'
+        f"{html.escape(line.name)}</span>"
         for line in lines
         if line.color is not None
     )
@@ -98,7 +103,7 @@ def bar_table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[float | 
             f'<div style="width:{100 * (value or 0) / largest:.1f}%;background:{color(i)}"></div>'
             for i, value in enumerate(values)
         )
-        cells = "".join(f"<td>{html.escape(text)}</td>" for text in texts)
+        cells = "".join(f"<td{_alignment(text)}>{html.escape(text)}</td>" for text in texts)
         body.append(f'<tr><td>{html.escape(name)}</td><td class="bar">{bars}</td>{cells}</tr>')
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(body)}</table></div>'
 
@@ -119,6 +124,15 @@ def matrix(counts: np.ndarray, names: Sequence[str], *, corner: str) -> str:
 def color(position: int) -> str:
     """A colour of the style, beginning anew after the last."""
     return f"var(--c{position % NUM_COLORS})"
+
+
+def _alignment(text: str) -> str:
+    """Numbers stand to the right, words to the left."""
+    return ' class="text"' if text[:1].isalpha() else ""
+
+
+def _stroke(line: Line) -> str:
+    return "dashed" if line.is_dashed or (line.color or 0) >= NUM_COLORS else "solid"
 
 
 def _place(x: float, y: float) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from instseg_jax.evaluation.errors import DETECTION_KINDS
 from instseg_jax.masks import decode_rle
 
 PER_IMAGE = 2  # cases from one image, so that one bad image doesn't fill a gallery
-SIDE = 300  # pixels of the longer side of one picture
+SIDE = 270  # pixels of the longer side of one picture
 MARGIN = 0.35  # of the longer side of what is shown, around it
 MAX_ENLARGEMENT = 4.0
 

@@ -15,7 +15,7 @@ from instseg_jax.evaluation.errors import DESCRIPTIONS, KINDS
 from instseg_jax.files import write_text
 
 KIND_NAMES = {"segm": "mask", "bbox": "box", "boundary": "boundary"}
-MAX_LINES = 8  # classes that get a colour and a place in a legend; more are faint lines
+MAX_LINES = 12  # classes that get a colour and a place in a legend; more are faint lines
 MAX_MATRIX = 24  # classes in the confusion matrix
 
 
