@@ -87,7 +87,8 @@ def get_config(size: str = "l") -> ConfigDict:
     loss.aux_iou_target = "box"  # the same, for the auxiliary prediction sets
 
     config.optimizer = optimizer = ConfigDict()
-    optimizer.learning_rate = 1e-4  # for batch_size 16
+    optimizer.learning_rate = 1e-4
+    optimizer.base_batch_size = placeholder(int)  # 16: the rate is meant for it and scaled to train.batch_size
     optimizer.multipliers = ((r"^backbone/", BACKBONE_MULTIPLIER[size]),)  # first match of the parameter's path
     optimizer.frozen = (r"^backbone/stem/", r"^backbone/.*/bn/(scale|bias)$")
     optimizer.weight_decay = 1e-4  # on every trainable parameter, norms and biases too
@@ -109,6 +110,7 @@ def get_config(size: str = "l") -> ConfigDict:
     train.epochs = 72
     train.batch_size = 16  # images a step, over all devices
     train.micro_batches = 1  # parts that a batch is worked through in, one after the other: less memory
+    train.early_stopping = placeholder(int)  # evaluations in a row without a better score, then it ends; None: never
     train.max_skipped_steps = 20  # steps with non-finite losses in a row after which training gives up
 
     config.eval = evaluation = ConfigDict()
@@ -127,6 +129,7 @@ def get_config(size: str = "l") -> ConfigDict:
 
     config.log = log = ConfigDict()
     log.every_steps = 1  # rows of metrics.jsonl
+    log.tensorboard = False  # the same numbers for TensorBoard, in WORKDIR/tensorboard
     if size == "n":
         _without_pretrained_backbone(config)
     return config

@@ -47,7 +47,21 @@ def build_parser() -> argparse.ArgumentParser:
     about = "look at every picture and annotation; what passes can be trained on"
     sub = add("check_dataset", about, "configs/mask_rtdetr.py:l")
     sub.add_argument("--fix", action="store_true", help="write repaired copies of the annotation files")
-    add("train", "train a model; the same command again resumes", "configs/mask_rtdetr.py:l")
+    about = "turn LabelMe, VOC or YOLO annotations into COCO's, and split them when percentages are given"
+    sub = add("convert", about, "configs/mask_rtdetr.py:l")
+    sub.add_argument("--src_dataset_type", metavar="LabelMe|VOC|YOLO", required=True, help="format of config.data.dir")
+    sub.add_argument("--save_path", metavar="DIR", help="where annotations/ and images/ go (default: config.data.dir)")
+    sub.add_argument("--labels", metavar="FILE", help="class names, one a line (default: labels.txt and the like)")
+    sub.add_argument("--train_percent", type=int, metavar="N", help="share of the training split")
+    sub.add_argument("--val_percent", type=int, metavar="N", help="share of the validation split")
+    sub.add_argument("--group_by", metavar="REGEX", help="pictures whose names match alike stay together")
+    about = "deal the pictures out to training and validation anew; the old files stay as .bak"
+    sub = add("split", about, "configs/mask_rtdetr.py:l")
+    sub.add_argument("--train_percent", type=int, metavar="N", required=True, help="share of the training split")
+    sub.add_argument("--val_percent", type=int, metavar="N", required=True, help="share of the validation split")
+    sub.add_argument("--group_by", metavar="REGEX", help="pictures whose names match alike stay together")
+    sub = add("train", "train a model; the same command again resumes", "configs/mask_rtdetr.py:l")
+    _add_processes(sub)
     sub = add("evaluate", "COCO metrics and a report of a model on the validation images, or of a results file", None)
     sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint or .pdparams (default: workdir)")
     sub.add_argument("--save_thresholds", action="store_true", help="store the scores with the best F1 in the weights")
@@ -55,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--predictions", metavar="FILE", help="score this COCO results file; needs no model and no config")
     sub.add_argument("--annotations", metavar="FILE", help="with --predictions: the COCO ground truth")
     sub.add_argument("--images", metavar="DIR", help="with --predictions: the pictures, for the report's galleries")
+    _add_processes(sub)
     sub = add("predict", "segment pictures, videos and maps: drawings, JSON and other formats", None)
     _add_pipeline(sub)
     inputs = "a picture, folder, pattern like 'a/**/*.jpg', URL or video"
@@ -77,6 +92,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--weights", metavar="PATH", help="workdir of a run or checkpoint (default: workdir)")
     sub.add_argument("--format", choices=("pdparams", "safetensors"), default="pdparams", help="(%(default)s)")
     return parser
+
+
+def _add_processes(sub: argparse.ArgumentParser) -> None:
+    """The options of verbs that several processes can run together."""
+    about = "be one of several processes, found by JAX (SLURM, Open MPI, Kubernetes)"
+    sub.add_argument("--distributed", action="store_true", help=about)
+    sub.add_argument("--coordinator", metavar="HOST:PORT", help="elsewhere: where the first process listens")
+    sub.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
+    sub.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
 
 
 def _add_pipeline(sub: argparse.ArgumentParser) -> None:
@@ -143,7 +167,11 @@ def run_verb(options: argparse.Namespace, overrides: dict[str, str]) -> int | No
     """Load the config and call the verb's function."""
     from instseg_jax import verbs
     from instseg_jax.config import load_config
+    from instseg_jax.devices import join_processes
 
+    processes = [getattr(options, name, None) for name in ("coordinator", "num_processes", "process_id")]
+    if getattr(options, "distributed", False) or processes != [None] * 3:
+        join_processes(*processes)
     config = load_config(options.config, overrides) if options.config else None
     _keep_compiled_programs(options.workdir)
     if config is None and options.verb in ("evaluate", "predict", "serve", "export_weights"):

@@ -1,4 +1,4 @@
-"""Which devices a text names. How batches and states are laid out on them is `training/sharding.py`."""
+"""Which devices a text names, and the processes of several hosts. How batches lie on them: `training/sharding.py`."""
 
 import re
 
@@ -28,3 +28,23 @@ def select_devices(device: str) -> list[jax.Device]:
         names = ", ".join(f"{platform}:{index}" for index in by_id)
         raise ValueError(f"device is {device!r}; each index once, out of {names}")
     return [by_id[index] for index in wanted]
+
+
+def join_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Make this process one of several that work as one; call it before anything else asks for a device.
+
+    Give all three on hosts that know nothing of each other, none of them under SLURM, Open MPI, Kubernetes or on
+    Cloud TPUs, where JAX finds them out.
+
+    Raises: ValueError when only some are given, or the processes can't be found or reached.
+    """
+    given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if missing and len(missing) < len(given):
+        raise ValueError(f"{' and '.join(missing)} must be given too: all three, or --distributed alone")
+    if num_processes is not None and not 0 <= process_id < num_processes:
+        raise ValueError(f"--process_id is {process_id}; it must be between 0 and {num_processes - 1}")
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the other processes were not found ({' '.join(str(error).split())})") from error

@@ -6,6 +6,7 @@ Each run is a process of its own, because the number of devices is fixed when JA
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 from test_step import TINY, make_batch
+from test_training import TINY as TRAINED
+from test_training import write_subset
 
 from instseg_jax.config import load_config
 from instseg_jax.models.mask_rtdetr import build_model, initial_variables
@@ -20,6 +23,8 @@ from instseg_jax.training.optimizer import build_optimizer, build_schedule
 from instseg_jax.training.sharding import make_mesh, put_micro_batches, put_replicated
 from instseg_jax.training.state import initial_state
 from instseg_jax.training.step import build_train_step
+from instseg_jax.training.workdir import read_rows
+from instseg_jax.weights import checkpoint
 
 HERE = pathlib.Path(__file__).parent
 COUNTS = (2, 0, 1, 3, 1, 2, 0, 3)  # objects of each image: devices differ in what they hold
@@ -36,7 +41,7 @@ def train_steps(num_devices: int, folder: str) -> None:
     mesh = make_mesh(jax.devices()[:num_devices])
     model = build_model(config.model, 3)
     variables = initial_variables(model, seed=0)
-    schedule = build_schedule(config.optimizer, total_steps=100)
+    schedule = build_schedule(config.optimizer, total_steps=100, batch_size=4)
     optimizer, multipliers = build_optimizer(config.optimizer, variables["params"], schedule)
     options = (optimizer, schedule, multipliers, mesh)
     step = build_train_step(config, model, *options, compiler_options=QUICK_COMPILATION)
@@ -116,3 +121,36 @@ def test_the_update_is_that_of_one_device(one_and_eight):
         difference = np.linalg.norm(eight[when] - one[when]) / np.linalg.norm(one[when])
         assert difference < 1e-2, (when, difference)
         assert np.linalg.norm(one[when]) > 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(tmp_path):
+    """Two runs of the command line that share a workdir leave the losses, weights and scores of one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    data = write_subset(tmp_path / "data", 4)
+    overrides = TRAINED | {"data.dir": data, "optimizer.warmup_steps": 100}
+    arguments = ["train", "--config=configs/quickstart.py", *(f"--config.{k}={v}" for k, v in overrides.items())]
+
+    def launch(workdir: str, *more: str) -> subprocess.Popen:
+        whole = [*arguments, f"--workdir={tmp_path / workdir}", *more]
+        code = f"import sys; from instseg_jax.cli import main; sys.exit(main({whole}))"
+        return start(code, 1, INSTSEG_HUGE_PAGES="0", INSTSEG_COMPILED="")
+
+    finish(launch("one"))
+    shared = [launch("two", f"--coordinator={address}", "--num_processes=2", f"--process_id={i}") for i in (0, 1)]
+    told = [finish(process) for process in shared]
+    assert "cpu:0" in told[0] and "steps of 4 images" not in told[1]  # the first one speaks
+    one, two = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [row["step"] for row in two] == [0, 1, 2, 3]
+    for step, limit in ((0, 1e-5), (3, 1e-4)):
+        np.testing.assert_allclose(two[step]["loss"], one[step]["loss"], rtol=limit)
+    weights = [checkpoint.load_inference_checkpoint(tmp_path / name)[0]["params"] for name in ("one", "two")]
+    for a, b in zip(*map(jax.tree.leaves, weights), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    scores = [json.loads((tmp_path / name / "evaluate_result.json").read_text())["metrics"] for name in ("one", "two")]
+    assert scores[0].keys() == scores[1].keys()
+    assert [json.loads((tmp_path / n / "train_result.json").read_text())["done_flag"] for n in ("one", "two")] == [
+        True
+    ] * 2

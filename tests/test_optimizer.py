@@ -25,7 +25,7 @@ from instseg_jax.training.optimizer import (
 )
 def test_the_official_schedule(step, rate):
     config = load_config("configs/mask_rtdetr.py:s")
-    schedule = build_schedule(config.optimizer, total_steps=527_688)
+    schedule = build_schedule(config.optimizer, total_steps=527_688, batch_size=16)
     assert float(schedule(step)) == pytest.approx(rate, rel=2e-4)
 
 

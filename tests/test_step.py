@@ -45,7 +45,7 @@ def run_step():
     config = load_config("configs/mask_rtdetr.py:n", TINY)
     model = build_model(config.model, CLASSES)
     variables = initial_variables(model, seed=0)
-    schedule = build_schedule(config.optimizer, total_steps=100)
+    schedule = build_schedule(config.optimizer, total_steps=100, batch_size=4)
     optimizer, multipliers = build_optimizer(config.optimizer, variables["params"], schedule)
     mesh = make_mesh(jax.devices()[:1])
     options = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}  # a few steps only

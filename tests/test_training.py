@@ -19,6 +19,7 @@ from instseg_jax.models.mask_rtdetr import build_model, initial_variables
 from instseg_jax.training import loop, metrics, step
 from instseg_jax.training.optimizer import build_optimizer
 from instseg_jax.training.state import TrainState, initial_state
+from instseg_jax.training.workdir import read_rows
 from instseg_jax.weights import checkpoint
 
 EMBEDDED = pathlib.Path(__file__).parent.parent / "instseg_jax" / "data" / "embedded"
@@ -95,7 +96,7 @@ def last_state(config, workdir: pathlib.Path) -> TrainState:
 
 
 def test_a_run_leaves_what_it_promises(finished):
-    rows = metrics.read_metrics(finished / "metrics.jsonl")
+    rows = read_rows(finished / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert all(np.isfinite(row["loss"]) and row["loss"] > 0 for row in rows)
     terms = [name for name in rows[0] if name.startswith("loss/")]
@@ -128,7 +129,7 @@ def test_a_stopped_run_resumes_to_the_bit(data, finished, tmp_path, monkeypatch)
     resumed = instseg_jax.train(config, tmp_path)
     assert resumed["done_flag"] and resumed["steps"] == 4
     jax.tree.map(np.testing.assert_array_equal, last_state(config, finished), last_state(config, tmp_path))
-    first, second = (metrics.read_metrics(folder / "metrics.jsonl") for folder in (finished, tmp_path))
+    first, second = (read_rows(folder / "metrics.jsonl") for folder in (finished, tmp_path))
     assert first == second
 
 

@@ -15,6 +15,9 @@ import time
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -22,11 +25,21 @@ from rich.table import Table
 from instseg_jax.data import loader
 from instseg_jax.devices import select_devices
 from instseg_jax.inference.predictor import make_predict
+from instseg_jax.models.denoising import make_denoising_queries
 from instseg_jax.models.mask_rtdetr import build_model, count_parameters, initial_variables
 from instseg_jax.training import loop, sharding
+from instseg_jax.training.criterion import (
+    build_loss_settings,
+    compute_losses,
+    compute_match_costs,
+    draw_match_points,
+    draw_points,
+)
+from instseg_jax.training.matching import assign
 from instseg_jax.training.optimizer import build_optimizer, build_schedule
 from instseg_jax.training.state import initial_state
 from instseg_jax.training.step import build_train_step
+from instseg_jax.types import Batch
 from instseg_jax.weights.checkpoint import library_versions
 
 
@@ -44,7 +57,7 @@ def run_benchmark(config: ConfigDict, *, repeats: int) -> dict:
         config.data.dir = config.data.dir or "embedded"
         config.data.train_sizes = (config.data.image_size,)
     mesh = sharding.make_mesh(select_devices(config.device))
-    sharding.check_batch_size(config.train.batch_size, mesh, "train.batch_size")
+    sharding.check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.micro_batches)
     dataset = loop.read_split(config.data, "train")
     train_loader = loader.build_train_loader(config, dataset)
     model = build_model(config.model, len(dataset.categories))
@@ -57,22 +70,21 @@ def run_benchmark(config: ConfigDict, *, repeats: int) -> dict:
     predict = make_predict(model, num_detections=config.eval.num_detections)
     image = first.images[:1]
     on_device = jax.device_put(variables, mesh.devices.flat[0])
-    parts["forward, 1 image"] = _time_compiled(
-        predict, lambda run: run(on_device, image), (on_device, image), repeats, 1
-    )
+    parts["forward, 1 image"] = _time_calls(lambda: predict(on_device, image), repeats, 1)
 
-    schedule = build_schedule(config.optimizer, config.train.epochs * train_loader.num_batches)
+    schedule = build_schedule(config.optimizer, config.train.epochs * train_loader.num_batches, config.train.batch_size)
     optimizer, multipliers = build_optimizer(config.optimizer, variables["params"], schedule)
-    state = jax.device_put(initial_state(variables, optimizer), sharding.replicated(mesh))
+    holder = [sharding.put_replicated(initial_state(variables, optimizer), mesh)]
     step = build_train_step(config, model, optimizer, schedule, multipliers, mesh)
-    batch = sharding.put_batch(first, mesh)
-    holder = [state]
+    micro_batches = sharding.put_micro_batches(first, mesh, config.train.micro_batches)
 
-    def one_step(run: Callable) -> object:
-        holder[0], metrics = run(holder[0], batch)
-        return metrics
+    def one_step() -> object:
+        holder[0], metrics = step(holder[0], micro_batches)
+        return holder[0], metrics
 
-    parts["training step"] = _time_compiled(step, one_step, (state, batch), repeats, config.train.batch_size)
+    parts["training step"] = _time_calls(one_step, repeats, config.train.batch_size)
+    peak_memory_mb = _peak_memory_mb()  # before the parts are held in memory a second time
+    parts |= _time_criterion(config, model, variables, micro_batches[0], mesh, repeats)
     table = {
         "model": config.model.name,
         "parameters": count_parameters(variables["params"]),
@@ -82,7 +94,7 @@ def run_benchmark(config: ConfigDict, *, repeats: int) -> dict:
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "huge_pages": "hugetlb" in os.environ.get("GLIBC_TUNABLES", ""),
         "versions": library_versions(),
-        "peak_memory_mb": _peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb,
         "parts": parts,
     }
     _print(table)
@@ -110,21 +122,47 @@ def _time_loading(batches, repeats: int, batch_size: int) -> dict:
     return {"wall_s": wall, "cpu_s": cpu, "images_per_s": batch_size / wall}
 
 
-def _time_compiled(function, call: Callable, arguments: tuple, repeats: int, images: int) -> dict:
+def _time_calls(call: Callable[[], object], repeats: int, images: int) -> dict:
+    """First call, which compiles (or finds the program in WORKDIR/compiled), and the median of later ones."""
     started = time.perf_counter()
-    compiled = function.lower(*arguments).compile()
-    compile_s = time.perf_counter() - started
-    for _ in range(2):
-        jax.block_until_ready(call(compiled))
-    wall, cpu = _time(lambda: call(compiled), repeats)
-    memory = compiled.memory_analysis()
-    temporary = None if memory is None else memory.temp_size_in_bytes / 1e6
+    jax.block_until_ready(call())
+    first_s = time.perf_counter() - started
+    jax.block_until_ready(call())
+    wall, cpu = _time(call, repeats)
+    return {"first_s": first_s, "wall_s": wall, "cpu_s": cpu, "images_per_s": images / wall}
+
+
+def _time_criterion(config: ConfigDict, model, variables: dict, batch: Batch, mesh: Mesh, repeats: int) -> dict:
+    """The parts of a step that are not the network: matching, and the losses with their gradient to its outputs.
+
+    They are timed on random predictions of the real shapes; what they cost does not depend on the values.
+    """
+    settings = build_loss_settings(config.loss)
+    noise = dict(config.denoising) | {"num_classes": model.num_classes, "num_queries": model.num_queries}
+    key = jax.random.key(config.seed)
+    denoising = jax.jit(lambda targets: make_denoising_queries(targets, rng=key, **noise))(batch.targets)
+    shapes = jax.eval_shape(
+        lambda v, images, dn: model.apply(v, images, train=True, denoising=dn, mutable=["batch_stats"])[0],
+        variables,
+        batch.images,
+        denoising,
+    )
+    rng = np.random.default_rng(config.seed)
+    outputs = jax.tree.map(lambda x: jnp.asarray(rng.random(x.shape, np.float32), x.dtype), shapes)
+    draws = jax.jit(lambda: (draw_match_points(key, settings, outputs), draw_points(key, settings, outputs)))()
+    costs = jax.jit(lambda o, t, p: compute_match_costs(o, t, p, settings, mesh=mesh))
+    losses = jax.jit(
+        jax.value_and_grad(lambda o, t, dn, q, d: compute_losses(o, t, dn, q, d, settings, mesh=mesh), has_aux=True)
+    )
+    found = costs(outputs, batch.targets, draws[0])
+    query_index = assign(found, batch.targets.valid)
+    images, targets = batch.images.shape[0], batch.targets
     return {
-        "compile_s": compile_s,
-        "wall_s": wall,
-        "cpu_s": cpu,
-        "images_per_s": images / wall,
-        "temporary_memory_mb": temporary,
+        "- matching costs": _time_calls(lambda: costs(outputs, targets, draws[0]), repeats, images),
+        "- assignment": _time_calls(lambda: assign(found, targets.valid), repeats, images),
+        "- losses, gradient": _time_calls(
+            lambda: losses(outputs, targets, denoising, query_index, draws[1]), repeats, images
+        ),
     }
 
 
@@ -135,13 +173,10 @@ def _peak_memory_mb() -> float:
 
 def _print(table: dict) -> None:
     title = "{model}, {image_size} px, batch {batch_size}, {machine}".format(**table)
-    shown = Table("part", "wall ms", "CPU ms", "images/s", "compile s", "temporary MB", title=title)
+    shown = Table("part", "wall ms", "CPU ms", "images/s", "first call s", title=title)
     for name, part in table["parts"].items():
-        extra = [
-            f"{part[key]:.0f}" if part.get(key) is not None else "" for key in ("compile_s", "temporary_memory_mb")
-        ]
-        shown.add_row(
-            name, f"{1e3 * part['wall_s']:.1f}", f"{1e3 * part['cpu_s']:.1f}", f"{part['images_per_s']:.1f}", *extra
-        )
+        first = f"{part['first_s']:.1f}" if "first_s" in part else ""
+        times = (f"{1e3 * part[key]:.1f}" for key in ("wall_s", "cpu_s"))
+        shown.add_row(name, *times, f"{part['images_per_s']:.1f}", first)
     Console().print(shown)
     print(f"peak memory of the process {table['peak_memory_mb']:.0f} MB")

@@ -7,33 +7,32 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import pathlib
 import signal
 import time
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
 from instseg_jax.data import coco, loader
 from instseg_jax.devices import select_devices
-from instseg_jax.evaluation.coco import evaluate_batches, write_evaluation
 from instseg_jax.files import write_json
-from instseg_jax.inference.predictor import make_predict
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, build_model, count_parameters, initial_variables
 from instseg_jax.training import sharding
-from instseg_jax.training.metrics import MetricsFile, TrainingProgress, open_log
+from instseg_jax.training.curves import draw_training
+from instseg_jax.training.metrics import MetricsFile, TrainingProgress, check_tensorboard, open_log
 from instseg_jax.training.optimizer import build_optimizer, build_schedule
 from instseg_jax.training.state import TrainState, initial_state
 from instseg_jax.training.step import build_train_step
+from instseg_jax.training.validation import History, Score, build_score, keep_best, open_history
+from instseg_jax.training.workdir import CONFIG, LOG, METRICS, RESULT, describe_models, open_workdir
 from instseg_jax.weights import checkpoint
 
-# A run may be continued with other values of these: none of them changes what is computed.
-FREE_TO_CHANGE = (
-    *("device", "data.num_workers", "data.prefetch", "checkpoint", "log", "eval.batch_size"),
-    *("eval.engine", "eval.boundary", "eval.gallery_size", "eval.tta_scales"),
-)
+SHOWN_SCORES = ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +44,7 @@ class Run:
     mesh: jax.sharding.Mesh
     model: MaskRTDETR
     train_loader: loader.Loader
-    val_loader: loader.Loader
-    ground_truth: dict  # of the validation images, as COCO has it
+    score: Score
     total_steps: int
     logger: logging.Logger
 
@@ -74,63 +72,70 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     """Train as `config` says; the same call on the same workdir goes on where it stopped.
 
     Writes below `workdir`: checkpoints/ (the last few training states), best_model/ (averaged weights of the
-    best evaluation), metrics.jsonl (a row a step), train.log, config.json, train_result.json.
+    best evaluation), metrics.jsonl (a row a step), validation.jsonl, train.log, config.json, training.png,
+    train_result.json. Of several processes (`jax.distributed`) all call this, and the first one writes.
 
-    Returns: what train_result.json holds: done_flag, steps, best_score, seconds.
+    Returns: what train_result.json holds: done_flag, steps, best_score, models, seconds, and so on.
 
     Raises: ValueError or OSError in one sentence for anything that is wrong with config, data or workdir,
       before the first step where it can be known.
     """
     workdir = pathlib.Path(workdir)
+    is_first = jax.process_index() == 0
     try:
         result = _train(config, workdir)
     except Exception as error:
-        if workdir.is_dir():
+        if is_first and workdir.is_dir():
             failure = {"done_flag": False, "err_type": type(error).__name__, "err_msg": str(error)}
-            write_json(workdir / "train_result.json", failure, indent=2)
+            write_json(workdir / RESULT, failure, indent=2)
         raise
-    write_json(workdir / "train_result.json", result, indent=2)
+    if is_first:
+        write_json(workdir / RESULT, result, indent=2)
+        draw_training(workdir)
     return result
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path) -> dict:
-    run, variables = _set_up(config, workdir)
-    schedule = build_schedule(config.optimizer, run.total_steps)
-    optimizer, multipliers = build_optimizer(config.optimizer, variables["params"], schedule)
-    state = initial_state(variables, optimizer)
-    state = jax.device_put(state, sharding.replicated(run.mesh))
+    run, state, step_function = _set_up(config, workdir)
     manager = checkpoint.make_manager(workdir / checkpoint.CHECKPOINTS, max_to_keep=config.checkpoint.keep)
-    best = None
     if manager.latest_step() is not None:
-        state, metadata = checkpoint.restore(manager, state)
-        best = metadata["best_score"]
+        state, _ = checkpoint.restore(manager, state)
         run.logger.info("resuming at step %d of %d", int(state.step), run.total_steps)
-    if checkpoint.is_checkpoint(workdir / checkpoint.BEST_MODEL):
-        best = _better(best, checkpoint.read_metadata(workdir / checkpoint.BEST_MODEL)["score"])
-    step_function = build_train_step(config, run.model, optimizer, schedule, multipliers, run.mesh)
+    history = open_history(workdir, config.eval.best_metric, int(state.step))
     started = time.monotonic()
     try:
-        state, best = _run_steps(run, step_function, state, manager, best)
+        state, end = _run_steps(run, step_function, state, manager, history)
     finally:
         manager.wait_until_finished()
         manager.close()
-    step = int(state.step)
     return {
-        "done_flag": step >= run.total_steps,
-        "steps": step,
+        "done_flag": end != "stopped",
+        "model_name": config.model.name,
+        "config": CONFIG,
+        "train_log": LOG,
+        "metrics_log": METRICS,
+        "models": describe_models(workdir),
+        "end": end,
+        "steps": int(state.step),
         "total_steps": run.total_steps,
         "best_metric": config.eval.best_metric,
-        "best_score": best,
+        "best_score": history.best,
+        "dropped_objects": run.train_loader.counters["dropped_objects"],
         "seconds": round(time.monotonic() - started, 1),
         "workdir": str(workdir),
     }
 
 
-def _set_up(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, dict]:
-    """Read the data, describe the model, open the workdir: all that can fail before the first step."""
+def _set_up(config: ConfigDict, workdir: pathlib.Path):
+    """Read the data, describe the model, open the workdir: all that can fail before the first step.
+
+    Returns: the run, the state before the first step, the step function.
+    """
     devices = select_devices(config.device)
     mesh = sharding.make_mesh(devices)
     sharding.check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.micro_batches)
+    if config.log.tensorboard:
+        check_tensorboard()
     splits = {split: read_split(config.data, split) for split in ("train", "val")}
     for dataset in splits.values():
         coco.check_images(dataset)
@@ -138,29 +143,36 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, dict]:
     model = build_model(config.model, len(splits["train"].categories))
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     train_loader = loader.build_train_loader(config, splits["train"], **process)
-    val_loader = loader.build_eval_loader(config, splits["val"])
-
-    _open_workdir(workdir, config)
-    logger = open_log(workdir / "train.log")
-    variables = initial_variables(model, seed=config.seed)
+    score = build_score(config, model, splits["val"], mesh)
+    variables, summary = initial_variables(model, seed=config.seed), None
     if config.model.weights:
         found = weights_room.read_weights(config.model.weights)
         variables, summary = weights_room.merge_weights(variables, found, class_names=splits["train"].categories)
-        logger.info("%s", summary)
     total_steps = config.train.epochs * train_loader.num_batches
+    schedule = build_schedule(config.optimizer, total_steps, config.train.batch_size)
+    optimizer, multipliers = build_optimizer(config.optimizer, variables["params"], schedule)
+    state = initial_state(variables, optimizer)
+
+    open_workdir(workdir, config, sum(x.nbytes for x in jax.tree.leaves(state)))
+    logger = open_log(workdir / LOG)
+    if summary is not None:
+        logger.info("%s", summary)
     logger.info(
         "%s: %.1f M parameters, %d classes; %d training and %d validation images; %d steps of %d images on %s",
         config.model.name,
         count_parameters(variables["params"]) / 1e6,
         model.num_classes,
         len(train_loader.dataset),
-        len(val_loader.dataset),
+        len(splits["val"]),
         total_steps,
         config.train.batch_size,
         ", ".join(f"{d.platform}:{d.id}" for d in devices),
     )
-    truth = coco.to_coco(splits["val"])
-    return Run(config, workdir, mesh, model, train_loader, val_loader, truth, total_steps, logger), variables
+    if "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""):
+        logger.info("memory comes in huge pages (GLIBC_TUNABLES is set; INSTSEG_HUGE_PAGES=0 leaves it alone)")
+    run = Run(config, workdir, mesh, model, train_loader, score, total_steps, logger)
+    step_function = build_train_step(config, model, optimizer, schedule, multipliers, mesh)
+    return run, sharding.put_replicated(state, mesh), step_function
 
 
 def read_split(data: ConfigDict, split: str) -> coco.CocoDataset:
@@ -174,57 +186,28 @@ def read_split(data: ConfigDict, split: str) -> coco.CocoDataset:
     return coco.read_split(data.dir, split, annotations=annotations, images=images, skip_invalid=data.skip_invalid)
 
 
-def _open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Create the folder and note the config in it, or make sure that it belongs to the same config."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "config.json"
-    mine = json.loads(config.to_json_best_effort())
-    if path.exists() and (workdir / checkpoint.CHECKPOINTS).is_dir():
-        differing = _differences(json.loads(path.read_text(encoding="utf-8")), mine)
-        if differing:
-            raise ValueError(
-                f"{workdir} holds a run with another config ({'; '.join(differing)}); "
-                "give the same values to resume it, or another --workdir"
-            )
-    write_json(path, mine, indent=2)
+def _run_steps(run: Run, step_function, state: TrainState, manager, history: History) -> tuple[TrainState, str]:
+    """The loop: a step, its predecessor's numbers, now and then a checkpoint or an evaluation.
 
-
-def _differences(saved: dict, mine: dict, prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted({*saved, *mine}):
-        name = f"{prefix}{key}"
-        if name in FREE_TO_CHANGE:
-            continue
-        old, new = saved.get(key), mine.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{name}.")
-        elif old != new:
-            found.append(f"{name} was {old!r}, is {new!r}")
-    return found
-
-
-def _better(a: float | None, b: float | None) -> float | None:
-    return max((x for x in (a, b) if x is not None), default=None)
-
-
-def _run_steps(run: Run, step_function, state: TrainState, manager, best: float | None):
-    """The loop: a step, its predecessor's numbers, now and then a checkpoint or an evaluation."""
+    Returns: the last state, and why it is the last: "finished", "stopped early" (no better score for long) or
+      "stopped" (by a signal).
+    """
     config, start = run.config, int(state.step)
-    predict = make_predict(run.model, num_detections=config.eval.num_detections)
-    metrics_file = MetricsFile(run.workdir / "metrics.jsonl", start)
+    metrics_file = MetricsFile(run.workdir, start, use_tensorboard=config.log.tensorboard)
     progress = TrainingProgress(run.total_steps, start, run.logger)
     evaluate_every = max(1, round(config.eval.every_epochs * run.steps_per_epoch))
+    patience = config.train.early_stopping
     bad_steps = 0
     batches = run.train_loader.batches(start_step=start)
-    pending = None
+    pending, end = None, "finished"
 
     def fetch(step: int, metrics: dict, image_index: np.ndarray) -> bool:
         """Write the numbers of a step that has ended; says whether it was skipped."""
         row = {name: float(value) for name, value in jax.device_get(metrics).items()}
         skipped = row.pop("skipped") > 0
-        images = [run.train_loader.dataset.images[i].id for i in image_index if i >= 0]
         if skipped:
             terms = [name for name, value in row.items() if not math.isfinite(value)]
+            images = [run.train_loader.dataset.images[i].id for i in image_index if i >= 0]
             run.logger.warning(
                 "step %d was skipped: %s not finite, images %s", step, ", ".join(terms) or "a gradient is", images
             )
@@ -238,6 +221,10 @@ def _run_steps(run: Run, step_function, state: TrainState, manager, best: float 
     with _stop_signals() as stop:
         try:
             for step in range(start, run.total_steps):
+                if patience is not None and history.since_best >= patience:
+                    run.logger.info("no better %s in %d evaluations: training ends", history.metric, patience)
+                    end = "stopped early"
+                    break
                 batch = next(batches)
                 parts = sharding.put_micro_batches(batch, run.mesh, config.train.micro_batches)
                 state, metrics = step_function(state, parts)
@@ -247,16 +234,19 @@ def _run_steps(run: Run, step_function, state: TrainState, manager, best: float 
                 if bad_steps >= config.train.max_skipped_steps:
                     raise RuntimeError(
                         f"{bad_steps} steps in a row had losses or gradients that are not finite; "
-                        f"see {run.workdir / 'train.log'} for the images and terms. The last checkpoint is intact."
+                        f"see {run.workdir / LOG} for the images and terms. The last checkpoint is intact."
                     )
                 done = step + 1
                 is_last = done == run.total_steps
+                score = None
                 if done % evaluate_every == 0 or is_last:
-                    best = _evaluate(run, predict, state, done, best)
-                if done % config.checkpoint.every_steps == 0 or is_last or stop:
-                    checkpoint.save(manager, done, state, run.metadata(done, best))
-                if stop:
+                    score = _evaluate(run, state, done, history, metrics_file)
+                must_stop = stop.asked(done)
+                if done % config.checkpoint.every_steps == 0 or is_last or must_stop or score is not None:
+                    checkpoint.save(manager, done, state, run.metadata(done, history.best, score))
+                if must_stop and not is_last:
                     run.logger.info("stopped by a signal at step %d; the same command goes on from there", done)
+                    end = "stopped"
                     break
             if pending is not None:
                 fetch(*pending)
@@ -264,42 +254,43 @@ def _run_steps(run: Run, step_function, state: TrainState, manager, best: float 
             batches.close()
             progress.close()
             metrics_file.close()
-    return state, best
+    return state, end
 
 
-def _evaluate(run: Run, predict, state: TrainState, step: int, best: float | None) -> float | None:
+def _evaluate(run: Run, state: TrainState, step: int, history: History, metrics_file: MetricsFile) -> float | None:
     """Score the averaged weights on the validation images; keep them when they are the best so far."""
-    variables = jax.device_get(state.ema_variables)
-    dataset = run.val_loader.dataset
-    metrics, results = evaluate_batches(
-        lambda images: predict(variables, images),
-        run.val_loader.batches(),
-        ground_truth=run.ground_truth,
-        image_ids=[image.id for image in dataset.images],
-        category_ids=dataset.category_ids,
-        num_detections=run.config.eval.num_detections,
-    )
-    score = metrics[run.config.eval.best_metric]
-    shown = {name: metrics[name] for name in ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50")}
-    text = "  ".join(f"{name} {value:.3f}" for name, value in shown.items() if value is not None)
+    metrics, results = run.score(state.ema_variables)
+    score = metrics[history.metric]
+    is_best = history.add(step, metrics)
+    metrics_file.write_events(step, metrics)
+    text = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_SCORES if metrics[name] is not None)
     run.logger.info("step %d  validation: %s", step, text or "no objects to find")
-    with (run.workdir / "validation.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, **metrics}) + "\n")
-    if best is None or (score is not None and score >= best):
-        best = score
-        write_evaluation(run.workdir, metrics, results)
-        checkpoint.save_inference_checkpoint(
-            run.workdir / checkpoint.BEST_MODEL, variables, run.metadata(step, best, score)
+    dropped = run.train_loader.counters
+    if dropped["dropped_objects"]:
+        run.logger.warning(
+            "%d of %d objects were left out by chance: their images hold more than data.max_instances = %d",
+            dropped["dropped_objects"],
+            dropped["dropped_objects"] + dropped["objects"],
+            run.config.data.max_instances,
         )
-    return best
+    if is_best:
+        variables = jax.device_get(state.ema_variables)
+        keep_best(run.workdir, variables, run.metadata(step, history.best, score), metrics, results)
+    if jax.process_index() == 0:
+        draw_training(run.workdir)
+    return score
 
 
 class _stop_signals:
-    """While inside, SIGTERM and the first SIGINT only ask to stop; truthy once asked."""
+    """While inside, SIGTERM and the first SIGINT only ask to stop.
+
+    Several processes must stop at the same step: JAX's coordinator hears of a SIGTERM to any of them and names it.
+    """
 
     def __enter__(self) -> "_stop_signals":
-        self._asked, self._before = False, {}
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._is_asked, self._before = False, {}
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        for number in numbers:
             try:
                 self._before[number] = signal.signal(number, self._ask)
             except ValueError:  # not the main thread: whoever owns it handles signals
@@ -307,12 +298,15 @@ class _stop_signals:
         return self
 
     def _ask(self, number: int, frame) -> None:
-        self._asked = True
+        self._is_asked = True
         signal.signal(number, self._before[number] or signal.SIG_DFL)
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
-    def __bool__(self) -> bool:
-        return self._asked
+    def asked(self, step: int) -> bool:
+        """Whether to stop after this step; the same answer in every process."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._is_asked

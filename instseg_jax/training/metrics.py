@@ -1,58 +1,77 @@
 """What a run says while it goes: rows in metrics.jsonl, a log file, a progress line."""
 
+import importlib.util
 import json
 import logging
 import pathlib
 import sys
 import time
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from instseg_jax.training.workdir import METRICS, keep_rows
+
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, in the order of the steps.
+    """metrics.jsonl: one JSON object a line, in the order of the steps; the same for TensorBoard if asked for.
 
     Rows from `start_step` on are dropped at opening: they come from a run that went further than the
-    checkpoint it resumes from, and will be written again.
+    checkpoint it resumes from, and will be written again. Of several processes only the first one writes.
     """
 
-    def __init__(self, path: pathlib.Path, start_step: int):
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] < start_step]
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_text("".join(kept), encoding="utf-8")
-        aside.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, workdir: pathlib.Path, start_step: int, *, use_tensorboard: bool):
+        self._file, self._events = None, None
+        if jax.process_index() != 0:
+            return
+        keep_rows(workdir / METRICS, lambda row: row["step"] < start_step)
+        self._file = (workdir / METRICS).open("a", encoding="utf-8")
+        if use_tensorboard:
+            self._events = _open_events(workdir / "tensorboard", start_step)
 
     def write(self, row: dict) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        self.write_events(row["step"], row)
+
+    def write_events(self, step: int, values: dict) -> None:
+        """Numbers for TensorBoard alone, such as validation scores."""
+        if self._events is not None:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
+        for sink in (self._file, self._events):
+            if sink is not None:
+                sink.close()
 
 
-def _complete_lines(path: pathlib.Path) -> list[str]:
-    """Lines of a file that may have been cut off in the middle of one."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n") and line.strip().endswith("}")]
+def check_tensorboard() -> None:
+    """Raise ValueError unless the library that writes TensorBoard's files is here."""
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise ValueError('log.tensorboard needs tensorboardX: pip install "instseg_jax[tensorboard]"')
 
 
-def read_metrics(path: pathlib.Path) -> list[dict]:
-    """Rows of a metrics.jsonl."""
-    return [json.loads(line) for line in _complete_lines(path)]
+def _open_events(folder: pathlib.Path, start_step: int):
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=start_step)
 
 
 def open_log(path: pathlib.Path) -> logging.Logger:
-    """A logger that appends to `path` and prints to the console."""
+    """A logger that appends to `path` and prints to the console; of several processes only the first one's."""
     logger = logging.getLogger("instseg_jax.train")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for handler in list(logger.handlers):
         handler.close()
         logger.removeHandler(handler)
+    if jax.process_index() != 0:
+        logger.addHandler(logging.NullHandler())
+        return logger
     to_file = logging.FileHandler(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     to_console = logging.StreamHandler(sys.stdout)
@@ -73,7 +92,7 @@ class TrainingProgress:
         self._last_line = self._started
         console = Console()
         self._bar = None
-        if console.is_terminal:
+        if console.is_terminal and jax.process_index() == 0:
             columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             columns += (TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
             self._bar = Progress(*columns, console=console)

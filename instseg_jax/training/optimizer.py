@@ -47,10 +47,16 @@ def make_schedule(
     return optax.join_schedules([before, after], [warmup_steps])
 
 
-def build_schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
-    """The schedule of a config's section `optimizer`."""
+def build_schedule(config: ConfigDict, total_steps: int, batch_size: int) -> optax.Schedule:
+    """The schedule of a config's section `optimizer`; its rate scaled from base_batch_size where one is given.
+
+    Raises: ValueError for an unknown schedule or a base_batch_size below one.
+    """
+    base = config.base_batch_size
+    if base is not None and base < 1:
+        raise ValueError(f"optimizer.base_batch_size is {base}, it must be at least 1")
     return make_schedule(
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate * (batch_size / base if base else 1),
         schedule=config.schedule,
         total_steps=total_steps,
         warmup_steps=config.warmup_steps,

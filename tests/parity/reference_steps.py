@@ -63,7 +63,7 @@ def prepare(name: str) -> types.SimpleNamespace:
         overrides["optimizer.warmup_steps"] = "0"
     config = load_config(f"configs/mask_rtdetr.py:{name.split('/')[0]}", overrides)
     variables = official_to_flax(official_weights(name.split("/")[0]))
-    schedule = build_schedule(config.optimizer, total_steps=527_688)
+    schedule = build_schedule(config.optimizer, total_steps=527_688, batch_size=16)
     optimizer, multipliers = build_optimizer(config.optimizer, variables["params"], schedule)
     return types.SimpleNamespace(
         case=case,

@@ -1,0 +1,96 @@
+"""Scoring the averaged weights during training: on all devices, with the best ones kept."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+
+from instseg_jax.data import coco, loader
+from instseg_jax.evaluation.coco import coco_metrics, collect_results, write_evaluation
+from instseg_jax.evaluation.processes import gather_results
+from instseg_jax.inference.predictor import make_predict
+from instseg_jax.models.mask_rtdetr import MaskRTDETR
+from instseg_jax.training import sharding
+from instseg_jax.training.workdir import VALIDATION, keep_rows, read_rows
+from instseg_jax.weights import checkpoint
+
+Score = Callable[[dict], tuple[dict[str, float | None], list[dict]]]
+
+
+def build_score(config, model: MaskRTDETR, dataset: coco.CocoDataset, mesh: jax.sharding.Mesh) -> Score:
+    """A function from variables on the mesh to (metrics, COCO result entries) of a data set.
+
+    A batch is filled up to a multiple of the number of devices. Every process gets the same numbers.
+    """
+    config = config.copy_and_resolve_references()
+    config.eval.batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+    num_detections = config.eval.num_detections
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    val_loader = loader.build_eval_loader(config, dataset, **process)
+    ground_truth = coco.to_coco(dataset)
+    predict = jax.jit(make_predict(model, num_detections=num_detections), out_shardings=sharding.split_over_batch(mesh))
+
+    def score(variables: dict) -> tuple[dict[str, float | None], list[dict]]:
+        pairs = ((predict(variables, sharding.put_batch(b.images, mesh)), b) for b in val_loader.batches())
+        image_ids = [image.id for image in dataset.images]
+        results = gather_results(collect_results(pairs, image_ids=image_ids, category_ids=dataset.category_ids))
+        limit = max(100, num_detections)
+        return coco_metrics(ground_truth, results, max_detections=limit, engine=config.eval.engine), results
+
+    return score
+
+
+@dataclasses.dataclass
+class History:
+    """The scores of a run's evaluations so far; kept in validation.jsonl."""
+
+    workdir: pathlib.Path
+    metric: str  # that decides which weights are best
+    best: float | None = None
+    since_best: int = 0  # evaluations since then
+
+    def add(self, step: int, metrics: dict[str, float | None]) -> bool:
+        """Note an evaluation; says whether it is the best so far (or as good as it)."""
+        if jax.process_index() == 0:
+            with (self.workdir / VALIDATION).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        return self._count(metrics.get(self.metric))
+
+    def _count(self, score: float | None) -> bool:
+        is_best = self.best is None or (score is not None and score >= self.best)
+        self.best = score if is_best else self.best
+        self.since_best = 0 if is_best else self.since_best + 1
+        return is_best
+
+
+def open_history(workdir: pathlib.Path, metric: str, start_step: int) -> History:
+    """The history of a run that resumes at `start_step`; later evaluations will be made again.
+
+    The best model may come from such a later one: its score then still is the one to beat.
+    """
+    history = History(workdir, metric)
+    if jax.process_index() == 0:
+        keep_rows(workdir / VALIDATION, lambda row: row["step"] <= start_step)
+    for row in read_rows(workdir / VALIDATION):
+        if row["step"] <= start_step:
+            history._count(row.get(metric))
+    if checkpoint.is_checkpoint(workdir / checkpoint.BEST_MODEL):
+        score = checkpoint.read_metadata(workdir / checkpoint.BEST_MODEL)["score"]
+        if score is not None:
+            history.best = score if history.best is None else max(score, history.best)
+    return history
+
+
+def keep_best(
+    workdir: pathlib.Path,
+    variables: dict,
+    metadata: dict,
+    metrics: dict[str, float | None],
+    results: list[dict],
+) -> None:
+    """Write best_model/ and, beside it, evaluate_result.json and predictions.json of the same weights."""
+    checkpoint.save_inference_checkpoint(workdir / checkpoint.BEST_MODEL, variables, metadata)
+    if jax.process_index() == 0:
+        write_evaluation(workdir, metrics, results)

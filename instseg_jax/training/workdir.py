@@ -1,0 +1,107 @@
+"""The folder of a run: whose it is, whether it can be written to, and what is written there at the end."""
+
+import json
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from instseg_jax.files import write_json, write_text
+from instseg_jax.weights import checkpoint
+
+CONFIG, LOG, METRICS, VALIDATION, RESULT = (
+    *("config.json", "train.log", "metrics.jsonl"),
+    *("validation.jsonl", "train_result.json"),
+)
+# A run may be continued with other values of these: none of them changes what is computed.
+FREE_TO_CHANGE = (
+    *("device", "data.num_workers", "data.prefetch", "checkpoint", "log", "eval.batch_size"),
+    *("eval.engine", "eval.boundary", "eval.gallery_size", "eval.tta_scales"),
+)
+
+
+def open_workdir(workdir: pathlib.Path, config: ConfigDict, state_bytes: int) -> None:
+    """Create the folder and note the config in it, or make sure that it belongs to the same config.
+
+    `state_bytes` is the size of a checkpoint. With several processes every one calls this; they share the folder.
+
+    Raises: ValueError when the folder holds a run with another config, OSError when it can't be written to or has
+      no room for the checkpoints.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise type(error)(f"can't write to the folder {workdir} ({error.strerror})") from error
+    path = workdir / CONFIG
+    mine = json.loads(config.to_json_best_effort())
+    if path.exists() and (workdir / checkpoint.CHECKPOINTS).is_dir():
+        differing = _differences(json.loads(path.read_text(encoding="utf-8")), mine)
+        if differing:
+            raise ValueError(
+                f"{workdir} holds a run with another config ({'; '.join(differing)}); "
+                "give the same values to resume it, or another --workdir"
+            )
+    _check_room(workdir, state_bytes, config.checkpoint.keep)
+    if jax.process_count() > 1:  # nobody writes before everybody has looked
+        multihost_utils.sync_global_devices("open_workdir")
+    if jax.process_index() == 0:
+        write_json(path, mine, indent=2)
+
+
+def _check_room(workdir: pathlib.Path, state_bytes: int, keep: int) -> None:
+    """Raise OSError unless there is room for the checkpoints to come: one is written before the oldest goes."""
+    folder = workdir / checkpoint.CHECKPOINTS
+    there = sum(1 for child in folder.iterdir() if child.name.isdigit()) if folder.is_dir() else 0
+    needed = max(1, keep + 1 - there) * state_bytes
+    free = shutil.disk_usage(workdir).free
+    if free < needed:
+        raise OSError(
+            f"{workdir} has room for {free / 1e6:.0f} MB, the checkpoints to come need {needed / 1e6:.0f} MB "
+            f"({state_bytes / 1e6:.0f} MB each); free some, or keep fewer with --config.checkpoint.keep"
+        )
+
+
+def _differences(saved: dict, mine: dict, prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted({*saved, *mine}):
+        name = f"{prefix}{key}"
+        if name in FREE_TO_CHANGE:
+            continue
+        old, new = saved.get(key), mine.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{name}.")
+        elif old != new:
+            found.append(f"{name} was {old!r}, is {new!r}")
+    return found
+
+
+def read_rows(path: pathlib.Path) -> list[dict]:
+    """Rows of a file of JSON lines; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip().endswith("}")]
+
+
+def keep_rows(path: pathlib.Path, is_kept: Callable[[dict], bool]) -> None:
+    """Rewrite a file of JSON lines with some of its rows."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if is_kept(row)))
+
+
+def describe_models(workdir: pathlib.Path) -> dict:
+    """What train_result.json says of the checkpoints: `last_1` (the newest) and on, and `best`."""
+    saved = checkpoint.read_checkpoints(workdir / checkpoint.CHECKPOINTS)
+    models = {
+        f"last_{i}": {"step": step, "score": metadata["score"], "path": f"{checkpoint.CHECKPOINTS}/{step}"}
+        for i, (step, metadata) in enumerate(sorted(saved.items(), reverse=True), start=1)
+    }
+    if checkpoint.is_checkpoint(workdir / checkpoint.BEST_MODEL):
+        metadata = checkpoint.read_metadata(workdir / checkpoint.BEST_MODEL)
+        models["best"] = {"step": metadata["step"], "score": metadata["score"], "path": checkpoint.BEST_MODEL}
+    return models
