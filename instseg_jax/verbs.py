@@ -5,7 +5,6 @@ checkpoint's own config when none is given) and the parsed options.
 """
 
 import argparse
-import functools
 import pathlib
 import time
 
@@ -13,15 +12,17 @@ from ml_collections import ConfigDict
 from rich.progress import track
 
 from instseg_jax.config import override
-from instseg_jax.data import check, check_report, coco, findings, repair
+from instseg_jax.data import coco
 from instseg_jax.files import write_json
 from instseg_jax.inference.pipeline import Pipeline, build_pipeline, load_pipeline_model, pick_threshold
 from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_config, write_pipeline_config
 from instseg_jax.inference.predictor import LoadedModel, load_model
 from instseg_jax.inference.saving import check_formats, save_results
 from instseg_jax.inference.sources import find_sources
-from instseg_jax.inference.visualize import draw_instances
 from instseg_jax.training import loop
+from instseg_jax.verbs_data import check_dataset as check_dataset
+from instseg_jax.verbs_data import convert as convert
+from instseg_jax.verbs_data import split as split
 from instseg_jax.verbs_evaluation import evaluate as evaluate
 from instseg_jax.verbs_evaluation import load_with_overrides, print_metrics, score_model, write_outcome
 from instseg_jax.weights import checkpoint
@@ -61,48 +62,6 @@ def quickstart(config: ConfigDict, options: argparse.Namespace) -> int:
     print(f"     model:    {workdir / checkpoint.BEST_MODEL}")
     print(f"     next:     python run.py predict --weights={workdir} --input=YOUR_PICTURES")
     return 0
-
-
-def check_dataset(config: ConfigDict, options: argparse.Namespace) -> int:
-    """Look for everything that is wrong with a data set; 0 when it can be trained on."""
-    workdir, data = pathlib.Path(options.workdir), config.data
-    try:
-        if not data.dir:
-            raise ValueError("data.dir is empty; name the data set's folder with --config.data.dir=DIR")
-        splits = ("train", "val")
-        source, flaws = check.find_source(
-            data.dir,
-            annotations={split: data[f"{split}_annotations"] for split in splits},
-            images={split: data[f"{split}_images"] for split in splits},
-        )
-        run = functools.partial(
-            check.check_dataset,
-            num_queries=config.model.num_queries,
-            max_instances=data.max_instances,
-            image_size=(data.image_size, data.image_size),
-            resize=data.resize,
-            num_workers=data.num_workers,
-            progress=_progress("checking"),
-            pictures={},
-        )
-        result = run(source, flaws)
-        fixed = None
-        if options.fix:
-            repaired, changes = repair.write_repaired(result, workdir / check_report.FOLDER / "fixed")
-            again = run(repaired, flaws)
-            fixed = {
-                "files": {split: str(file) for split, (file, _) in repaired.splits.items()},
-                "check_pass": again.passed,
-                "changes": changes,
-                "findings": findings.group(again.flaws),
-            }
-        report = check_report.write_report(workdir, result, draw_instances, fixed)
-    except (ValueError, OSError) as error:
-        failure = {"done_flag": False, "check_pass": False, "err_type": type(error).__name__, "err_msg": str(error)}
-        write_json(workdir / "check_dataset_result.json", failure, indent=2)
-        raise
-    print("\n".join(check_report.summarise(report, workdir)))
-    return 0 if result.passed else 1
 
 
 def train(config: ConfigDict, options: argparse.Namespace) -> int:

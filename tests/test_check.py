@@ -17,7 +17,7 @@ from PIL import Image
 from instseg_jax import masks
 from instseg_jax.config import load_config
 from instseg_jax.data import check, coco, findings, loader, repair
-from instseg_jax.data.check_annotations import crosses_itself, is_degenerate
+from instseg_jax.data.polygons import crosses_itself, is_degenerate
 
 HEIGHT, WIDTH = 24, 32
 ERRORS = {

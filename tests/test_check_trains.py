@@ -5,7 +5,7 @@ import math
 import pathlib
 
 import pytest
-from test_check import DEFECTS, ERRORS, run_check, write_dataset
+from test_check import HEIGHT, RLE, WIDTH, change_annotation, copy_image, list_twice, run_check, write_dataset
 
 from instseg_jax.cli import main
 
@@ -22,11 +22,21 @@ def test_all_that_passes_trains(tmp_path: pathlib.Path, monkeypatch):
     monkeypatch.setenv("INSTSEG_HUGE_PAGES", "0")
 
     def edit(contents, folder):
-        for code in DEFECTS.keys() - ERRORS:
-            DEFECTS[code][0](contents, folder)
+        copy_image(contents, folder)
+        list_twice(contents, folder)
+        change_annotation(number=0, iscrowd=1)(contents, folder)
+        change_annotation(number=1, bbox=[2, 3, 28, 20])(contents, folder)
+        change_annotation(number=2, segmentation=[[2, 3, 14, 12, 14, 3, 2, 12]])(contents, folder)
+        change_annotation(number=3, area=0)(contents, folder)
+        change_annotation(number=4, segmentation=dict(RLE, counts=[HEIGHT * WIDTH]))(contents, folder)
+        del contents["train"]["annotations"][6:]
 
     root = write_dataset(tmp_path / "data", edit)
-    assert run_check(root).passed
+    result = run_check(root)
+    assert result.passed
+    found = {flaw.code for flaw in result.flaws}
+    assert found >= {"leak", "duplicate_file_name", "crowd", "box_mask_mismatch", "self_crossing_polygon", "zero_area"}
+    assert found >= {"empty_mask", "empty_image"}
     overrides = [f"--config.{field}={value}" for field, value in SMALL.items()]
     code = main(
         ["train", "--config=configs/quickstart.py", f"--config.data.dir={root}", f"--workdir={tmp_path}", *overrides]

@@ -13,14 +13,14 @@ import numpy as np
 
 from instseg_jax import masks
 from instseg_jax.data import coco_entries
-from instseg_jax.data.coco_entries import Annotation, ImageRecord
+from instseg_jax.data.coco_entries import Annotation, ImageRecord, is_id
 from instseg_jax.data.findings import Flaw
+from instseg_jax.data.polygons import crosses_itself, is_degenerate
 
 OUTSIDE_TOLERANCE_PX = 2.0  # annotators overshoot the border by a pixel or two
 BOX_TOLERANCE_PX = 3.0  # outlines are rounded to pixels and simplified: no reason to doubt a box
 MIN_BOX_IOU = 0.8  # of the bbox with the box around the mask
 MAX_CROSSING_POINTS = 3000  # polygons with more are not searched for crossings: the search is quadratic
-MIN_THICKNESS_PX = 1e-6  # a polygon thinner than that is a line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,32 +131,6 @@ def find_segmentation_flaw(segmentation: Any, image: ImageRecord) -> tuple[str, 
     return None
 
 
-def is_degenerate(points: np.ndarray) -> bool:
-    """Whether the points [P, 2] of a polygon all lie on one line."""
-    offsets = points - points[0]
-    lengths = np.hypot(*offsets.T)
-    farthest = offsets[lengths.argmax()]
-    if lengths.max() < MIN_THICKNESS_PX:
-        return True
-    distances = np.abs(offsets[:, 0] * farthest[1] - offsets[:, 1] * farthest[0]) / lengths.max()
-    return bool(distances.max() < MIN_THICKNESS_PX)
-
-
-def crosses_itself(points: np.ndarray) -> bool:
-    """Whether two sides of a polygon [P, 2] cross; touching corners do not count."""
-    starts, ends = points, np.roll(points, -1, axis=0)
-    sides = ends - starts
-
-    def side_of(index: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """On which side of line `index` (rows) each of `others` (columns) lies: -1, 0, 1."""
-        offset = others[None] - starts[index][:, None]
-        return np.sign(sides[index][:, None, 0] * offset[..., 1] - sides[index][:, None, 1] * offset[..., 0])
-
-    everything = np.arange(len(points))
-    starts_apart = side_of(everything, starts) * side_of(everything, ends) < 0
-    return bool((starts_apart & starts_apart.T).any())
-
-
 def compare_categories(train: CheckedFile, val: CheckedFile) -> list[Flaw]:
     """What the category lists of the two splits disagree on."""
     ids = sorted(train.categories.keys() | val.categories.keys())
@@ -239,11 +213,6 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
     shared = max(sides[0], 0) * max(sides[1], 0)
     union = (a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - shared
     return float(shared / union) if union > 0 else 0.0
-
-
-def is_id(value: Any) -> bool:
-    """Whether a value of a JSON file can be an id: a whole number."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _all_finite(segmentation: list[Any]) -> bool:

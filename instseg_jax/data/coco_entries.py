@@ -173,6 +173,11 @@ def check_ids(ids: Sequence[Any], what: str, file: Path) -> None:
         raise ValueError(f"Several {what} of {file} share an id: {first_few(twice)}.")
 
 
+def is_id(value: Any) -> bool:
+    """Whether a value of a JSON file can be an id: a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def is_number(value: Any) -> bool:
     """Whether a value of a JSON file is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

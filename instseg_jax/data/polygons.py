@@ -1,10 +1,11 @@
-"""Geometry of polygons in COCO annotations: cutting, moving, and tracing masks. Numpy and OpenCV only.
+"""Geometry of polygons in annotations: cutting, turning, judging. Numpy only.
 
 Drawing polygons is `masks.py`; there the rule is pycocotools'.
 """
 
-import cv2
 import numpy as np
+
+MIN_THICKNESS_PX = 1e-6  # a polygon thinner than that is a line
 
 
 def clip_polygon(points: np.ndarray, height: float, width: float) -> np.ndarray:
@@ -37,13 +38,27 @@ def turn_points(points: np.ndarray, orientation: int, height: float, width: floa
     return np.stack(moved, axis=1)
 
 
-def polygon_area(points: np.ndarray) -> float:
-    """Area of a polygon [P, 2] that does not cross itself, in square pixels."""
-    x, y = points.T
-    return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
+def is_degenerate(points: np.ndarray) -> bool:
+    """Whether the points [P, 2] of a polygon all lie on one line."""
+    offsets = points - points[0]
+    lengths = np.hypot(*offsets.T)
+    farthest = offsets[lengths.argmax()]
+    if lengths.max() < MIN_THICKNESS_PX:
+        return True
+    distances = np.abs(offsets[:, 0] * farthest[1] - offsets[:, 1] * farthest[0]) / lengths.max()
+    return bool(distances.max() < MIN_THICKNESS_PX)
 
 
-def has_holes(mask: np.ndarray) -> bool:
-    """Whether a binary mask [H, W] encloses background: polygons, of which COCO draws the union, can't say that."""
-    padded = np.pad(mask == 0, 1, constant_values=True).astype(np.uint8)
-    return bool(cv2.connectedComponents(padded, connectivity=4)[0] > 2)
+def crosses_itself(points: np.ndarray) -> bool:
+    """Whether two sides of a polygon [P, 2] cross; touching corners do not count."""
+    starts, ends = points, np.roll(points, -1, axis=0)
+    sides = ends - starts
+
+    def side_of(index: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """On which side of line `index` (rows) each of `others` (columns) lies: -1, 0, 1."""
+        offset = others[None] - starts[index][:, None]
+        return np.sign(sides[index][:, None, 0] * offset[..., 1] - sides[index][:, None, 1] * offset[..., 0])
+
+    everything = np.arange(len(points))
+    starts_apart = side_of(everything, starts) * side_of(everything, ends) < 0
+    return bool((starts_apart & starts_apart.T).any())

@@ -14,9 +14,8 @@ import numpy as np
 from instseg_jax import files, masks
 from instseg_jax.data import check_annotations, check_images, coco_entries, polygons
 from instseg_jax.data.check import Check, Source
-from instseg_jax.data.check_annotations import is_id
 from instseg_jax.data.check_images import PictureFacts
-from instseg_jax.data.coco_entries import ImageRecord
+from instseg_jax.data.coco_entries import ImageRecord, is_id
 
 SAME_SHAPE = 0.01  # relative difference of the two scale factors of a picture that was resized
 TURNING = (5, 6, 7, 8)  # EXIF orientations that swap height and width
@@ -198,7 +197,7 @@ def _repair_polygons(entry: Entry, image: ImageRecord) -> bool:
             continue
         points = np.array(polygon[: len(polygon) // 2 * 2], np.float64).reshape(-1, 2)
         points = polygons.clip_polygon(points, image.height, image.width)
-        if len(points) >= 3 and not check_annotations.is_degenerate(points):
+        if len(points) >= 3 and not polygons.is_degenerate(points):
             kept.append(points.round(3).ravel().tolist())
     entry["segmentation"] = kept
     return bool(kept) and check_annotations.find_segmentation_flaw(kept, image) is None

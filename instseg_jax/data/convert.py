@@ -1,0 +1,165 @@
+"""Other annotation formats to COCO: finding the files, naming pictures and categories, writing the result.
+
+Each format is read by a room of its own (`labelme.py`, `voc.py`, `yolo.py`) to `ConvertedImage`s. Written are
+`annotations/instance_train.json`, `instance_val.json` where the source has a validation part, and `images/`.
+"""
+
+import collections
+import dataclasses
+import filecmp
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from instseg_jax import files, masks
+from instseg_jax.data import coco_entries, labelme, split, voc, yolo
+from instseg_jax.data.converted import NOT_A_CLASS, ConvertedImage, Listing, read_class_names
+
+DEFAULT_PERCENTAGES = (80, 20)  # of a train_anno_list.txt without a val_anno_list.txt
+READERS = {"labelme": labelme, "voc": voc, "yolo": yolo}
+Progress = Callable[[Iterable, int], Iterable]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What was written, and what a person should know about it."""
+
+    parts: dict[str, tuple[Path, int, int]]  # of each split: annotation file, number of pictures, of objects
+    categories: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def convert_dataset(
+    source: str | Path,
+    kind: str,
+    target: str | Path,
+    *,
+    labels: str | Path | None,
+    percentages: tuple[int, int] | None,
+    group_by: str | None,
+    seed: int,
+    progress: Progress,
+) -> Conversion:
+    """Convert a data set to COCO below `target` (may be the folder itself); existing annotation files become .bak.
+
+    `kind` is LabelMe, VOC or YOLO in any case. `labels` names a file of class names, one a line; otherwise
+    labels.txt, class_names.txt or classes.txt in or above the folder is used, otherwise classes are numbered as
+    they occur. With `percentages` of training and validation all pictures are dealt out as `split_images` does;
+    without them, a `train_anno_list.txt` alone gives a fifth to validation.
+
+    Raises FileNotFoundError or ValueError, naming the file, for what can't be read.
+    """
+    if kind.lower() not in READERS:
+        raise ValueError(f"The source data set type must be one of LabelMe, VOC, YOLO, got {kind!r}.")
+    source, target = Path(source), Path(target)
+    if not source.is_dir():
+        raise FileNotFoundError(f"There is no data set folder {str(source)!r}.")
+    reader = READERS[kind.lower()]
+    listing: Listing = reader.find_annotations(source, labels)
+    notes: collections.Counter[str] = collections.Counter()
+    converted = {
+        part: [reader.read_annotation(path, listing, notes) for path in progress(paths, len(paths))]
+        for part, paths in listing.parts.items()
+    }
+    if not any(image.objects for images in converted.values() for image in images):
+        raise ValueError(f"There is no object in the {kind} annotations below {str(source)!r}.")
+    is_certain = labels is not None or bool(read_class_names(source, None, above=False))
+    everything = [image for images in converted.values() for image in images]
+    names = _category_names(listing.class_names, everything, is_certain=is_certain)
+    pictures = _PictureFolder(target / "images")
+    contents = {part: _to_coco(images, names, pictures) for part, images in converted.items()}
+    if percentages is None and listing.is_val_wanted:
+        percentages = DEFAULT_PERCENTAGES
+    if percentages is not None:
+        whole = split.merge_contents(list(contents.values()))
+        train, val = split.split_images(
+            whole, train_percent=percentages[0], val_percent=percentages[1], group_by=group_by, seed=seed
+        )
+        contents = {"train": train, "val": val}
+    written = {part: target / "annotations" / f"instance_{part}.json" for part in contents}
+    split.replace_files({written[part]: content for part, content in contents.items()})
+    return Conversion(
+        parts={part: (written[part], len(c["images"]), len(c["annotations"])) for part, c in contents.items()},
+        categories=tuple(names),
+        notes=tuple(f"{note}: {count}" for note, count in notes.items()),
+    )
+
+
+class _PictureFolder:
+    """The folder images/ of the target: knows its pictures, takes in others under names of their own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        self.taken: dict[str, Path | None] = {}
+
+    def add(self, image: ConvertedImage) -> str:
+        """Make sure that a picture is in the folder; returns its name there, with slashes."""
+        path = image.path.resolve() if image.path is not None else None
+        if path is not None and path.is_relative_to(self.folder):
+            return path.relative_to(self.folder).as_posix()
+        name = Path(image.name).name
+        for number in range(len(self.taken) + 2):
+            candidate = name if not number else f"{Path(name).stem}_{number}{Path(name).suffix}"
+            if candidate not in self.taken and self._is_free_for(candidate, image):
+                break
+        self.taken[candidate] = path
+        if not (self.folder / candidate).exists():
+            if path is None:
+                files.write_bytes(self.folder / candidate, image.data)
+            else:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                aside = self.folder / f".{candidate}.tmp"
+                shutil.copyfile(path, aside)
+                aside.replace(self.folder / candidate)
+        return candidate
+
+    def _is_free_for(self, name: str, image: ConvertedImage) -> bool:
+        there = self.folder / name
+        if not there.exists():
+            return True
+        if image.path is None:
+            return there.read_bytes() == image.data
+        return filecmp.cmp(there, image.path, shallow=False)
+
+
+def _category_names(known: Sequence[str], images: Sequence[ConvertedImage], *, is_certain: bool) -> list[str]:
+    """Class names: the known ones in their order, then others as they first occur.
+
+    Names that are not certain to be of this data set only count when they have every class that occurs.
+    """
+    used = dict.fromkeys(o.name for image in images for o in image.objects)
+    names = dict.fromkeys(name for name in known if name not in NOT_A_CLASS)
+    if not is_certain and used.keys() - names.keys():
+        names = {}
+    return list(names | used)
+
+
+def _to_coco(images: Sequence[ConvertedImage], names: Sequence[str], pictures: _PictureFolder) -> dict[str, Any]:
+    """COCO content of some pictures; ids count from 1, boxes and areas are those of the drawn masks."""
+    ids = {name: number for number, name in enumerate(names, start=1)}
+    content: dict[str, Any] = {"images": [], "annotations": []}
+    for image in images:
+        image_id = len(content["images"]) + 1
+        content["images"].append(
+            {"id": image_id, "file_name": pictures.add(image), "height": image.height, "width": image.width}
+        )
+        record = coco_entries.ImageRecord(image_id, image.name, image.height, image.width)
+        for o in image.objects:
+            rle = masks.segmentation_to_rle(
+                coco_entries.read_segmentation(o.segmentation, record), image.height, image.width
+            )
+            x1, y1, x2, y2 = masks.rle_box_xyxy_px(rle)
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": ids[o.name],
+                    "segmentation": o.segmentation,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": masks.rle_area(rle),
+                    "iscrowd": int(o.is_crowd),
+                }
+            )
+    content["categories"] = [{"id": i, "name": name, "supercategory": "none"} for name, i in ids.items()]
+    return content

@@ -1,0 +1,97 @@
+"""What the readers of other formats hand to `data/convert.py`, and what several of them do the same way."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instseg_jax import masks
+from instseg_jax.data.polygons import clip_polygon, is_degenerate
+
+NOT_A_CLASS = ("__ignore__", "_background_", "background", "")
+LABEL_FILES = ("labels.txt", "class_names.txt", "classes.txt")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MIN_AREA_PX = 1  # pixels that an object must have once it is drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertedObject:
+    """An object: its class name, and its mask as COCO writes it (a list of polygons or an RLE, ready for JSON)."""
+
+    name: str
+    segmentation: list[list[float]] | dict[str, Any]
+    is_crowd: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertedImage:
+    """A picture with its objects; its file is at `path`, or its bytes are `data` where the annotations hold it."""
+
+    path: Path | None
+    data: bytes
+    name: str  # of the file, without folders
+    height: int
+    width: int
+    objects: tuple[ConvertedObject, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """Annotation files by part ("train", "val"), and the class names where a file lists them."""
+
+    root: Path
+    parts: dict[str, list[Path]]
+    class_names: tuple[str, ...]  # of a file; one that lies above the folder counts if it has every class that occurs
+    is_val_wanted: bool = False  # a part of train is to become the validation split
+
+
+def read_class_names(source: Path, labels: str | Path | None, *, above: bool = True) -> tuple[str, ...]:
+    """Class names, one a line: of the file that is named, or of labels.txt and the like in the folder or above it.
+
+    Raises FileNotFoundError when a named file does not exist.
+    """
+    if labels is not None:
+        candidates = [Path(labels)]
+        if not candidates[0].is_file():
+            raise FileNotFoundError(f"There is no file of class names {str(labels)!r}.")
+    else:
+        folders = [source, source.resolve().parent] if above else [source]
+        candidates = [folder / name for folder in folders for name in LABEL_FILES]
+    for candidate in candidates:
+        if candidate.is_file():
+            return tuple(
+                line.strip() for line in candidate.read_text(encoding="utf-8-sig").splitlines() if line.strip()
+            )
+    return ()
+
+
+def find_picture(stem: str, folders: Sequence[Path]) -> Path | None:
+    """The picture of a name without ending, in the first of some folders that has it."""
+    for folder in folders:
+        for suffix in PICTURE_SUFFIXES:
+            for path in (folder / f"{stem}{suffix}", folder / f"{stem}{suffix.upper()}"):
+                if path.is_file():
+                    return path
+    return None
+
+
+def join_parts(parts: Sequence[np.ndarray], height: int, width: int) -> list[list[float]] | dict[str, Any] | None:
+    """One object's mask of its parts: polygons [P, 2] (float) stay polygons, a binary mask [H, W] (uint8) among them
+    makes it an RLE. Polygons are cut at the picture's border; None when nothing is left.
+    """
+    drawn = [part for part in parts if part.dtype == np.uint8]
+    outlines = [_cut(part, height, width) for part in parts if part.dtype != np.uint8]
+    outlines = [points for points in outlines if len(points) >= 3 and not is_degenerate(points)]
+    whole = masks.rasterize_polygons(outlines, height, width)
+    for mask in drawn:
+        whole |= mask
+    if whole.sum() < MIN_AREA_PX:
+        return None
+    return masks.encode_mask(whole) if drawn else [points.round(3).ravel().tolist() for points in outlines]
+
+
+def _cut(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    is_inside = points.min() >= 0 and points[:, 0].max() <= width and points[:, 1].max() <= height
+    return points if is_inside else clip_polygon(points, height, width)

@@ -1,0 +1,224 @@
+"""LabelMe's JSON files: every shape type, parts joined by group_id, pictures beside the file or embedded in it."""
+
+import base64
+import binascii
+import collections
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from instseg_jax import images
+from instseg_jax.data.converted import (
+    NOT_A_CLASS,
+    ConvertedImage,
+    ConvertedObject,
+    Listing,
+    find_picture,
+    join_parts,
+    read_class_names,
+)
+
+LISTS = {"train": "train_anno_list.txt", "val": "val_anno_list.txt"}
+LINE_WIDTH_PX = 10  # as LabelMe itself draws lines
+POINT_RADIUS_PX = 5
+CIRCLE_TOLERANCE_PX = 0.1  # of the polygon from the circle
+SAME_SHAPE = 0.01  # relative difference of the two scale factors of a picture that was resized
+IGNORING_FLAGS = ("__ignore__", "ignore", "ignored")
+CROWD_FLAGS = ("crowd", "iscrowd")
+
+
+def find_annotations(source: Path, labels: str | Path | None) -> Listing:
+    """The files that `train_anno_list.txt` and `val_anno_list.txt` list, else all LabelMe files below the folder."""
+    class_names = read_class_names(source, labels)
+    if (source / LISTS["train"]).is_file():
+        parts = {part: _read_list(source / name) for part, name in LISTS.items() if (source / name).is_file()}
+        return Listing(source, parts, class_names, is_val_wanted="val" not in parts)
+    found = sorted(path for path in source.rglob("*.json") if _is_labelme(path))
+    if not found:
+        raise FileNotFoundError(f"There is no LabelMe file below {str(source)!r}, and no {LISTS['train']} in it.")
+    return Listing(source, {"train": found}, class_names)
+
+
+def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str]) -> ConvertedImage:
+    """Read one file with its picture; what is left out or drawn in a way of its own is counted in `notes`."""
+    content = _read_json(path)
+    picture, data = _find_picture(path, content, listing.root)
+    height, width = (images.read_image(picture) if picture else images.decode_image(data, str(path))).shape[:2]
+    if not isinstance(content.get("shapes"), list):
+        raise ValueError(f"{path} has no list of shapes.")
+    scale = _scale_of_points(path, content, height, width)
+    instances: dict[Any, list[np.ndarray]] = {}
+    crowds = set()
+    for number, shape in enumerate(content["shapes"]):
+        what = f"Shape {number + 1} of {path}"
+        if not isinstance(shape, dict):
+            raise ValueError(f"{what} is no JSON object.")
+        label, flags = str(shape.get("label") or "").strip(), shape.get("flags") or {}
+        if label in NOT_A_CLASS or any(flags.get(name) for name in IGNORING_FLAGS):
+            notes["shapes left out, unlabelled or to be ignored"] += 1
+            continue
+        group = shape.get("group_id")
+        key = (label, "group", group) if group is not None else (label, "shape", number)
+        instances.setdefault(key, []).append(_shape_mask(shape, what, height, width, scale, notes))
+        if any(flags.get(name) for name in CROWD_FLAGS):
+            crowds.add(key)
+    objects = []
+    for key, parts in instances.items():
+        segmentation = join_parts(parts, height, width)
+        if segmentation is None:
+            notes["shapes left out, without a pixel in their picture"] += 1
+        else:
+            objects.append(ConvertedObject(key[0], segmentation, is_crowd=key in crowds))
+    name = picture.name if picture else f"{path.stem}{_suffix_of(data)}"
+    return ConvertedImage(picture, data, name, height, width, tuple(objects))
+
+
+def _read_list(file: Path) -> list[Path]:
+    """Paths of a list file, one a line (of several words the last), relative to its folder."""
+    lines = [line.split(" ")[-1].strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    paths = [file.parent / line.replace("\\", "/") for line in lines if line]
+    if not paths:
+        raise ValueError(f"{file} lists no annotation file.")
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{file} lists {str(path)!r}, which does not exist.")
+    return paths
+
+
+def _is_labelme(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError):
+        return False
+    return isinstance(content, dict) and "shapes" in content and "imagePath" in content
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no LabelMe file: it must hold a JSON object.")
+    return content
+
+
+def _find_picture(path: Path, content: dict[str, Any], root: Path) -> tuple[Path | None, bytes]:
+    """The picture's file, or the bytes that are embedded where there is none."""
+    named = str(content.get("imagePath") or "").replace("\\", "/")
+    folders = [path.parent, path.parent.parent / "images", root / "images", root]
+    for candidate in itertools.chain([path.parent / named], (folder / Path(named).name for folder in folders)):
+        if named and candidate.is_file():
+            return candidate.resolve(), b""
+    embedded = content.get("imageData")
+    if embedded:
+        try:
+            return None, base64.b64decode(embedded, validate=False)
+        except (binascii.Error, ValueError, TypeError) as error:
+            raise ValueError(f"The picture embedded in {path} is damaged: {error}.") from error
+    found = find_picture(path.stem, folders)
+    if found is None:
+        raise FileNotFoundError(f"{path} names the picture {named!r}, which does not exist, and embeds none.")
+    return found.resolve(), b""
+
+
+def _scale_of_points(path: Path, content: dict[str, Any], height: int, width: int) -> tuple[float, float]:
+    """By what to multiply (x, y): 1, unless the picture was resized after it was labelled."""
+    said_height, said_width = content.get("imageHeight"), content.get("imageWidth")
+    if (said_height, said_width) in ((height, width), (None, None)):
+        return 1.0, 1.0
+    if not (isinstance(said_height, int) and isinstance(said_width, int) and min(said_height, said_width) > 0):
+        raise ValueError(f"{path} has the size {said_width!r} x {said_height!r}, not whole numbers of pixels.")
+    if abs(said_height * width / (said_width * height) - 1) > SAME_SHAPE:
+        raise ValueError(f"{path} says {said_width}x{said_height}, but its picture is {width}x{height} pixels.")
+    return width / said_width, height / said_height
+
+
+def _shape_mask(
+    shape: dict[str, Any],
+    what: str,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    notes: collections.Counter[str],
+) -> np.ndarray:
+    """A shape as a polygon [P, 2] float64, or as a mask [height, width] uint8 where it has no outline."""
+    kind = shape.get("shape_type") or "polygon"
+    try:
+        points = np.array(shape["points"], np.float64).reshape(-1, 2)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{what} has points that are not pairs of numbers.") from None
+    if not np.isfinite(points).all():
+        raise ValueError(f"{what} has points that are not finite.")
+    least = {"point": 1, "points": 1, "rectangle": 2, "circle": 2, "line": 2, "linestrip": 2, "mask": 1, "ellipse": 2}
+    if len(points) < least.get(kind, 3):
+        raise ValueError(f"{what}, a {kind}, has {len(points)} points, it needs at least {least.get(kind, 3)}.")
+    if kind == "mask":
+        return _embedded_mask(shape, points[0], what, height, width)
+    points = points * scale
+    if kind == "rectangle" and len(points) == 2:
+        (x1, y1), (x2, y2) = points
+        return np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
+    if kind in ("circle", "ellipse") and len(points) == 2:
+        return _circle(*points) if kind == "circle" else _ellipse(*points)
+    if kind in ("line", "linestrip", "point", "points"):
+        notes[f"{kind} shapes, drawn as wide as LabelMe draws them"] += 1
+        return _draw_thin(points, kind, height, width)
+    if kind not in ("polygon", "rectangle", "rotation", "quadrilateral"):
+        raise ValueError(f"{what} has the unknown shape type {kind!r}.")
+    return points
+
+
+def _circle(center: np.ndarray, edge: np.ndarray) -> np.ndarray:
+    radius = math.dist(center, edge)
+    # A regular polygon of n corners leaves its circle by radius * (1 - cos(pi / n)).
+    flatness = min(CIRCLE_TOLERANCE_PX / max(radius, 1e-9), 1.0)
+    corners = max(12, math.ceil(math.pi / math.acos(1 - flatness)))
+    return _around(center, radius, radius, corners)
+
+
+def _ellipse(corner: np.ndarray, opposite: np.ndarray) -> np.ndarray:
+    radii = np.abs(opposite - corner) / 2
+    return _around((corner + opposite) / 2, radii[0], radii[1], 72)
+
+
+def _around(center: np.ndarray, x_radius: float, y_radius: float, corners: int) -> np.ndarray:
+    angles = 2 * math.pi * np.arange(corners) / corners
+    return center + np.stack([x_radius * np.cos(angles), y_radius * np.sin(angles)], axis=1)
+
+
+def _draw_thin(points: np.ndarray, kind: str, height: int, width: int) -> np.ndarray:
+    mask = np.zeros((height, width), np.uint8)
+    pixels = np.rint(points).astype(np.int32)
+    if kind in ("point", "points"):
+        for x, y in pixels.tolist():
+            cv2.circle(mask, (x, y), POINT_RADIUS_PX, 1, -1)
+    else:
+        cv2.polylines(mask, [pixels], False, 1, LINE_WIDTH_PX)
+    return mask
+
+
+def _embedded_mask(shape: dict[str, Any], corner: np.ndarray, what: str, height: int, width: int) -> np.ndarray:
+    """A mask that is drawn into a rectangle of the picture: PNG, base64, its top left corner at the first point."""
+    try:
+        encoded = np.frombuffer(base64.b64decode(shape["mask"]), np.uint8)
+        drawn = cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE)
+    except (KeyError, TypeError, binascii.Error, ValueError, cv2.error):
+        drawn = None
+    if drawn is None:
+        raise ValueError(f"{what} is a mask, but holds no PNG that can be read.")
+    x, y = (round(v) for v in corner.tolist())
+    mask = np.zeros((height, width), np.uint8)
+    top, left = max(y, 0), max(x, 0)
+    seen = drawn[top - y : height - y, left - x : width - x]
+    mask[top : top + seen.shape[0], left : left + seen.shape[1]] = seen > 0
+    return mask
+
+
+def _suffix_of(data: bytes) -> str:
+    return ".png" if data.startswith(b"\x89PNG") else ".jpg"

@@ -1,0 +1,250 @@
+"""Dealing the pictures of a data set out to training and validation anew: no picture lost, doubled or torn from its
+series, every class in both parts as far as it goes.
+"""
+
+import collections
+import itertools
+import json
+import re
+import secrets
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instseg_jax import files
+from instseg_jax.data import coco, coco_entries
+from instseg_jax.data.coco_entries import is_id
+
+Content = dict[str, Any]
+
+
+def split_dataset(
+    dir: str | Path, *, train_percent: int, val_percent: int, group_by: str | None, seed: int
+) -> dict[str, tuple[Path, int, int]]:
+    """Merge instance_train.json and instance_val.json of a folder and deal their pictures out again.
+
+    The originals stay beside the new files as .bak (.bak2, ... where there is one already).
+
+    Returns: of each split the file, the number of pictures and of objects.
+
+    Raises: ValueError for percentages, a pattern or files that can't be, FileNotFoundError without any file.
+    """
+    check_percentages(train_percent, val_percent)
+    root = coco.data_root(dir)
+    found = {}
+    for part in ("train", "val"):
+        try:
+            found[part] = coco.find_split(root, part)
+        except FileNotFoundError:
+            continue
+    if not found:
+        raise FileNotFoundError(f"There is no annotations/instance_train.json in {str(root)!r} to split.")
+    if len({folder for _, folder in found.values()}) > 1:
+        raise ValueError(
+            f"The splits of {str(root)!r} have their pictures in different folders; move them into images/."
+        )
+    whole = merge_contents([coco_entries.read_json(file) for file, _ in found.values()])
+    train, val = split_images(whole, train_percent=train_percent, val_percent=val_percent, group_by=group_by, seed=seed)
+    parts = {"train": train, "val": val}
+    targets = {part: root / "annotations" / f"instance_{part}.json" for part in parts}
+    old = {file for file, _ in found.values()} - set(targets.values())
+    replace_files({targets[part]: content for part, content in parts.items()})
+    for file in old:  # COCO's own names would otherwise stand beside the new files
+        file.rename(_backup_name(file))
+    return {part: (targets[part], len(c["images"]), len(c["annotations"])) for part, c in parts.items()}
+
+
+def check_percentages(train_percent: int, val_percent: int) -> None:
+    """Raise ValueError unless both are whole numbers above 0 that sum to 100."""
+    for name, value in (("train_percent", train_percent), ("val_percent", val_percent)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 100:
+            raise ValueError(f"{name} must be a whole number between 1 and 99, got {value!r}.")
+    if train_percent + val_percent != 100:
+        raise ValueError(
+            f"The sum of train_percent and val_percent should equal 100, got {train_percent} + {val_percent} = "
+            f"{train_percent + val_percent}."
+        )
+
+
+def merge_contents(contents: Sequence[Content]) -> Content:
+    """One COCO content of several: categories joined by name, pictures by file name, ids kept where they are free.
+
+    Raises ValueError when a content contradicts itself: ids that are not unique or not there.
+    """
+    lists = ("images", "annotations", "categories")
+    merged: Content = {key: value for content in contents[::-1] for key, value in content.items() if key not in lists}
+    merged |= {key: [] for key in lists}
+    free = {key: _FreeIds(entry for content in contents for entry in content[key]) for key in lists}
+    categories: dict[str, Content] = {}
+    images: dict[str, Content] = {}
+    seen: set[tuple[int, int, str]] = set()
+    for content in contents:
+        new_category = _join_entries(content["categories"], "name", categories, free["categories"])
+        new_image = _join_entries(content["images"], "file_name", images, free["images"])
+        for entry in content["annotations"]:
+            coco_entries.require_keys(entry, ("id", "image_id", "category_id"), "An annotation")
+            if entry["image_id"] not in new_image or entry["category_id"] not in new_category:
+                raise ValueError(
+                    f"Annotation {entry['id']!r} has an image id {entry['image_id']!r} or a category id "
+                    f"{entry['category_id']!r} that its file does not list; check_dataset --fix mends that."
+                )
+            image_id, category_id = new_image[entry["image_id"]], new_category[entry["category_id"]]
+            mask = (image_id, category_id, json.dumps(entry.get("segmentation")))
+            if mask in seen and len(contents) > 1:  # the same object of a picture that both files list
+                continue
+            seen.add(mask)
+            ids = {"id": free["annotations"].take(entry["id"]), "image_id": image_id, "category_id": category_id}
+            merged["annotations"].append({**entry, **ids})
+    merged["images"], merged["categories"] = list(images.values()), list(categories.values())
+    return merged
+
+
+def split_images(
+    content: Content, *, train_percent: int, val_percent: int, group_by: str | None, seed: int
+) -> tuple[Content, Content]:
+    """Deal the pictures of a COCO content out to two parts: seeded, each class in proportion, groups kept together.
+
+    `group_by` is a regular expression that is searched in file names: pictures with the same match (of its first
+    group, where it has one) stay together. The dealing follows Sechidis et al. 2011: the rarest class first, each
+    picture to the part that lacks the class most.
+    """
+    check_percentages(train_percent, val_percent)
+    groups = _group_images(content["images"], group_by)
+    if len(groups) < 2:
+        what = "picture" if group_by is None else "group of pictures"
+        raise ValueError(f"{len(groups)} {what} can't be split into two parts that both hold something.")
+    classes_of: dict[int, collections.Counter[int]] = {
+        entry["id"]: collections.Counter() for entry in content["images"]
+    }
+    for entry in content["annotations"]:
+        classes_of[entry["image_id"]][entry["category_id"]] += 1
+    counts = [sum((classes_of[i] for i in group), collections.Counter()) for group in groups]
+    sizes = [len(group) for group in groups]
+    val_groups = _deal(sizes, counts, val_percent / 100, np.random.default_rng(seed))
+    val_ids = {i for number in val_groups for i in groups[number]}
+    train_ids = classes_of.keys() - val_ids
+    return _take_images(content, train_ids), _take_images(content, val_ids)
+
+
+def replace_files(contents: dict[Path, Content]) -> None:
+    """Write annotation files; what stood there before stays beside them as .bak.
+
+    All are written aside before the first one is moved into place, so that a full disk leaves everything as it was.
+    """
+    aside = {}
+    try:
+        for path, content in contents.items():
+            aside[path] = files.write_json(path.with_name(f".{path.name}.{secrets.token_hex(4)}.new"), content)
+        for path, new in aside.items():
+            if path.exists():
+                path.rename(_backup_name(path))
+            new.rename(path)
+    finally:
+        for new in aside.values():
+            new.unlink(missing_ok=True)
+
+
+def _deal(
+    sizes: Sequence[int], counts: Sequence[collections.Counter[int]], val_share: float, rng: np.random.Generator
+) -> set[int]:
+    """Choose the groups that go to validation; both parts get at least one."""
+    total = sum(sizes)
+    wanted_val = min(max(round(total * val_share), 1), total - 1)
+    room = [total - wanted_val, wanted_val]  # pictures that each part still takes
+    lacking: dict[int, list[float]] = {}  # objects of each class that each part still lacks
+    for count in counts:
+        for category, n in count.items():
+            parts = lacking.setdefault(category, [0.0, 0.0])
+            parts[0] += n * (1 - val_share)
+            parts[1] += n * val_share
+    left = list(rng.permutation(len(sizes)).tolist())
+    chosen: tuple[set[int], set[int]] = (set(), set())
+    while left:
+        rarest = _rarest_class([counts[g] for g in left])
+        members = [g for g in left if rarest is None or counts[g][rarest]]
+        members.sort(key=lambda g: -sizes[g])  # large groups while there is room; stable, so otherwise random
+        for g in members:
+            fits = [part for part in (0, 1) if room[part] >= sizes[g]] or [max((0, 1), key=lambda p: room[p])]
+            part = max(fits, key=lambda p: (lacking[rarest][p] if rarest is not None else 0, room[p]))
+            chosen[part].add(g)
+            room[part] -= sizes[g]
+            for category, n in counts[g].items():
+                lacking[category][part] -= n
+        left = [g for g in left if g not in chosen[0] and g not in chosen[1]]
+    for part in (0, 1):
+        if not chosen[part]:  # one group was larger than the whole part
+            smallest = min(chosen[1 - part], key=lambda g: sizes[g])
+            chosen[1 - part].remove(smallest)
+            chosen[part].add(smallest)
+    return chosen[1]
+
+
+def _rarest_class(counts: Sequence[collections.Counter[int]]) -> int | None:
+    """The class with the fewest pictures or groups left; None when no object is left."""
+    total = collections.Counter(category for count in counts for category, n in count.items() if n)
+    return min(total, key=lambda category: (total[category], category)) if total else None
+
+
+def _group_images(entries: Sequence[Content], group_by: str | None) -> list[list[int]]:
+    if group_by is None:
+        return [[entry["id"]] for entry in entries]
+    try:
+        pattern = re.compile(group_by)
+    except re.error as error:
+        raise ValueError(f"group_by={group_by!r} is no regular expression: {error}.") from error
+    groups: dict[tuple[bool, str], list[int]] = {}
+    for entry in entries:
+        match = pattern.search(entry["file_name"])
+        if match is None:
+            raise ValueError(f"The pattern group_by={group_by!r} is not in the file name {entry['file_name']!r}.")
+        key = (True, match.group(1) if pattern.groups and match.group(1) is not None else match.group(0))
+        groups.setdefault(key, []).append(entry["id"])
+    return list(groups.values())
+
+
+def _take_images(content: Content, ids: Collection[int]) -> Content:
+    return {
+        **content,
+        "images": [entry for entry in content["images"] if entry["id"] in ids],
+        "annotations": [entry for entry in content["annotations"] if entry["image_id"] in ids],
+    }
+
+
+class _FreeIds:
+    """Hands out each id once: the wanted one where it is free, else one beyond all ids of the files."""
+
+    def __init__(self, entries: Iterable[Any]):
+        largest = 0
+        for entry in entries:
+            if not isinstance(entry, dict) or not is_id(entry.get("id")):
+                raise ValueError(f"An entry without a whole number as its id: {str(entry)[:80]}.")
+            largest = max(largest, entry["id"])
+        self.taken: set[int] = set()
+        self.beyond = itertools.count(largest + 1)
+
+    def take(self, wanted: int) -> int:
+        chosen = next(self.beyond) if wanted in self.taken else wanted
+        self.taken.add(chosen)
+        return chosen
+
+
+def _join_entries(entries: Sequence[Content], key: str, joined: dict[str, Content], free: _FreeIds) -> dict[int, int]:
+    """Add entries to those that are joined by `key`, in place; the new id of each old one."""
+    new: dict[int, int] = {}
+    for entry in entries:
+        coco_entries.require_keys(entry, ("id", key), "An entry")
+        if entry["id"] in new:
+            raise ValueError(f"Several entries share the id {entry['id']!r}; check_dataset --fix mends that.")
+        if str(entry[key]) not in joined:
+            joined[str(entry[key])] = dict(entry, id=free.take(entry["id"]))
+        new[entry["id"]] = joined[str(entry[key])]["id"]
+    return new
+
+
+def _backup_name(path: Path) -> Path:
+    number = 1
+    while (backup := path.with_name(f"{path.name}.bak{number if number > 1 else ''}")).exists():
+        number += 1
+    return backup

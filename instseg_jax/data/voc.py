@@ -1,0 +1,237 @@
+"""Pascal VOC: SegmentationObject and SegmentationClass palette images, and Annotations in XML.
+
+Masks are taken to the pixel (holes and parts stay); 255 is no object. What class an object has is asked of
+SegmentationClass first, then of the XML. Without masks, the boxes of the XML become rectangles.
+"""
+
+import collections
+import dataclasses
+import functools
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from instseg_jax import images, masks
+from instseg_jax.data.converted import (
+    NOT_A_CLASS,
+    PICTURE_SUFFIXES,
+    ConvertedImage,
+    ConvertedObject,
+    Listing,
+    find_picture,
+    join_parts,
+    read_class_names,
+)
+
+VOID = 255
+MIN_OVERLAP = 0.5  # IoU of a mask's box with a box of the XML that names its class
+# The classes of the Pascal VOC challenge itself, whose palette index is their place in the alphabet.
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
+    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _XmlObject:
+    name: str
+    box: tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels, x2 and y2 exclusive
+
+
+def find_annotations(source: Path, labels: str | Path | None) -> Listing:
+    """One name a picture: of ImageSets/Segmentation/{train,val}.txt, else of all masks, else of all XML files."""
+    class_names = read_class_names(source, labels)
+    if not class_names and not (source / "Annotations").is_dir():
+        class_names = ("_background_", *VOC_CLASSES)
+    parts = {}
+    for part in ("train", "val"):
+        for folder in ("Segmentation", "Main"):
+            file = source / "ImageSets" / folder / f"{part}.txt"
+            if file.is_file() and part not in parts:
+                parts[part] = [Path(line.split()[0]) for line in file.read_text().splitlines() if line.strip()]
+    if not parts:
+        for folder, suffix in (("SegmentationObject", ".png"), ("SegmentationClass", ".png"), ("Annotations", ".xml")):
+            found = sorted((source / folder).glob(f"*{suffix}"))
+            if found:
+                parts = {"train": [Path(path.stem) for path in found]}
+                break
+    if not any(parts.values()):
+        raise FileNotFoundError(
+            f"There is neither SegmentationObject nor SegmentationClass nor Annotations in {str(source)!r}."
+        )
+    return Listing(source, parts, class_names)
+
+
+def read_annotation(stem: Path, listing: Listing, notes: collections.Counter[str]) -> ConvertedImage:
+    """Read all that there is of a name: masks, classes, XML and the picture."""
+    root, name = listing.root, stem.as_posix()
+    picture = find_picture(name, [root / "JPEGImages", root / "images", root])
+    if picture is None:
+        raise FileNotFoundError(f"There is no picture {name!r} in {str(root / 'JPEGImages')!r} ({PICTURE_SUFFIXES}).")
+    height, width = images.read_image(picture).shape[:2]
+    xml = _read_xml(root / "Annotations" / f"{name}.xml")
+    classes = _read_indices(root / "SegmentationClass" / f"{name}.png", height, width)
+    instances = _read_indices(root / "SegmentationObject" / f"{name}.png", height, width)
+    if instances is None and classes is not None:
+        notes["pictures without SegmentationObject, each connected region made an object"] += 1
+        instances = _connected_regions(classes)
+    if instances is None:
+        objects = _boxes_as_objects(xml, height, width, notes)
+    else:
+        objects = _masks_as_objects(name, instances, classes, xml, listing, notes)
+    return ConvertedImage(picture.resolve(), b"", picture.name, height, width, tuple(objects))
+
+
+def _masks_as_objects(
+    name: str,
+    instances: np.ndarray,
+    classes: np.ndarray | None,
+    xml: list[_XmlObject],
+    listing: Listing,
+    notes: collections.Counter[str],
+) -> list[ConvertedObject]:
+    objects = []
+    for number in np.unique(instances).tolist():
+        if number in (0, VOID):
+            continue
+        mask = (instances == number).astype(np.uint8)
+        rle = masks.encode_mask(mask)
+        box = masks.mask_box_xyxy_px(mask)
+        assert box is not None  # the number occurs
+        index = None
+        if classes is not None:
+            index = int(np.bincount(classes[mask > 0], minlength=VOID + 1).argmax())
+            if index in (0, VOID):
+                notes["objects left out that SegmentationClass calls void or background"] += 1
+                continue
+        label = _name_of_index(index, listing.class_names) or _name_by_box(box, xml, number)
+        if label is None:
+            raise ValueError(
+                f"Object {number} of {name!r} has no class name: neither class number {index} in a labels.txt "
+                "nor a box in Annotations fits; name a file of class names with --labels."
+            )
+        if label in NOT_A_CLASS:
+            notes["objects left out, to be ignored"] += 1
+        else:
+            objects.append(ConvertedObject(label, rle))
+    return objects
+
+
+def _name_of_index(index: int | None, class_names: tuple[str, ...]) -> str | None:
+    """The class of a palette index: a list of names may begin with the background (index 0) or with the first class."""
+    names = [name for name in class_names if name != "__ignore__"]
+    if index is None or not names:
+        return None
+    position = index if names[0] in NOT_A_CLASS else index - 1
+    return names[position] if 0 <= position < len(names) else None
+
+
+def _name_by_box(box: tuple[int, int, int, int], xml: list[_XmlObject], number: int) -> str | None:
+    """The class of the XML's object with the box of a mask; where several share it, of the one with its number."""
+    overlaps = [_box_iou(box, o.box) for o in xml]
+    best = max(overlaps, default=0.0)
+    if best < MIN_OVERLAP:
+        return None
+    equal = [i for i, overlap in enumerate(overlaps) if overlap > best - 0.05]
+    return xml[number - 1 if number - 1 in equal else overlaps.index(best)].name
+
+
+def _boxes_as_objects(
+    xml: list[_XmlObject], height: int, width: int, notes: collections.Counter[str]
+) -> list[ConvertedObject]:
+    objects = []
+    for o in xml:
+        x1, y1, x2, y2 = o.box
+        segmentation = join_parts([np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]], np.float64)], height, width)
+        if segmentation is None:
+            notes["objects left out, without a pixel in their picture"] += 1
+        else:
+            notes["boxes without a mask, made rectangles"] += 1
+            objects.append(ConvertedObject(o.name, segmentation))
+    return objects
+
+
+def _read_xml(file: Path) -> list[_XmlObject]:
+    if not file.is_file():
+        return []
+    try:
+        root = ElementTree.parse(file).getroot()
+        return [
+            _XmlObject((entry.findtext("name") or "").strip(), _read_box(entry.find("bndbox")))
+            for entry in root.findall("object")
+        ]
+    except (ElementTree.ParseError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no VOC annotation: {error}.") from error
+
+
+def _read_box(node: ElementTree.Element | None) -> tuple[float, float, float, float]:
+    """Corners of a bndbox, whose pixels count from 1 and include the last."""
+    if node is None:
+        raise ValueError("an object has no bndbox")
+    x1, y1, x2, y2 = (float(node.findtext(name)) for name in ("xmin", "ymin", "xmax", "ymax"))  # type: ignore[arg-type]
+    return x1 - 1, y1 - 1, x2, y2
+
+
+def _read_indices(file: Path, height: int, width: int) -> np.ndarray | None:
+    """Palette indices [height, width] of a PNG; colours of the VOC palette are turned back into indices."""
+    if not file.is_file():
+        return None
+    try:
+        with Image.open(file) as picture:
+            if picture.mode in ("RGB", "RGBA"):
+                indices = _colors_to_indices(np.asarray(picture.convert("RGB")), file)
+            else:
+                indices = np.asarray(picture)
+    except OSError as error:
+        raise ValueError(f"{str(file)!r} can't be read as an image: {error}.") from error
+    if indices.ndim != 2 or indices.shape != (height, width):
+        raise ValueError(
+            f"{str(file)!r} is {indices.shape[1]}x{indices.shape[0]}, its picture {width}x{height} pixels."
+        )
+    return indices.astype(np.int64)
+
+
+@functools.cache
+def _palette_codes() -> dict[int, int]:
+    """Index of each colour 0xRRGGBB of the VOC palette: its bits are dealt out to red, green and blue in turn."""
+    codes = {}
+    for index in range(256):
+        rgb, rest = [0, 0, 0], index
+        for bit in range(7, -1, -1):
+            for channel in range(3):
+                rgb[channel] |= (rest >> channel & 1) << bit
+            rest >>= 3
+        codes[rgb[0] << 16 | rgb[1] << 8 | rgb[2]] = index
+    return codes
+
+
+def _colors_to_indices(rgb: np.ndarray, file: Path) -> np.ndarray:
+    codes = rgb.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+    values, inverse = np.unique(codes, return_inverse=True)
+    known = _palette_codes()
+    if any(value not in known for value in values.tolist()):
+        raise ValueError(f"{str(file)!r} has colours that are not of the VOC palette.")
+    return np.array([known[value] for value in values.tolist()])[inverse].reshape(codes.shape)
+
+
+def _connected_regions(classes: np.ndarray) -> np.ndarray:
+    regions, count = np.zeros(classes.shape, np.int64), 0
+    for index in np.unique(classes).tolist():
+        if index not in (0, VOID):
+            found, labels = cv2.connectedComponents((classes == index).astype(np.uint8), connectivity=8)
+            labels = labels.astype(np.int64)
+            # 255 stays the number of no object.
+            numbers = np.array([0, *(n if n < VOID else n + 1 for n in range(count + 1, count + found))])
+            regions = np.where(labels > 0, numbers[labels], regions)
+            count += found - 1
+    return regions
+
+
+def _box_iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(w, 0) * max(h, 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+    return shared / union if union > 0 else 0.0

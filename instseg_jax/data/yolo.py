@@ -1,0 +1,124 @@
+"""YOLO segmentation text: `class x1 y1 x2 y2 ...` a line, coordinates as parts of the picture's sides."""
+
+import collections
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from instseg_jax import images
+from instseg_jax.data.converted import (
+    PICTURE_SUFFIXES,
+    ConvertedImage,
+    ConvertedObject,
+    Listing,
+    join_parts,
+    read_class_names,
+)
+
+
+def find_annotations(source: Path, labels: str | Path | None) -> Listing:
+    """Pictures of a data.yaml's `train` and `val`, else all below images/, with the names of their classes.
+
+    The label file of `images/.../a.jpg` is `labels/.../a.txt`, or stands beside the picture; pictures without one
+    have no objects.
+    """
+    description = next(
+        (source / name for name in ("data.yaml", "dataset.yaml", "data.yml") if (source / name).is_file()), None
+    )
+    content = _read_yaml(description) if description else {}
+    names = content.get("names") or ()
+    if isinstance(names, dict):
+        names = [names[key] for key in sorted(names)]
+    class_names = tuple(map(str, names))
+    if labels is not None or not class_names:
+        class_names = read_class_names(source, labels)
+    base = source / str(content.get("path") or "")
+    if not base.is_dir():
+        base = source
+    parts = {
+        part: _find_pictures(source, base, content[part], description) for part in ("train", "val") if content.get(part)
+    }
+    if not parts:
+        folders = {part: source / "images" / part for part in ("train", "val")}
+        parts = {part: _pictures_below(folder) for part, folder in folders.items() if folder.is_dir()}
+    if not any(parts.values()):
+        parts = {"train": _pictures_below(source / "images" if (source / "images").is_dir() else source)}
+    if not any(parts.values()):
+        raise FileNotFoundError(f"There is no picture below {str(source)!r}.")
+    if not any(_label_file(path).is_file() for paths in parts.values() for path in paths):
+        raise FileNotFoundError(f"No picture below {str(source)!r} has a YOLO label file (labels/NAME.txt).")
+    return Listing(source, parts, class_names)
+
+
+def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str]) -> ConvertedImage:
+    """Read the labels of a picture; classes without a name are called by their number."""
+    height, width = images.read_image(path).shape[:2]
+    file, objects = _label_file(path), []
+    lines = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        words = line.split()
+        if not words:
+            continue
+        try:
+            label, values = int(words[0]), np.array([float(word) for word in words[1:]])
+        except ValueError:
+            raise ValueError(f"Line {number} of {file} is no class number with coordinates.") from None
+        if label < 0 or not np.isfinite(values).all():
+            raise ValueError(f"Line {number} of {file} has a class or a coordinate that can't be.")
+        if len(values) == 4:
+            notes["boxes without a mask, made rectangles"] += 1
+            x, y, w, h = values
+            values = np.array([x - w / 2, y - h / 2, x + w / 2, y - h / 2, x + w / 2, y + h / 2, x - w / 2, y + h / 2])
+        if len(values) < 6 or len(values) % 2:
+            raise ValueError(f"Line {number} of {file} has {len(values)} coordinates: neither a polygon nor a box.")
+        segmentation = join_parts([values.reshape(-1, 2) * (width, height)], height, width)
+        if segmentation is None:
+            notes["objects left out, without a pixel in their picture"] += 1
+            continue
+        names = listing.class_names
+        objects.append(ConvertedObject(names[label] if label < len(names) else f"class {label}", segmentation))
+    return ConvertedImage(path.resolve(), b"", path.name, height, width, tuple(objects))
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold names, train and val.")
+    return content
+
+
+def _find_pictures(source: Path, base: Path, entry: Any, description: Path | None) -> list[Path]:
+    """Pictures of a folder or of a list file that a data.yaml names; exports often write `../` too often."""
+    found: list[Path] = []
+    for name in entry if isinstance(entry, list) else [entry]:
+        relative = str(name)
+        candidates = [base / relative, source / relative, source / relative.lstrip("./")]
+        place = next((path for path in candidates if path.exists()), None)
+        if place is None:
+            raise FileNotFoundError(f"{description} names {relative!r}, which does not exist.")
+        if place.is_file():
+            lines = place.read_text(encoding="utf-8-sig").split()
+            found += [path if path.is_absolute() else place.parent / path for path in map(Path, lines)]
+        else:
+            found += _pictures_below(place)
+    return found
+
+
+def _pictures_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+
+
+def _label_file(picture: Path) -> Path:
+    """The label file of a picture: the last folder `images` of its path becomes `labels`."""
+    parts = list(picture.parts)
+    for position in range(len(parts) - 2, -1, -1):
+        if parts[position] == "images":
+            parts[position] = "labels"
+            return Path(*parts).with_suffix(".txt")
+    beside = picture.with_suffix(".txt")
+    return beside if beside.is_file() else picture.parent.parent / "labels" / f"{picture.stem}.txt"
