@@ -5,7 +5,7 @@ import math
 import pathlib
 
 import pytest
-from test_check import HEIGHT, RLE, WIDTH, change_annotation, copy_image, list_twice, run_check, write_dataset
+from broken_data import HEIGHT, RLE, WIDTH, change_annotation, copy_image, list_twice, run_check, write_dataset
 
 from instseg_jax.cli import main
 

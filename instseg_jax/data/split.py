@@ -161,14 +161,19 @@ def _deal(
             parts[1] += n * val_share
     left = list(rng.permutation(len(sizes)).tolist())
     chosen: tuple[set[int], set[int]] = (set(), set())
+    has: tuple[collections.Counter[int], collections.Counter[int]] = (collections.Counter(), collections.Counter())
     while left:
         rarest = _rarest_class([counts[g] for g in left])
         members = [g for g in left if rarest is None or counts[g][rarest]]
         members.sort(key=lambda g: -sizes[g])  # large groups while there is room; stable, so otherwise random
         for g in members:
             fits = [part for part in (0, 1) if room[part] >= sizes[g]] or [max((0, 1), key=lambda p: room[p])]
-            part = max(fits, key=lambda p: (lacking[rarest][p] if rarest is not None else 0, room[p]))
+            need = lacking[rarest] if rarest is not None else [0.0, 0.0]
+            without = [part for part in fits if rarest is not None and not has[part][rarest]]
+            is_last_chance = len(without) == 1 and g == members[-1]  # to have the class in both parts
+            part = without[0] if is_last_chance else max(fits, key=lambda p: (need[p], room[p]))
             chosen[part].add(g)
+            has[part].update(counts[g])
             room[part] -= sizes[g]
             for category, n in counts[g].items():
                 lacking[category][part] -= n
