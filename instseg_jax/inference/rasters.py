@@ -22,9 +22,18 @@ STRETCH = (2.0, 98.0)  # percentiles that become 0 and 255 where pixels are not 
 STRETCH_SIDE = 1024  # pixels of the view from which they are taken
 
 
-def is_raster(path: str | Path) -> bool:
-    """Whether windows of a file can be read: a TIFF, and rasterio is installed."""
-    return Path(path).suffix.lower() in SUFFIXES and importlib.util.find_spec("rasterio") is not None
+def open_raster(path: Path) -> "RasterImage | None":
+    """Open a TIFF for reading in windows, where rasterio is installed; None for what is better decoded as a picture.
+
+    That is every other format, and TIFFs without a georeference that are not plain 8 bit RGB or grey.
+    """
+    if path.suffix.lower() not in SUFFIXES or importlib.util.find_spec("rasterio") is None:
+        return None
+    with contextlib.suppress(ValueError):
+        raster = RasterImage(path)
+        if raster.georeference is not None or raster.is_plain:
+            return raster
+    return None
 
 
 class RasterImage:
@@ -50,6 +59,7 @@ class RasterImage:
         self.name = str(path)
         self.size = (self._file.height, self._file.width)
         self.georeference = Georeference.of_raster(self._file)
+        self.is_plain = self._file.dtypes[0] == "uint8" and self._file.colorinterp[0].name in ("red", "gray")
         self._bands = (1, 2, 3) if self._file.count >= 3 else (1, 1, 1)
         self._range: tuple[np.ndarray, np.ndarray] | None = None
         if self._file.dtypes[0] != "uint8":
@@ -72,6 +82,10 @@ class RasterImage:
         height = min(window.height, self.size[0] - window.y)
         part = self._read(window=FileWindow(window.x, window.y, width, height))
         return fill_up(self._to_rgb(part), window)
+
+    def whole(self) -> np.ndarray:
+        """All pixels [height, width, 3]."""
+        return self.read(Window(0, 0, self.size[1], self.size[0]))
 
     def view(self, side: int) -> np.ndarray:
         """The whole image, its longer side at most `side` pixels: from its overviews where it has them."""

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from instseg_jax.images import decode_image, read_image, to_rgb
+from instseg_jax.inference.rasters import RasterImage, open_raster
 from instseg_jax.inference.results import IMAGE_SUFFIXES
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
@@ -37,8 +38,8 @@ class Source:
     read: Callable[[], np.ndarray]
     page_index: int | None = None  # frame of a video
     size: tuple[int, int] | None = None
-    path: pathlib.Path | None = None  # of an image file
     georeference: Any = None  # `geo.Georeference` of an image that has one
+    raster: RasterImage | None = None  # of a file that can be read in windows
 
 
 def find_sources(x: Any, *, channels: str) -> tuple[Iterator[Source], int | None]:
@@ -154,7 +155,11 @@ def _is_single(name: str) -> bool:
 def _from_files(files: list[pathlib.Path]) -> Iterator[Source]:
     for path in files:
         if not is_video(path):
-            yield Source(str(path), _reader(path), path=path)
+            raster = open_raster(path)
+            if raster is None:
+                yield Source(str(path), _reader(path))
+            else:
+                yield Source(str(path), raster.whole, georeference=raster.georeference, raster=raster)
             continue
         try:
             for index, frame in enumerate(read_video(path)):

@@ -7,12 +7,11 @@ What was found in them becomes the instances of the image in `mask_merging.py`. 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import cv2
 import numpy as np
 
-from instseg_jax.inference import rasters
 from instseg_jax.inference.mask_merging import WindowInstances, merge_windows
 from instseg_jax.inference.sources import Source
 from instseg_jax.inference.streaming import Found
@@ -28,7 +27,6 @@ class Image(Protocol):
     """What windows are read from."""
 
     size: tuple[int, int]  # (height, width)
-    georeference: Any
 
     def read(self, window: Window) -> np.ndarray:
         """The pixels of a window [height, width, 3] uint8 RGB; black beyond the image."""
@@ -66,8 +64,6 @@ class Tiles:
 class ArrayImage:
     """Windows of an image that is in memory."""
 
-    georeference = None
-
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = pixels
         self.size = (pixels.shape[0], pixels.shape[1])
@@ -96,25 +92,28 @@ def stream_tiled(
         except (ValueError, OSError) as error:
             yield Found(source, None, None, " ".join(str(error).split()))
             continue
-        source = dataclasses.replace(source, size=image.size, georeference=image.georeference)
+        source = dataclasses.replace(source, size=image.size)
         if max(image.size) <= tiles.side:
             pixels = image.picture()
             yield from stream(
                 iter([dataclasses.replace(source, read=lambda pixels=pixels: pixels)]), batch_size, thresholds
             )
             continue
-        found = list(stream(_window_sources(source, image, tiles), batch_size, thresholds))
-        failed = [one.error for one in found if one.error is not None]
+        # Without their pixels: all windows together would be more than the image.
+        found = [
+            (one.instances, one.error) for one in stream(_window_sources(source, image, tiles), batch_size, thresholds)
+        ]
+        failed = [error for _, error in found if error is not None]
         if failed:
             yield Found(source, None, None, failed[0])
             continue
         windows = windows_of(image.size, tiles)
         parts = [
-            WindowInstances(window, one.instances)
-            for window, one in zip(windows, found, strict=False)
-            if one.instances is not None
+            WindowInstances(window, instances)
+            for window, (instances, _) in zip(windows, found, strict=False)
+            if instances is not None
         ]
-        whole = found[-1].instances if tiles.whole_image else None
+        whole = found[-1][0] if tiles.whole_image else None
         merged = merge_windows(parts, whole, size=image.size, overlap_px=tiles.overlap_px)
         yield Found(source, image.picture(), merged)
 
@@ -136,11 +135,7 @@ def _starts(length: int, tiles: Tiles) -> list[int]:
 
 def _open(source: Source) -> Image:
     """Windows of a source: read from its file where the format allows, else of the decoded image."""
-    image: Image
-    if source.path is not None and rasters.is_raster(source.path):
-        image = rasters.RasterImage(source.path)
-    else:
-        image = ArrayImage(source.read())
+    image: Image = source.raster or ArrayImage(source.read())
     if image.size[0] * image.size[1] > MAX_PIXELS:
         raise ValueError(f"{source.name} has {image.size[0]} x {image.size[1]} pixels, more than {MAX_PIXELS}")
     return image

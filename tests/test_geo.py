@@ -1,0 +1,178 @@
+"""Maps: where a pixel lies on the ground, to a tenth of a pixel and better; files that GIS programs read."""
+
+import json
+import sqlite3
+
+import numpy as np
+import pytest
+from fake_model import make_pipeline, picture
+from pycocotools import mask as mask_api
+
+from instseg_jax.inference import geo
+from instseg_jax.inference.geo import Georeference
+from instseg_jax.inference.rasters import RasterImage
+from instseg_jax.inference.results import Result
+from instseg_jax.inference.windows import Window
+from instseg_jax.masks import encode_mask
+
+rasterio = pytest.importorskip("rasterio")
+features = pytest.importorskip("rasterio.features")
+
+# Half a metre a pixel, turned by about 10 degrees, in UTM zone 33.
+TURNED = (
+    rasterio.Affine.translation(500_000, 5_000_000) @ rasterio.Affine.rotation(-10) @ rasterio.Affine.scale(0.5, -0.5)
+)
+SQUARE = (0, 10, 20, 30, 50)
+
+
+def write_raster(path, pixels, *, crs="EPSG:32633", transform=TURNED, **options):
+    bands = np.moveaxis(pixels, -1, 0)
+    with rasterio.open(
+        path, "w", driver="GTiff", height=pixels.shape[0], width=pixels.shape[1], count=len(bands),
+        dtype=pixels.dtype.name, crs=crs, transform=transform, **options,
+    ) as file:  # fmt: skip
+        file.write(bands)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipeline()
+
+
+def with_hole() -> np.ndarray:
+    image = picture(SQUARE, size=(150, 200))
+    image[30:36, 15:25] = 110
+    return image
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+def test_round_trip_to_a_tenth_of_a_pixel(tmp_path, pipe, tile):
+    """Found in a GeoTIFF, written as GeoJSON, burnt into the same grid by rasterio: the same pixels."""
+    if tile is None:
+        image = picture(SQUARE)
+        image[30:36, 15:25] = 110
+    else:
+        image = with_hole()
+    path = write_raster(tmp_path / "field.tif", image)
+    (result,) = pipe.predict(path, tile=tile, overlap=0.25)
+    content = json.loads(geo.write_geojson(tmp_path / "field.geojson", result).read_text())
+    (feature,) = content["features"]
+    assert content["crs"]["properties"]["name"] == "urn:ogc:def:crs:EPSG::32633"
+    ((outer, hole),) = feature["geometry"]["coordinates"]
+    assert outer[0] == outer[-1] and len(outer) == 5 and len(hole) == 5
+    corners = {tuple(np.round(~TURNED @ point, 6)) for point in outer}
+    assert np.abs(np.array(sorted(corners)) - sorted([(10, 20), (30, 20), (10, 50), (30, 50)])).max() < 0.1
+    burnt = features.rasterize([feature["geometry"]], image.shape[:2], transform=TURNED)
+    np.testing.assert_array_equal(burnt, mask_api.decode(result.masks[0]))
+    properties = feature["properties"]
+    assert properties["label"] == "red" and properties["area_px"] == 20 * 30 - 60
+    assert properties["area_m2"] == pytest.approx(540 * 0.25, rel=2e-3)  # UTM is 0.04 % too small in its middle
+
+
+def test_square_metres_are_those_of_the_ground(tmp_path):
+    """Web Mercator stretches areas by 1 / cos(latitude)^2: at 60 degrees north four times."""
+    import math
+
+    mask = np.zeros((100, 100), bool)
+    mask[20:60, 10:50] = True
+    y = math.log(math.tan(math.pi / 4 + math.radians(60) / 2)) * 6378137
+    mercator = rasterio.crs.CRS.from_epsg(3857)
+    place = Georeference((1.0, 0.0, 1_000_000.0, 0.0, -1.0, y), mercator.to_wkt(), 3857)
+    box = {"cls_id": 0, "label": "red", "score": 0.9, "coordinate": [10, 20, 50, 60]}
+    (feature,) = geo.to_geojson(Result("a.tif", (100, 100), [box], [encode_mask(mask)], georeference=place))["features"]
+    assert feature["properties"]["area_m2"] == pytest.approx(1600 / 4, rel=5e-3)
+    degrees = Georeference((1e-5, 0.0, 15.0, 0.0, -1e-5, 45.0), rasterio.crs.CRS.from_epsg(4326).to_wkt(), 4326)
+    content = geo.to_geojson(Result("a.tif", (100, 100), [box], [encode_mask(mask)], georeference=degrees))
+    # A degree at 45 north is 111,132 m of latitude and 78,847 m of longitude.
+    assert content["features"][0]["properties"]["area_m2"] == pytest.approx(1600 * 1.11132 * 0.78847, rel=1e-3)
+    assert "crs" not in content
+
+
+def test_rings_run_as_geojson_wants_them(tmp_path, pipe):
+    shapely = pytest.importorskip("shapely.geometry")
+    (result,) = pipe.predict(write_raster(tmp_path / "field.tif", with_hole()), tile=64)
+    shape = shapely.shape(geo.to_geojson(result)["features"][0]["geometry"])
+    (part,) = shape.geoms
+    assert shape.is_valid and part.exterior.is_ccw and not part.interiors[0].is_ccw
+
+
+def test_a_picture_without_a_place_is_in_pixels():
+    mask = np.zeros((20, 20), bool)
+    mask[2:5, 3:9] = True
+    box = {"cls_id": 0, "label": "red", "score": 0.9, "coordinate": [3, 2, 9, 5]}
+    content = geo.to_geojson(Result("a.png", (20, 20), [box], [encode_mask(mask)]))
+    ((ring,),) = content["features"][0]["geometry"]["coordinates"]
+    assert {tuple(p) for p in ring} == {(3, 2), (9, 2), (9, 5), (3, 5)}
+    assert content["features"][0]["properties"]["area_m2"] is None and "crs" not in content
+
+
+def test_geopackage(tmp_path, pipe):
+    (result,) = pipe.predict(write_raster(tmp_path / "field.tif", with_hole()), tile=64)
+    path = geo.write_geopackage(tmp_path / "field.gpkg", result)
+    database = sqlite3.connect(path)
+    assert database.execute("PRAGMA application_id").fetchone() == (0x47504B47,)
+    (row,) = database.execute("SELECT label, score, area_px, geom FROM instances").fetchall()
+    assert row[0] == "red" and row[2] == 540
+    assert database.execute("SELECT srs_id FROM gpkg_geometry_columns").fetchone() == (32633,)
+    shapely = pytest.importorskip("shapely")
+    (feature,) = geo.to_geojson(result)["features"]
+    from_json = shapely.geometry.shape(feature["geometry"])
+    assert shapely.from_wkb(row[3][8:]).equals(from_json)
+    bounds = database.execute("SELECT min_x, min_y, max_x, max_y FROM gpkg_contents").fetchone()
+    np.testing.assert_allclose(bounds, from_json.bounds)
+    database.close()
+
+
+def test_an_empty_geopackage(tmp_path):
+    path = geo.write_geopackage(tmp_path / "none.gpkg", Result("a.png", (20, 20), [], []))
+    database = sqlite3.connect(path)
+    assert database.execute("SELECT COUNT(*) FROM instances").fetchone() == (0,)
+    database.close()
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def test_windows_of_a_raster_are_its_pixels(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (90, 70, 4)).astype(np.uint8)
+    raster = RasterImage(write_raster(tmp_path / "a.tif", pixels, tiled=True, blockxsize=32, blockysize=32))
+    assert raster.size == (90, 70) and raster.georeference.epsg == 32633
+    np.testing.assert_array_equal(raster.read(Window(10, 20, 30, 40)), pixels[20:60, 10:40, :3])
+    beyond = raster.read(Window(50, 60, 64, 64))
+    np.testing.assert_array_equal(beyond[:30, :20], pixels[60:, 50:, :3])
+    assert beyond.shape == (64, 64, 3) and not beyond[30:].any() and not beyond[:, 20:].any()
+    np.testing.assert_array_equal(raster.picture(), pixels[..., :3])
+    # A smooth picture: GDAL's mean takes in neighbours at the borders of blocks.
+    smooth = np.add.outer(np.arange(90), np.arange(70)).astype(np.uint8)[..., None].repeat(3, axis=2)
+    view = RasterImage(write_raster(tmp_path / "b.tif", smooth, tiled=True, blockxsize=32, blockysize=32)).view(45)
+    assert view.shape == (45, 35, 3)
+    np.testing.assert_allclose(view, smooth.reshape(45, 2, 35, 2, 3).mean(axis=(1, 3)), atol=2)
+
+
+def test_sixteen_bits_are_stretched_the_same_everywhere(tmp_path):
+    pixels = np.tile(np.linspace(200, 3000, 100).astype(np.uint16)[None, :, None], (80, 1, 1))
+    raster = RasterImage(write_raster(tmp_path / "a.tif", pixels))
+    whole = raster.read(Window(0, 0, 100, 80))
+    np.testing.assert_array_equal(whole[:, 40:60], raster.read(Window(40, 0, 20, 80)))
+    assert whole[0, 0, 0] == 0 and whole[0, -1, 0] == 255 and (np.diff(whole[0, :, 0].astype(int)) >= 0).all()
+
+
+def test_a_broken_raster_is_told(tmp_path, pipe):
+    (tmp_path / "a.tif").write_bytes(b"II*\0 nothing")
+    with pytest.raises(ValueError, match=r"a\.tif' can't be read as an image"):
+        list(pipe.predict(tmp_path / "a.tif", tile=64))
+
+
+def test_a_place_of_its_own_crs_is_kept(tmp_path, pipe):
+    """A CRS without EPSG number, and none at all."""
+    local = "+proj=tmerc +lat_0=48 +lon_0=11 +ellps=GRS80 +units=m"
+    (result,) = pipe.predict(
+        write_raster(tmp_path / "a.tif", with_hole(), crs=rasterio.crs.CRS.from_proj4(local)), tile=64
+    )
+    assert "Transverse_Mercator" in geo.to_geojson(result)["crs"]["properties"]["name"]
+    assert geo.write_geopackage(tmp_path / "a.gpkg", result).stat().st_size > 0
+    (result,) = pipe.predict(write_raster(tmp_path / "b.tif", with_hole(), crs=None), tile=64)
+    (feature,) = geo.to_geojson(result)["features"]
+    assert feature["properties"]["area_m2"] is None and feature["geometry"]["coordinates"][0][0][0][0] > 400_000
