@@ -23,6 +23,7 @@ from instseg_jax.training import loop
 from instseg_jax.verbs_data import check_dataset as check_dataset
 from instseg_jax.verbs_data import convert as convert
 from instseg_jax.verbs_data import split as split
+from instseg_jax.verbs_comparison import compare as compare
 from instseg_jax.verbs_evaluation import evaluate as evaluate
 from instseg_jax.verbs_evaluation import load_with_overrides, print_metrics, score_model, write_outcome
 from instseg_jax.weights import checkpoint

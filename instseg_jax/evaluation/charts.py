@@ -86,6 +86,35 @@ def reliability_chart(edges: np.ndarray, heights: np.ndarray, counts: np.ndarray
     return f"<figure>{''.join(parts)}<figcaption>{html.escape(title)}</figcaption></figure>"
 
 
+def interval_chart(rows: Sequence[tuple[str, float, float, float]], *, title: str) -> str:
+    """A dot with whiskers for each (name, value, low, high), shares shown as points, over one axis."""
+    low, high = min((row[2] for row in rows), default=0), max((row[3] for row in rows), default=0)
+    margin = 0.08 * (high - low) or 0.01
+    low, high = low - margin, high + margin
+    step, top = 26, 14
+    bottom = top + step * len(rows)
+
+    def place(value: float) -> float:
+        return 150 + (value - low) / (high - low) * (WIDTH - 150 - RIGHT)
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {bottom + 30}" role="img" aria-label="{html.escape(title)}">']
+    for tick in np.linspace(low + margin, high - margin, 5):
+        x = place(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{100 * tick:.1f}</text>')
+    if low < 0 < high:
+        x = place(0)
+        parts.append(f'<line class="axis" x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}"/>')
+    for i, (name, value, start, end) in enumerate(rows):
+        y = top + step * (i + 0.5)
+        tip = f"<title>{100 * value:.1f} ({100 * start:.1f} to {100 * end:.1f})</title>"
+        ends = f'x1="{place(start):.1f}" y1="{y}" x2="{place(end):.1f}" y2="{y}"'
+        parts.append(f'<line class="line" style="stroke:{color(i)}" {ends}>{tip}</line>')
+        parts.append(f'<circle cx="{place(value):.1f}" cy="{y}" r="4.5" style="fill:{color(i)}">{tip}</circle>')
+        parts.append(f'<text x="142" y="{y + 4}" text-anchor="end">{html.escape(name[-22:])}</text>')
+    return f"<figure>{''.join(parts)}</svg><figcaption>{html.escape(title)}</figcaption></figure>"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of plain texts."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
