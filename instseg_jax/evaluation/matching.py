@@ -161,22 +161,57 @@ def interpolated_precision(is_true: np.ndarray, is_false: np.ndarray, num_object
 def average_precision(matches: Matches, image_weights: np.ndarray | None = None) -> np.ndarray:
     """Average precision [T, K] of each threshold and class, NaN for a class without objects.
 
-    `image_weights` [I] counts each image that many times, as a bootstrap draws them.
+    `image_weights` [I], whole numbers, counts each image that many times, as a bootstrap draws them. All classes are
+    worked on at once: a bootstrap calls this thousands of times.
     """
-    weights = np.ones(len(matches.image_ids)) if image_weights is None else np.asarray(image_weights, np.float64)
+    num_classes = len(matches.class_names)
+    weights = np.ones(len(matches.image_ids), np.int64) if image_weights is None else np.asarray(image_weights)
     real = ~matches.object_is_crowd
-    num_objects = np.bincount(
-        matches.object_labels[real],
-        weights=weights[matches.object_image_index[real]],
-        minlength=len(matches.class_names),
-    )
-    result = np.full((len(matches.iou_thresholds), len(matches.class_names)), np.nan)
-    for k, chosen in enumerate(matches.by_class):
-        if num_objects[k] > 0:
-            of_image = weights[matches.image_index[chosen]]
-            is_true, is_false = (flags[:, chosen] * of_image for flags in (matches.is_true, matches.is_false))
-            result[:, k] = interpolated_precision(is_true, is_false, num_objects[k]).mean(axis=-1)
+    num_objects = np.zeros(num_classes, np.int64)
+    np.add.at(num_objects, matches.object_labels[real], weights[matches.object_image_index[real]])
+    has_objects = num_objects > 0
+    # How many objects must be found to reach each recall, by the division that pycocotools makes; 0 is reached by
+    # the first one as well as by none.
+    needed = [np.searchsorted(np.arange(n + 1) / n, RECALLS, side="left") for n in num_objects[has_objects]]
+    wanted = np.maximum(np.array(needed, np.int64).reshape(-1, len(RECALLS)), 1)
+
+    order = np.concatenate([*matches.by_class, np.zeros(0, np.intp)])
+    of_image = weights[matches.image_index[order]]
+    result = np.full((len(matches.iou_thresholds), num_classes), np.nan)
+    for t in range(len(matches.iou_thresholds)):
+        # Interpolated precision and recall change at true detections alone.
+        at = np.flatnonzero(matches.is_true[t, order] & (of_image > 0))
+        label = matches.labels[order[at]]
+        true = _cumulate(of_image[at], label)
+        false = (
+            np.cumsum(of_image * matches.is_false[t, order])[at] - _falses_before(matches, t, of_image, order)[label]
+        )
+        precision = true / (true + false + np.spacing(1))
+        # The best precision from here to the end of the class: each class is lifted above those behind it.
+        lift = 2.0 * (num_classes - label)
+        envelope = np.maximum.accumulate((precision + lift)[::-1])[::-1] - lift
+        span = int(num_objects.sum()) + 1  # keeps the counts of a class apart from those of the next
+        keys = true + span * label
+        queries = wanted + span * np.flatnonzero(has_objects)[:, None]
+        reached = np.searchsorted(keys, queries, side="left")
+        is_reached = np.append(label, -1)[reached] == np.flatnonzero(has_objects)[:, None]
+        result[t, has_objects] = (np.append(envelope, 0.0)[reached] * is_reached).mean(axis=1)
     return result
+
+
+def _cumulate(values: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Running sums within each label; labels stand together, in rising order."""
+    total = np.cumsum(values)
+    starts = np.flatnonzero(np.append(True, label[1:] != label[:-1])) if len(label) else np.zeros(0, np.intp)
+    before = np.concatenate([[0], total])[starts]
+    return total - np.repeat(before, np.diff(np.append(starts, len(label))))
+
+
+def _falses_before(matches: Matches, t: int, of_image: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """[K] false detections of all classes before each class."""
+    counts = np.zeros(len(matches.class_names), np.int64)
+    np.add.at(counts, matches.labels[order], of_image * matches.is_false[t, order])
+    return np.cumsum(counts) - counts
 
 
 def _keep_best(order: np.ndarray, image_index: np.ndarray, labels: np.ndarray, limit: int) -> np.ndarray:
