@@ -38,6 +38,7 @@ def get_config(size: str = "l") -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.dir = ""  # folder with annotations/ and images/ (or COCO 2017's own layout)
+    data.source = "folder"  # or tfds: dir is what the verb prepare wrote
     data.train_annotations = placeholder(str)  # None: found by the layout; relative to dir
     data.val_annotations = placeholder(str)
     data.train_images = placeholder(str)

@@ -60,6 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--train_percent", type=int, metavar="N", required=True, help="share of the training split")
     sub.add_argument("--val_percent", type=int, metavar="N", required=True, help="share of the validation split")
     sub.add_argument("--group_by", metavar="REGEX", help="pictures whose names match alike stay together")
+    about = "write the data set as ArrayRecord (TFDS), to be read with config.data.source=tfds"
+    sub = add("prepare", about, "configs/mask_rtdetr.py:l")
+    sub.add_argument("--save_path", metavar="DIR", required=True, help="folder of the prepared data set")
     sub = add("train", "train a model; the same command again resumes", "configs/mask_rtdetr.py:l")
     _add_processes(sub)
     sub = add("evaluate", "COCO metrics and a report of a model on the validation images, or of a results file", None)
@@ -84,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--formats", metavar="NAMES", default="img,json", help=formats)
     sub.add_argument("--masks_format", choices=("rle", "crop", "polygon"), default="rle", help="in JSON (%(default)s)")
     _add_tiles(sub)
+    _add_server(add("serve", "answer requests over HTTP, with a page to try it", None))
     about = "write the YAML file of a pipeline, to change it and to name it as --pipeline"
     sub = add("get_pipeline_config", about, None)
     sub.add_argument("--pipeline", metavar="NAME", default="instance_segmentation", help="(%(default)s)")
@@ -127,6 +131,27 @@ def _add_tiles(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--whole_image", action=argparse.BooleanOptionalAction, default=True, help=about)
 
 
+def _add_server(sub: argparse.ArgumentParser) -> None:
+    """The options of the server."""
+    _add_pipeline(sub)
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (%(default)s)")
+    sub.add_argument("--port", type=int, default=8080, help="(%(default)s)")
+    about = "how long a request waits for others to fill its batch (%(default)s)"
+    sub.add_argument("--max_wait_ms", type=float, metavar="MS", default=10.0, help=about)
+    about = "requests at a time; more are refused with 429 (%(default)s)"
+    sub.add_argument("--queue_size", type=int, metavar="N", default=64, help=about)
+    about = "for an answer, then 504; also for a body to arrive (%(default)s)"
+    sub.add_argument("--timeout", type=float, metavar="SECONDS", default=60.0, help=about)
+    about = "largest body of a request; larger ones are refused with 413 (%(default)s)"
+    sub.add_argument("--max_body_mb", type=float, metavar="MB", default=32.0, help=about)
+    about = "largest image; larger ones are refused with 413 (%(default)s)"
+    sub.add_argument("--max_megapixels", type=float, metavar="MP", default=64.0, help=about)
+    about = "hosts whose URLs are fetched, with commas between (default: none)"
+    sub.add_argument("--allow_urls", metavar="HOSTS", default="", help=about)
+    about = "requests must bear this token (default: $INSTSEG_TOKEN, which other users of the machine do not see)"
+    sub.add_argument("--token", metavar="TOKEN", help=about)
+
+
 def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     """Part `--config.field=value` (or `--config.field value`) from the other arguments."""
     rest, overrides = [], {}
@@ -156,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         if debug:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)

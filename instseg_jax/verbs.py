@@ -20,10 +20,11 @@ from instseg_jax.inference.predictor import LoadedModel, load_model
 from instseg_jax.inference.saving import check_formats, save_results
 from instseg_jax.inference.sources import find_sources
 from instseg_jax.training import loop
+from instseg_jax.verbs_comparison import compare as compare
 from instseg_jax.verbs_data import check_dataset as check_dataset
 from instseg_jax.verbs_data import convert as convert
+from instseg_jax.verbs_data import prepare as prepare
 from instseg_jax.verbs_data import split as split
-from instseg_jax.verbs_comparison import compare as compare
 from instseg_jax.verbs_evaluation import evaluate as evaluate
 from instseg_jax.verbs_evaluation import load_with_overrides, print_metrics, score_model, write_outcome
 from instseg_jax.weights import checkpoint
@@ -98,6 +99,23 @@ def predict(config: ConfigDict | dict[str, str], options: argparse.Namespace) ->
     for name, error in summary.failed:
         print(f"failed: {name}: {error}")
     return 1 if summary.failed else 0
+
+
+def serve(config: ConfigDict | dict[str, str], options: argparse.Namespace) -> int:
+    """Answer requests over HTTP until a signal comes."""
+    from instseg_jax.deploy.server import Limits, run_server  # needs the extra `serve`
+
+    limits = Limits(
+        queue_size=options.queue_size,
+        max_wait=options.max_wait_ms / 1000,
+        timeout=options.timeout,
+        max_body=int(options.max_body_mb * 1e6),
+        max_pixels=int(options.max_megapixels * 1e6),
+        allowed_hosts=frozenset(host.strip().lower() for host in options.allow_urls.split(",") if host.strip()),
+        token=options.token or os.environ.get("INSTSEG_TOKEN") or None,
+    )
+    run_server(_pipeline(config, options), limits, host=options.host, port=options.port)
+    return 0
 
 
 def get_pipeline_config(config: ConfigDict | None, options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from rich.progress import track
 
 from instseg_jax.data import check, check_report, findings, repair
 from instseg_jax.data.convert import convert_dataset
+from instseg_jax.data.source import build_dataset
 from instseg_jax.data.split import check_percentages, split_dataset
 from instseg_jax.files import write_json
 from instseg_jax.inference.visualize import draw_instances
@@ -93,6 +94,18 @@ def split(config: ConfigDict, options: argparse.Namespace) -> int:
         seed=config.seed,
     )
     _print_parts(parts)
+    return 0
+
+
+def prepare(config: ConfigDict, options: argparse.Namespace) -> int:
+    """Write a data set as TFDS, to be read with data.source=tfds."""
+    from instseg_jax.data.tfds_builder import prepare_dataset  # importing TFDS takes a second
+
+    datasets = {split: build_dataset(config.data, split) for split in ("train", "val")}
+    folder = prepare_dataset(datasets, options.save_path)
+    for name, dataset in datasets.items():
+        print(f"{name}: {len(dataset)} images, {sum(map(len, dataset.annotations))} objects")
+    print(f"use it with --config.data.source=tfds --config.data.dir={folder}")
     return 0
 
 

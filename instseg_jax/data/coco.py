@@ -7,12 +7,13 @@ drawing them is `masks.py` and `data/rasterize.py`; single entries of a file are
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from instseg_jax import images, masks
 from instseg_jax.data import coco_entries
 from instseg_jax.data.coco_entries import Annotation, ImageRecord
 
@@ -36,6 +37,7 @@ class CocoDataset:
     categories: tuple[str, ...]
     category_ids: tuple[int, ...]
     skipped: tuple[tuple[int, str], ...] = ()
+    pictures: Callable[[int], bytes] | None = None  # encoded pictures by image id, where they are no files
 
     def __len__(self) -> int:
         return len(self.images)
@@ -43,6 +45,13 @@ class CocoDataset:
     def image_path(self, index: int) -> Path:
         """Path of the picture at a position of the data set."""
         return self.image_folder / self.images[index].file_name
+
+    def read_image(self, index: int) -> np.ndarray:
+        """Decode the picture at a position of the data set as `images.read_image` does, from wherever it is."""
+        path = self.image_path(index)
+        if self.pictures is None:
+            return images.read_image(path)
+        return images.decode_image(self.pictures(self.images[index].id), str(path))
 
 
 def data_root(dir: str | Path) -> Path:
@@ -95,20 +104,27 @@ def read_split(
     return read_coco(*find_split(dir, split, annotations, images), skip_invalid=skip_invalid)
 
 
-def read_coco(annotation_file: str | Path, image_folder: str | Path, *, skip_invalid: bool = False) -> CocoDataset:
+def read_coco(
+    annotation_file: str | Path,
+    image_folder: str | Path,
+    *,
+    skip_invalid: bool = False,
+    pictures: Callable[[int], bytes] | None = None,
+) -> CocoDataset:
     """Read a COCO instance file with everything in it: crowds, images without objects, tiny objects.
 
     That is what evaluation wants; training takes `select_trainable` of it. A missing `bbox` or `area`
     is computed from the mask. `skip_invalid` leaves out annotations whose mask or box is malformed
-    and names them in `skipped`; otherwise they raise ValueError, as all other flaws of the file do.
+    and names them in `skipped`; otherwise they raise ValueError, as all other flaws of the file do. `pictures`
+    gives the bytes of a picture by its id where they are no files of the folder.
     """
     file = Path(annotation_file)
     content = coco_entries.read_json(file)
     categories = coco_entries.read_categories(content["categories"], file)
     label_of_id = {category_id: label for label, (category_id, _) in enumerate(categories)}
-    images = coco_entries.read_images(content["images"], file)
-    position_of_id = {image.id: position for position, image in enumerate(images)}
-    annotations: list[list[Annotation]] = [[] for _ in images]
+    records = coco_entries.read_images(content["images"], file, content.get("licenses"))
+    position_of_id = {image.id: position for position, image in enumerate(records)}
+    annotations: list[list[Annotation]] = [[] for _ in records]
     skipped: list[tuple[int, str]] = []
     for number, entry in enumerate(content["annotations"]):
         coco_entries.require_keys(entry, ("id", "image_id", "category_id"), f"Annotation number {number + 1} of {file}")
@@ -121,7 +137,7 @@ def read_coco(annotation_file: str | Path, image_folder: str | Path, *, skip_inv
         if label is None:
             raise ValueError(f"{what} has the category id {entry['category_id']!r}, which the file does not list.")
         try:
-            annotations[position].append(coco_entries.read_annotation(entry, label, images[position]))
+            annotations[position].append(coco_entries.read_annotation(entry, label, records[position]))
         except ValueError as error:
             if not skip_invalid:
                 raise ValueError(f"{what}: {error} {INVALID_HINT}") from error
@@ -129,11 +145,12 @@ def read_coco(annotation_file: str | Path, image_folder: str | Path, *, skip_inv
     return CocoDataset(
         name=file.stem,
         image_folder=Path(image_folder),
-        images=tuple(images),
+        images=tuple(records),
         annotations=tuple(tuple(of_image) for of_image in annotations),
         categories=tuple(name for _, name in categories),
         category_ids=tuple(category_id for category_id, _ in categories),
         skipped=tuple(skipped),
+        pictures=pictures,
     )
 
 
@@ -144,7 +161,7 @@ def select_trainable(dataset: CocoDataset, *, keep_empty: bool) -> CocoDataset:
     pixels or outside the picture. Images that are left without objects go unless `keep_empty`.
     """
     skipped = list(dataset.skipped)
-    images, annotations = [], []
+    records, annotations = [], []
     for image, of_image in zip(dataset.images, dataset.annotations, strict=True):
         kept = []
         for annotation in of_image:
@@ -154,9 +171,9 @@ def select_trainable(dataset: CocoDataset, *, keep_empty: bool) -> CocoDataset:
             else:
                 skipped.append((annotation.id, reason))
         if kept or keep_empty:
-            images.append(image)
+            records.append(image)
             annotations.append(tuple(kept))
-    return dataclasses.replace(dataset, images=tuple(images), annotations=tuple(annotations), skipped=tuple(skipped))
+    return dataclasses.replace(dataset, images=tuple(records), annotations=tuple(annotations), skipped=tuple(skipped))
 
 
 def training_box_xyxy_px(annotation: Annotation) -> tuple[float, float, float, float]:
@@ -170,9 +187,6 @@ def to_coco(dataset: CocoDataset) -> dict[str, Any]:
     annotations = []
     for image, of_image in zip(dataset.images, dataset.annotations, strict=True):
         for annotation in of_image:
-            segmentation: Any = annotation.segmentation
-            if not isinstance(segmentation, dict):
-                segmentation = [np.asarray(polygon).ravel().tolist() for polygon in segmentation]
             annotations.append(
                 {
                     "id": annotation.id,
@@ -182,7 +196,7 @@ def to_coco(dataset: CocoDataset) -> dict[str, Any]:
                     "area": annotation.area,
                     "iscrowd": int(annotation.is_crowd),
                     "ignore": int(annotation.is_ignored),
-                    "segmentation": segmentation,
+                    "segmentation": segmentation_to_json(annotation.segmentation),
                 }
             )
     return {
@@ -191,6 +205,17 @@ def to_coco(dataset: CocoDataset) -> dict[str, Any]:
         "categories": [
             {"id": i, "name": name} for i, name in zip(dataset.category_ids, dataset.categories, strict=True)
         ],
+    }
+
+
+def segmentation_to_json(segmentation: masks.Segmentation) -> list[list[float]] | dict[str, Any]:
+    """A segmentation as COCO writes it: lists of coordinates, or an RLE with its counts as text."""
+    if not isinstance(segmentation, dict):
+        return [np.asarray(polygon).ravel().tolist() for polygon in segmentation]
+    counts = segmentation["counts"]
+    return {
+        "size": list(segmentation["size"]),
+        "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts,
     }
 
 
@@ -213,6 +238,8 @@ def map_categories(dataset: CocoDataset, class_names: Sequence[str]) -> tuple[in
 
 def check_images(dataset: CocoDataset) -> None:
     """Raise FileNotFoundError, listing the first few, unless every image file exists; none is opened."""
+    if dataset.pictures is not None:
+        return
     missing = [image.file_name for image in dataset.images if not (dataset.image_folder / image.file_name).is_file()]
     if missing:
         raise FileNotFoundError(

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class ImageRecord:
     file_name: str
     height: int
     width: int
+    license: str = ""  # name or address, where the file tells
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,15 +73,16 @@ def read_categories(entries: list[Any], file: Path) -> list[tuple[int, str]]:
     return sorted((entry["id"], str(entry["name"])) for entry in entries)
 
 
-def read_images(entries: list[Any], file: Path) -> list[ImageRecord]:
-    """The pictures of a file, their ids whole numbers that differ."""
-    records = [read_image(entry, f"Image number {number + 1} of {file}") for number, entry in enumerate(entries)]
+def read_images(entries: list[Any], file: Path, licenses: Any = None) -> list[ImageRecord]:
+    """The pictures of a file, their ids whole numbers that differ; `licenses` is the file's list of them."""
+    named = _read_licenses(licenses)
+    records = [read_image(entry, f"Image number {number + 1} of {file}", named) for number, entry in enumerate(entries)]
     check_ids([record.id for record in records], "images", file)
     return records
 
 
-def read_image(entry: Any, what: str) -> ImageRecord:
-    """One picture; `what` begins the message of the ValueError."""
+def read_image(entry: Any, what: str, licenses: Mapping[str, str] | None = None) -> ImageRecord:
+    """One picture; `what` begins the message of the ValueError, `licenses` names licences by the text of their id."""
     require_keys(entry, ("id", "file_name", "height", "width"), what)
     for name in ("height", "width"):
         value = entry[name]
@@ -88,7 +90,16 @@ def read_image(entry: Any, what: str) -> ImageRecord:
             raise ValueError(f"{what} (id {entry['id']}) has the {name} {value!r}, not a number of pixels.")
     if not isinstance(entry["file_name"], str):
         raise ValueError(f"{what} (id {entry['id']}) has the file name {entry['file_name']!r}, not a string.")
-    return ImageRecord(entry["id"], entry["file_name"], int(entry["height"]), int(entry["width"]))
+    license_id = str(entry.get("license") or "")  # an id of the file's list, or a name
+    license = (licenses or {}).get(license_id, "" if license_id.isdigit() else license_id)
+    return ImageRecord(entry["id"], entry["file_name"], int(entry["height"]), int(entry["width"]), license)
+
+
+def _read_licenses(entries: Any) -> dict[str, str]:
+    if not isinstance(entries, list):
+        return {}
+    sound = [entry for entry in entries if isinstance(entry, dict) and "id" in entry]
+    return {str(entry["id"]): str(entry.get("name") or entry.get("url") or "") for entry in sound}
 
 
 def read_annotation(entry: dict[str, Any], label: int, image: ImageRecord) -> Annotation:

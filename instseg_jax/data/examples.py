@@ -67,7 +67,7 @@ def load_example(dataset: coco.CocoDataset, index: int) -> Example:
     Raises ValueError, naming the file, when the decoded size is not the one of the annotation file.
     """
     record, path = dataset.images[index], dataset.image_path(index)
-    image = images.read_image(path)
+    image = dataset.read_image(index)
     height, width = image.shape[:2]
     if (height, width) != (record.height, record.width):
         hint = " (turned as its EXIF orientation says)" if (width, height) == (record.height, record.width) else ""

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
 from instseg_jax.data import coco, loader
+from instseg_jax.data.source import build_dataset
 from instseg_jax.devices import select_devices
 from instseg_jax.files import write_json
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, build_model, count_parameters, initial_variables
@@ -178,12 +179,9 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
 def read_split(data: ConfigDict, split: str) -> coco.CocoDataset:
     """One split of the data set that a config's section `data` names.
 
-    Raises: ValueError when no folder is named, and what `coco.read_split` raises.
+    Raises: what `data.source.build_dataset` raises.
     """
-    if not data.dir:
-        raise ValueError("data.dir is empty; name the data set's folder with --config.data.dir=DIR")
-    annotations, images = data[f"{split}_annotations"], data[f"{split}_images"]
-    return coco.read_split(data.dir, split, annotations=annotations, images=images, skip_invalid=data.skip_invalid)
+    return build_dataset(data, split)
 
 
 def _run_steps(run: Run, step_function, state: TrainState, manager, history: History) -> tuple[TrainState, str]:
