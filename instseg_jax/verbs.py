@@ -5,6 +5,7 @@ checkpoint's own config when none is given) and the parsed options.
 """
 
 import argparse
+import os
 import pathlib
 import time
 
