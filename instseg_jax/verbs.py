@@ -21,6 +21,7 @@ from instseg_jax.inference.predictor import LoadedModel, load_model
 from instseg_jax.inference.saving import check_formats, save_results
 from instseg_jax.inference.sources import find_sources
 from instseg_jax.training import loop
+from instseg_jax.verbs_benchmark import benchmark as benchmark
 from instseg_jax.verbs_comparison import compare as compare
 from instseg_jax.verbs_data import check_dataset as check_dataset
 from instseg_jax.verbs_data import convert as convert
@@ -124,15 +125,6 @@ def get_pipeline_config(config: ConfigDict | None, options: argparse.Namespace) 
     path = write_pipeline_config(options.save_path, pipeline=options.pipeline, model_dir=options.weights)
     print(f"pipeline: {path}")
     print(f"use it:   python run.py predict --pipeline={path} --input=YOUR_PICTURES")
-    return 0
-
-
-def benchmark(config: ConfigDict, options: argparse.Namespace) -> int:
-    from instseg_jax.training.benchmark import run_benchmark
-
-    table = run_benchmark(config, repeats=options.repeats)
-    path = write_json(pathlib.Path(options.workdir) / "benchmark.json", table, indent=2)
-    print(f"all numbers: {path}")
     return 0
 
 

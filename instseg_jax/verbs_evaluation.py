@@ -4,8 +4,6 @@ import argparse
 import copy
 import dataclasses
 import os
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +25,7 @@ from instseg_jax.evaluation.report import write_report
 from instseg_jax.files import write_json
 from instseg_jax.images import read_image
 from instseg_jax.inference import tta as tta_room
+from instseg_jax.inference.benchmark import peak_memory_mb
 from instseg_jax.inference.predictor import LoadedModel, load_model, make_predict
 from instseg_jax.inference.visualize import draw_instances
 from instseg_jax.training import loop, sharding
@@ -188,7 +187,7 @@ def score_model(model: LoadedModel, weights: str, tta: Sequence[str]) -> Evaluat
             "loading, network, masks": f"{seconds:.1f} s with compiling",
             "images per second": f"{len(dataset) / seconds:.2f}",
             "scoring": f"{time.perf_counter() - predicted:.1f} s with {evaluation.engine}",
-            "highest memory of the process": f"{_peak_memory_mb():.0f} MB",
+            "highest memory of the process": f"{peak_memory_mb():.0f} MB",
             "batch size": str(evaluation.batch_size),
             "devices": ", ".join(f"{d.platform}:{d.id}" for d in devices),
         },
@@ -302,8 +301,3 @@ def _save_thresholds(weights: str | os.PathLike[str], analysis: Analysis) -> Non
         raise ValueError("--save_thresholds: nothing was found on the validation images, so no score is a threshold")
     file = checkpoint.save_thresholds(weights, analysis.thresholds)
     print(f"thresholds:  {file}")
-
-
-def _peak_memory_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
