@@ -14,7 +14,6 @@ from rich.progress import track
 
 from instseg_jax.config import override
 from instseg_jax.data import coco
-from instseg_jax.files import write_json
 from instseg_jax.inference.pipeline import Pipeline, build_pipeline, load_pipeline_model, pick_threshold
 from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_config, write_pipeline_config
 from instseg_jax.inference.predictor import LoadedModel, load_model
