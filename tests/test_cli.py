@@ -77,6 +77,8 @@ def test_overrides_are_parted_from_options():
         (["predict", "--input={picture}", "--formats=img,gif"], "got gif"),
         (["predict", "--input={picture}"], "run.py quickstart"),
         (["predict", "--input={picture}", "--weights=x", "--pipeline=none.yaml"], "none.yaml"),
+        (["serve", "--weights={folder}"], "no checkpoint"),
+        (["serve", "--queue_size=0"], "queue_size is 0"),
         (["get_pipeline_config", "--save_path={folder}", "--pipeline=OCR"], "'OCR'"),
         (["benchmark", "--repeats=0"], "--repeats is 0"),
     ],

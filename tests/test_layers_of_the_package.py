@@ -20,6 +20,11 @@ ONLY_IN = {
     "optax": "training/",
     "scipy": "training/matching.py",
     "orbax": "weights/checkpoint.py",
+    "fastapi": "deploy/server.py",
+    "uvicorn": "deploy/server.py",
+    "prometheus_client": "deploy/server.py",
+    "rasterio": ("inference/rasters.py", "inference/geo.py"),
+    "yaml": ("inference/pipeline_config.py", "data/yolo.py"),
     "flax": "models/",
     "pycocotools": ("masks.py", "evaluation/", "data/", "inference/"),
 }

@@ -94,7 +94,9 @@ def to_coco_dataset(results: Sequence["Result"]) -> dict:
 
     Boxes are those of the masks, as in ground truth. Categories have the ids of the data that the model learned from.
     """
-    images, annotations, categories = [], [], {}
+    images: list[dict] = []
+    annotations: list[dict] = []
+    categories: dict[int, str] = {}
     for image_id, result in enumerate(results, start=1):
         height, width = result.size
         images.append({"id": image_id, "file_name": Path(result.input_path).name, "height": height, "width": width})

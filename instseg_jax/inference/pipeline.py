@@ -85,18 +85,15 @@ class Pipeline:
         """All results of `predict` at once."""
         return list(self.predict(x, **options))
 
-    def segment(
-        self, images: Sequence[np.ndarray], thresholds: Sequence[np.ndarray], names: Sequence[str]
-    ) -> list[Result]:
-        """Segment decoded images [h, w, 3] uint8 RGB, at most `batch_size`, in one call; each with its thresholds [K].
+    def segment(self, sources: Sequence[Source], thresholds: Sequence[np.ndarray]) -> list[Result]:
+        """Segment at most `batch_size` images in one call, each with thresholds [K] of its own.
 
         For callers that form batches themselves, from several threads if need be.
         """
-        lowest = np.min(thresholds, axis=0)
-        sources = (Source(name, lambda image=image: image) for name, image in zip(names, images, strict=True))
-        results = self._results(self._stream(sources, self.batch_size, lowest), False)
-        limits = (dict(enumerate(own.tolist())) for own in thresholds)
-        return [result.filter(limit) for result, limit in zip(results, limits, strict=True)]
+        results = self._results(self._stream(iter(sources), self.batch_size, np.min(thresholds, axis=0)), False)
+        return [
+            result.filter(dict(enumerate(map(float, own)))) for result, own in zip(results, thresholds, strict=True)
+        ]
 
     def warm_up(self) -> None:
         """Compile for the default batch size, so that the first image does not wait for it."""
@@ -151,7 +148,7 @@ def create_pipeline(
 
     Raises: FileNotFoundError without weights; ValueError for settings that are wrong or contradict each other.
     """
-    settings = load_pipeline_config(config if config is not None else pipeline or "instance_segmentation")
+    settings = load_pipeline_config(config if config is not None else Path(pipeline or "instance_segmentation"))
     if config is not None and pipeline is not None:
         log.warning("both pipeline=%s and config are given; config is used", pipeline)
     model = load_pipeline_model(settings, weights, model_config)

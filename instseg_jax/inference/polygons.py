@@ -137,7 +137,9 @@ def _walk(leaves: np.ndarray, x: int, y: int) -> list[tuple[int, int]]:
 
 def _split_at_repeats(corners: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     """Part a closed walk into rings that pass each corner once."""
-    rings, path, position = [], [], {}
+    rings: list[list[tuple[int, int]]] = []
+    path: list[tuple[int, int]] = []
+    position: dict[tuple[int, int], int] = {}
     for corner in corners:
         if corner in position:
             start = position[corner]

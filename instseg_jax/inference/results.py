@@ -137,7 +137,7 @@ class Result:
         )
         return {"res": Image.fromarray(drawn)}
 
-    def filter(self, threshold: float | Mapping[int | str, float], *, default: float = 0.5) -> "Result":
+    def filter(self, threshold: float | Mapping[Any, float], *, default: float = 0.5) -> "Result":
         """Keep the instances whose score reaches a threshold.
 
         A mapping gives thresholds by class name or class index; `default` holds for the classes that it lacks.

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import functools
 import glob
 import pathlib
 import urllib.error
@@ -135,7 +136,7 @@ def _many(items: Iterable, *, channels: str) -> Iterator[Source]:
         try:
             sources, _ = _one(item, channels=channels, number=number)
         except (ValueError, OSError) as error:
-            yield Source(name, _raising(error))
+            yield Source(name, functools.partial(_raise, error))
         else:
             yield from sources
 
@@ -157,31 +158,23 @@ def _from_files(files: list[pathlib.Path]) -> Iterator[Source]:
         if not is_video(path):
             raster = open_raster(path)
             if raster is None:
-                yield Source(str(path), _reader(path))
+                yield Source(str(path), functools.partial(read_image, path))
             else:
                 yield Source(str(path), raster.whole, georeference=raster.georeference, raster=raster)
             continue
         try:
             for index, frame in enumerate(read_video(path)):
-                yield Source(str(path), _giving(frame), page_index=index)
+                yield Source(str(path), functools.partial(_give, frame), page_index=index)
         except ValueError as error:
-            yield Source(str(path), _raising(error))
+            yield Source(str(path), functools.partial(_raise, error))
 
 
-# Functions that make functions: a lambda in a loop would see the loop's last value.
-def _reader(path: pathlib.Path) -> Callable[[], np.ndarray]:
-    return lambda: read_image(path)
+def _give(image: np.ndarray) -> np.ndarray:
+    return image
 
 
-def _giving(image: np.ndarray) -> Callable[[], np.ndarray]:
-    return lambda: image
-
-
-def _raising(error: Exception) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        raise error
-
-    return read
+def _raise(error: Exception) -> np.ndarray:
+    raise error
 
 
 def _from_pil(image: Image.Image) -> np.ndarray:

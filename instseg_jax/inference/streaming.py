@@ -154,10 +154,18 @@ def _encode(
     return Found(decoded.source, decoded.image, instances)
 
 
-def keep_instances(detections: Detections, index: int, thresholds: np.ndarray, **sizes: tuple[int, int]) -> Instances:
+def keep_instances(
+    detections: Detections,
+    index: int,
+    thresholds: np.ndarray,
+    *,
+    input_size: tuple[int, int],
+    content_size: tuple[int, int],
+    original_size: tuple[int, int],
+) -> Instances:
     """The instances of image `index` whose score reaches the threshold [K] of their class, before any mask work.
 
-    `sizes` are those of `postprocess.detections_to_instances`.
+    Sizes are those of `postprocess.detections_to_instances`.
     """
     scores = np.asarray(detections.scores)[index]
     labels = np.asarray(detections.labels)[index]
@@ -168,7 +176,9 @@ def keep_instances(detections: Detections, index: int, thresholds: np.ndarray, *
         boxes_xyxy=np.asarray(detections.boxes_xyxy)[index][kept][None],
         mask_logits=np.asarray(detections.mask_logits)[index][kept][None],
     )
-    return detections_to_instances(chosen, 0, **sizes)
+    return detections_to_instances(
+        chosen, 0, input_size=input_size, content_size=content_size, original_size=original_size
+    )
 
 
 def _done(found: Found) -> Future:

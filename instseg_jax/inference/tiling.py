@@ -5,6 +5,7 @@ What was found in them becomes the instances of the image in `mask_merging.py`. 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -94,10 +95,7 @@ def stream_tiled(
             continue
         source = dataclasses.replace(source, size=image.size)
         if max(image.size) <= tiles.side:
-            pixels = image.picture()
-            yield from stream(
-                iter([dataclasses.replace(source, read=lambda pixels=pixels: pixels)]), batch_size, thresholds
-            )
+            yield from stream(iter([dataclasses.replace(source, read=image.picture)]), batch_size, thresholds)
             continue
         # Without their pixels: all windows together would be more than the image.
         found = [
@@ -144,6 +142,6 @@ def _open(source: Source) -> Image:
 def _window_sources(source: Source, image: Image, tiles: Tiles) -> Iterator[Source]:
     """The windows of an image, and the whole of it scaled down as the last one where that is asked for."""
     for window in windows_of(image.size, tiles):
-        yield Source(source.name, lambda window=window: image.read(window))  # type: ignore[misc]
+        yield Source(source.name, functools.partial(image.read, window))
     if tiles.whole_image:
-        yield Source(source.name, lambda: image.view(OVERVIEW_SIDE), size=image.size)
+        yield Source(source.name, functools.partial(image.view, OVERVIEW_SIDE), size=image.size)

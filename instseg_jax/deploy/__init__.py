@@ -1,0 +1,1 @@
+"""Serving: a pipeline behind HTTP. The web framework is in `server.py` alone."""
