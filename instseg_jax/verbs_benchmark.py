@@ -6,7 +6,6 @@ import os
 import platform
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -117,25 +116,20 @@ def _usable_cores() -> int | None:
 
 
 def _print(table: dict) -> None:
-    """One row a model and batch size: median / p95 wall and CPU milliseconds of each step."""
-    title = f"inference, {table['machine']} ({table['usable_cores']} usable), {jax.default_backend()}: "
-    title += "a batch, wall ms median / 95 % (CPU ms)"
-    shown = Table("model", "px", "batch", *STEPS, "total", "images/s", "MB", title=title)
-    for entry in table["inference"]:
-        for batch in entry["batches"]:
-            cells = [_cell(batch["steps"][step]) for step in (*STEPS, "total")]
-            pace = batch["steps"]["total"]["images_per_s"]
-            shown.add_row(
-                entry["model"].removeprefix("mask_rtdetr_").upper(),
-                str(entry["image_size"]),
-                str(batch["batch_size"]),
-                *cells,
-                f"{pace:.1f}",
-                f"{batch['memory_mb']:.0f}",
-            )
+    """A table a model, a row a step: wall (median and 95 %) and CPU milliseconds of a batch."""
     console = Console()
-    console.print(shown)
-    made_up = Table("made-up objects", "wall ms median / 95 % (CPU ms)", "MB above the process")
+    console.print(f"{table['machine']}, {table['usable_cores']} usable; wall ms median / 95 % (CPU ms) of a batch")
+    for entry in table["inference"]:
+        batches = [f"batch {batch['batch_size']}" for batch in entry["batches"]]
+        title = f"{entry['model']}, {entry['image_size']} px, {', '.join(entry['devices'])}"
+        shown = Table("step", *batches, title=title, title_justify="left")
+        for step in (*STEPS, "total"):
+            shown.add_row(step, *(_cell(batch["steps"][step]) for batch in entry["batches"]))
+        shown.add_row("images/s", *(f"{batch['steps']['total']['images_per_s']:.1f}" for batch in entry["batches"]))
+        shown.add_row("first forward, s", *(f"{batch['first_forward_s']:.1f}" for batch in entry["batches"]))
+        shown.add_row("highest memory, MB", *(f"{batch['memory_mb']:.0f}" for batch in entry["batches"]))
+        console.print(shown)
+    made_up = Table("masks of made-up objects", "encode", "MB above the process")
     for name, entry in table["encoding"].items():
         memory = entry["memory_mb"]
         made_up.add_row(name, _cell(entry), "" if memory is None else f"{memory:.0f}")

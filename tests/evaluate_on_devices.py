@@ -17,7 +17,8 @@ class Network:
     def apply(self, variables: dict, images: jax.Array):
         from instseg_jax.types import Outputs
 
-        cells = images.reshape(len(images), 16, 4, 16, 4, 3).mean(axis=(2, 4))  # [B, 16, 16, 3]
+        count, height, width, _ = images.shape
+        cells = images.reshape(count, height // 4, 4, width // 4, 4, 3).mean(axis=(2, 4))
         logits = jnp.einsum("bhwc,cq->bqhw", cells - cells.mean(axis=(1, 2), keepdims=True), variables["params"]["w"])
         strength = jnp.abs(logits).max(axis=(2, 3))
         centre = jnp.stack([jax.nn.sigmoid(logits.mean(axis=(2, 3)) * 40 + i) for i in (-1, 1, 0, 0)], axis=-1)
@@ -33,7 +34,12 @@ def main(file: str, batch_size: int, num_processes: int, index: int, port: int, 
 
     config = load_config(
         "configs/quickstart.py",
-        {"data.image_size": "64", "eval.batch_size": str(batch_size), "eval.num_detections": "6"},
+        {
+            "data.image_size": "64",
+            "eval.batch_size": str(batch_size),
+            "eval.num_detections": "6",
+            "eval.tta_scales": "(0.5, 1.5)",
+        },
     )
     w = jnp.asarray(
         [[1.0, -1.0, 0.5, 0.0, 2.0, -0.3], [1.0, -1.0, -1.0, 1.0, 0.1, 0.7], [1.0, -1.0, 0.5, -1.0, 1.0, 0.2]]

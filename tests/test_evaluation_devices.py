@@ -68,7 +68,9 @@ def test_two_processes_know_everything(tmp_path, one_device):
 
 
 @pytest.mark.slow
-def test_views_on_several_devices(tmp_path):
-    (one,) = evaluate(tmp_path, devices=1, batch_size=4, views="flip")
-    (two,) = evaluate(tmp_path, devices=2, batch_size=4, views="flip")
+def test_views_on_several_devices(tmp_path, one_device):
+    (one,) = evaluate(tmp_path, devices=1, batch_size=4, views="flip,scales")
+    (two,) = evaluate(tmp_path, devices=2, batch_size=4, views="flip,scales")
     assert_same(one, two)
+    assert [r["score"] for r in one["results"]] != [r["score"] for r in one_device["results"]]
+    assert {r["image_id"] for r in one["results"]} == {r["image_id"] for r in one_device["results"]}
