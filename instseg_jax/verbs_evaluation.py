@@ -83,10 +83,8 @@ def evaluate_weights(
 ) -> tuple[dict[str, float | None], list[dict]]:
     """Score weights on the validation images: (metrics, COCO result entries)."""
     model = load_with_overrides(config, weights)
-    results, dataset = _predict_split(model, ())
-    limit = max(100, model.config.eval.num_detections)
-    metrics = coco_metrics(coco.to_coco(dataset), results, max_detections=limit, engine=model.config.eval.engine)
-    return metrics, results
+    results, dataset, _ = _predict_split(model, ())
+    return _score(coco.to_coco(dataset), results, ("segm", "bbox"), model.config.eval)["metrics"], results
 
 
 def load_with_overrides(config: ConfigDict | dict[str, str], weights: str | os.PathLike[str]) -> LoadedModel:
@@ -124,10 +122,7 @@ def _score_file(config: ConfigDict | dict[str, str], options: argparse.Namespace
     started = time.perf_counter()
     truth = read_truth(options.annotations)
     results, kinds = read_results(options.predictions)
-    scored = (*kinds, "boundary") if config.eval.boundary and "segm" in kinds else kinds
-    limit = max(100, config.eval.num_detections)
-    metrics = coco_metrics(truth, results, iou_types=scored, max_detections=limit, engine=config.eval.engine)
-    metrics.setdefault("AP", metrics["bbox/AP"] if "bbox" in kinds else None)
+    scored = _score(truth, results, kinds, config.eval)
     paths = {}
     if options.images:
         folder = Path(options.images)
@@ -136,11 +131,7 @@ def _score_file(config: ConfigDict | dict[str, str], options: argparse.Namespace
         if missing:
             raise FileNotFoundError(f"{len(missing)} of {len(paths)} images are missing, the first is {missing[0]}")
     return Evaluated(
-        metrics=metrics,
-        results=results,
-        ground_truth=truth,
-        kinds=kinds,
-        max_detections=limit,
+        **scored,
         facts={
             "results": Path(options.predictions).name,
             "truth": f"{Path(options.annotations).name} ({len(truth['images'])} images)",
@@ -148,35 +139,20 @@ def _score_file(config: ConfigDict | dict[str, str], options: argparse.Namespace
         run={"reading and scoring": f"{time.perf_counter() - started:.2f} s", "engine": config.eval.engine},
         image_paths=paths,
         annotations=str(Path(options.annotations).resolve()),
-        gallery_size=config.eval.gallery_size,
     )
 
 
 def score_model(model: LoadedModel, weights: str, tta: Sequence[str]) -> Evaluated:
     """Score a model on the validation images of its config; `weights` says where it came from."""
     evaluation = model.config.eval
-    started = time.perf_counter()
-    results, dataset = _predict_split(model, tta)
+    results, dataset, seconds = _predict_split(model, tta)
     predicted = time.perf_counter()
-    truth = coco.to_coco(dataset)
-    limit = max(100, evaluation.num_detections)
-    kinds = ("segm", "bbox")
-    metrics = coco_metrics(
-        truth,
-        results,
-        iou_types=(*kinds, "boundary") if evaluation.boundary else kinds,
-        max_detections=limit,
-        engine=evaluation.engine,
-    )
-    seconds = predicted - started
+    scored = _score(coco.to_coco(dataset), results, ("segm", "bbox"), evaluation)
     devices = select_devices(model.config.device)
     data = model.config.data
+    first, others = seconds[0], seconds[1:]
     return Evaluated(
-        metrics=metrics,
-        results=results,
-        ground_truth=truth,
-        kinds=kinds,
-        max_detections=limit,
+        **scored,
         facts={
             "model": model.config.model.name,
             "weights": weights,
@@ -184,8 +160,8 @@ def score_model(model: LoadedModel, weights: str, tta: Sequence[str]) -> Evaluat
             "input": f"{data.image_size} px, {data.resize}" + (f", TTA {', '.join(tta)}" if tta else ""),
         },
         run={
-            "loading, network, masks": f"{seconds:.1f} s with compiling",
-            "images per second": f"{len(dataset) / seconds:.2f}",
+            "first batch, with compiling": f"{first:.1f} s",
+            "each later batch, from files to masks": f"{np.median(others):.2f} s (median)" if others else "none",
             "scoring": f"{time.perf_counter() - predicted:.1f} s with {evaluation.engine}",
             "highest memory of the process": f"{peak_memory_mb():.0f} MB",
             "batch size": str(evaluation.batch_size),
@@ -193,20 +169,41 @@ def score_model(model: LoadedModel, weights: str, tta: Sequence[str]) -> Evaluat
         },
         image_paths={image.id: dataset.image_path(i) for i, image in enumerate(dataset.images)},
         annotations=str(coco.find_split(data.dir, "val", data.val_annotations, data.val_images)[0].resolve()),
-        gallery_size=evaluation.gallery_size,
     )
 
 
-def _predict_split(model: LoadedModel, tta: Sequence[str]) -> tuple[list[dict], coco.CocoDataset]:
-    """Result entries of the validation images, the same in every process, and the data set."""
+def _score(truth: dict, results: list[dict], kinds: tuple[str, ...], evaluation: ConfigDict) -> dict:
+    """The fields of `Evaluated` that follow from truth and results."""
+    limit = max(100, evaluation.num_detections)
+    scored = (*kinds, "boundary") if evaluation.boundary and "segm" in kinds else kinds
+    metrics = coco_metrics(truth, results, iou_types=scored, max_detections=limit, engine=evaluation.engine)
+    metrics.setdefault("AP", metrics.get("bbox/AP"))  # boxes alone
+    return {
+        "metrics": metrics,
+        "results": results,
+        "ground_truth": truth,
+        "kinds": kinds,
+        "max_detections": limit,
+        "gallery_size": evaluation.gallery_size,
+    }
+
+
+def _predict_split(model: LoadedModel, tta: Sequence[str]) -> tuple[list[dict], coco.CocoDataset, list[float]]:
+    """Result entries of the validation images, the same in every process, the data set, and seconds a batch."""
     config = model.config
     dataset = loop.read_split(config.data, "val")
     coco.check_images(dataset)
     categories = coco.map_categories(dataset, model.class_names)
-    pairs = detect(model, dataset, tta)
+    times = [time.perf_counter()]
+
+    def timed_pairs() -> Iterator[tuple[Detections, Batch]]:
+        for pair in detect(model, dataset, tta):
+            yield pair
+            times.append(time.perf_counter())
+
     image_ids = [image.id for image in dataset.images]
-    results = collect_results(pairs, image_ids=image_ids, category_ids=categories)
-    return gather_results(results), dataset
+    results = collect_results(timed_pairs(), image_ids=image_ids, category_ids=categories)
+    return gather_results(results), dataset, np.diff(times).tolist()
 
 
 def detect(model: LoadedModel, dataset: coco.CocoDataset, tta: Sequence[str]) -> Iterator[tuple[Detections, Batch]]:

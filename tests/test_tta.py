@@ -55,7 +55,7 @@ def test_what_two_views_agree_on_is_averaged_by_score():
 
 
 def test_what_one_view_alone_sees_loses_score():
-    one = view((0.8, 1, LEFT, 4.0))
+    one = view((0.8, 1, LEFT, 4.0), (0.1, 5, LEFT, 4.0), (0.1, 6, LEFT, 4.0))
     two = view((0.6, 1, RIGHT, 3.0), (0.5, 2, LEFT, 3.0))  # another place; the same place, another class
     merged = merge_views([one, two], num_detections=5)
     np.testing.assert_allclose(merged.scores, [[0.4, 0.3, 0.25]])
@@ -93,6 +93,23 @@ def test_masks_of_other_grids_come_to_the_first_one():
     merged = merge_views([one, two], num_detections=1)
     assert merged.mask_logits.shape == (1, 1, 8, 8)
     np.testing.assert_array_equal(merged.mask_logits[0, 0] > 0, one.mask_logits[0, 0] > 0)
+
+
+def test_images_keep_equally_many():
+    """One image's views agree, the other's do not; the weakest of the latter go."""
+    agreeing = [view((0.9, 0, LEFT, 4.0), (0.5, 1, LEFT, 4.0))] * 2
+    differing = [view((0.9, 0, LEFT, 4.0), (0.5, 1, LEFT, 4.0)), view((0.9, 0, LEFT, 4.0), (0.6, 2, RIGHT, 4.0))]
+    both = [
+        Detections(*map(np.concatenate, zip(fields(a), fields(b), strict=True)))
+        for a, b in zip(agreeing, differing, strict=True)
+    ]
+    merged = merge_views(both, num_detections=9)
+    np.testing.assert_allclose(merged.scores, [[0.9, 0.5], [0.9, 0.3]])
+    assert merged.labels.tolist() == [[0, 1], [0, 2]]
+
+
+def fields(found: Detections) -> tuple:
+    return found.scores, found.labels, found.boxes_xyxy, found.mask_logits
 
 
 def test_the_best_stay_when_there_are_too_many():

@@ -116,7 +116,7 @@ def evaluate_batches(
 
     `num_detections` is what `predict` gives an image; beyond COCO's 100 the metrics count as many.
     """
-    pairs = ((predict(batch.images), batch) for batch in batches)
+    pairs = ((predict(np.asarray(batch.images)), batch) for batch in batches)
     results = collect_results(pairs, image_ids=image_ids, category_ids=category_ids)
     return coco_metrics(ground_truth, results, max_detections=max(100, num_detections)), results
 

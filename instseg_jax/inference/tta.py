@@ -46,9 +46,12 @@ def merge_views(views: Sequence[Detections], *, num_detections: int) -> Detectio
     """Merge the detections of V views of a batch, all in one frame, on the mask grid of the first.
 
     Of two views, detections of a class pair up by the overlap of their boxes, largest first. A pair's box and mask
-    logits are means weighted by score; a score is its sum over the views divided by V.
+    logits are means weighted by score; a score is its sum over the views divided by V. Each image keeps as many as the
+    largest view has, `num_detections` at most.
     """
-    merged = [_merge_image([_of_image(view, b) for view in views], num_detections) for b in range(len(views[0].scores))]
+    batch_size, _ = np.shape(views[0].scores)
+    count = min(num_detections, max(np.shape(view.scores)[1] for view in views))
+    merged = [_merge_image([_of_image(view, b) for view in views], count) for b in range(batch_size)]
     return Detections(*(np.stack(parts) for parts in zip(*merged, strict=True)))
 
 
