@@ -74,20 +74,24 @@ def content_size(view_size: tuple[int, int], size: tuple[int, int], resize: str)
 
 
 def resize_pixels(
-    pixels: np.ndarray, content: tuple[int, int], size: tuple[int, int], interpolation: str
+    pixels: np.ndarray,
+    content: tuple[int, int],
+    size: tuple[int, int],
+    interpolation: str,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Resize [h, w, 3] to the content size and put it into the top left of a black float32 [H, W, 3] in 0..1.
 
     uint8 pixels are resized as uint8, rounded and saturated. float32 pixels may leave 0..1 a little
-    with cubic and lanczos.
+    with cubic and lanczos. `out` is where the result goes, a place in a batch for instance.
     """
     height, width = content
-    resized = cv2.resize(pixels, (width, height), interpolation=INTERPOLATIONS[interpolation]).astype(np.float32)
-    resized *= 1.0 / 255.0
-    if content == size:
-        return resized
-    network_input = np.zeros((*size, pixels.shape[2]), np.float32)
-    network_input[:height, :width] = resized
+    resized = cv2.resize(pixels, (width, height), interpolation=INTERPOLATIONS[interpolation])
+    network_input = np.empty((*size, pixels.shape[2]), np.float32) if out is None else out
+    network_input[height:] = 0
+    network_input[:, width:] = 0
+    resized = resized.reshape(height, width, pixels.shape[2])  # OpenCV drops the axis of a single channel
+    np.multiply(resized, np.float32(1 / 255), out=network_input[:height, :width], dtype=np.float32)
     return network_input
 
 

@@ -86,8 +86,12 @@ def load_example(dataset: coco.CocoDataset, index: int) -> Example:
     )
 
 
-def finish(example: Example, size: tuple[int, int], interpolation: str, layout: Layout) -> Sample:
+def finish(
+    example: Example, size: tuple[int, int], interpolation: str, layout: Layout, out: np.ndarray | None = None
+) -> Sample:
     """Carry out the view: resize the picture to `size` (height, width), draw the masks, normalise the boxes.
+
+    The picture is written to `out` [H, W, 3] float32 where that is given.
 
     For evaluation that is all there is to do: stretched with "cubic" it is the reference's preprocessing.
     """
@@ -115,7 +119,7 @@ def finish(example: Example, size: tuple[int, int], interpolation: str, layout: 
         middles = slice(layout.mask_stride // 2, None, layout.mask_stride)
         labels, rendered = labels[visible], rendered[visible][:, middles, middles]
     return Sample(
-        image=images.resize_pixels(pixels, content, size, interpolation),
+        image=images.resize_pixels(pixels, content, size, interpolation, out),
         boxes=_normalise_boxes(boxes, size),
         labels=labels,
         masks=rendered,

@@ -150,12 +150,12 @@ def train_batches(
         size = sizes[int(rng.integers(len(sizes)))]
         interpolation = interpolations[int(rng.integers(len(interpolations)))]
         epoch, entries = batch_entries(len(dataset), batch_size, seed=seed, step=step)
+        pixels = np.empty((own.stop - own.start, *size, 3), np.float32)
         samples = []
-        for index, repeat in entries[own]:
+        for (index, repeat), place in zip(entries[own], pixels, strict=True):
             sample_rng = np.random.default_rng([seed, SAMPLE_STREAM, epoch, index, repeat])
-            samples.append(make_sample(dataset, index, sample_rng, augmentation, size, interpolation, layout))
-        batch = collate(samples, [index for index, _ in entries[own]], len(samples), size, layout)
-        return batch, _count(samples)
+            samples.append(make_sample(dataset, index, sample_rng, augmentation, size, interpolation, layout, place))
+        return collate(samples, [index for index, _ in entries[own]], pixels, layout), _count(samples)
 
     return _yield_batches(make_batch, itertools.count(start_step), num_workers, prefetch, counters)
 
@@ -184,8 +184,12 @@ def eval_batches(
         first = start + process_index * own_size
         indices = range(first, min(first + own_size, len(dataset)))
         rng = np.random.default_rng([SAMPLE_STREAM, first])
-        samples = [make_sample(dataset, index, rng, None, size, interpolation, layout) for index in indices]
-        return collate(samples, indices, own_size, size, layout), _count(samples)
+        pixels = np.zeros((own_size, *size, 3), np.float32)
+        samples = [
+            make_sample(dataset, index, rng, None, size, interpolation, layout, place)
+            for index, place in zip(indices, pixels, strict=False)
+        ]
+        return collate(samples, indices, pixels, layout), _count(samples)
 
     return _yield_batches(make_batch, range(0, len(dataset), batch_size), num_workers, prefetch, counters)
 
@@ -212,17 +216,20 @@ def make_sample(
     size: Size,
     interpolation: str,
     layout: examples.Layout,
+    out: np.ndarray | None = None,
 ) -> examples.Sample:
     """Decode, augment (unless for evaluation) and resize the image at a position of the data set.
 
-    Of more than `max_instances` objects a random choice stays. Errors name the image file.
+    Of more than `max_instances` objects a random choice stays. `out` is the image's place in a batch. Errors name
+    the image file.
     """
     try:
         example = examples.load_example(dataset, index)
         if augmentation is not None:
             example = transforms.augment(example, rng, augmentation)
         example, num_dropped = transforms.limit_objects(example, rng, max_instances=layout.max_instances)
-        return dataclasses.replace(examples.finish(example, size, interpolation, layout), num_dropped=num_dropped)
+        sample = examples.finish(example, size, interpolation, layout, out)
+        return dataclasses.replace(sample, num_dropped=num_dropped)
     except Exception as error:
         path = str(dataset.image_path(index))
         if path in str(error):
@@ -231,11 +238,14 @@ def make_sample(
 
 
 def collate(
-    samples: Sequence[examples.Sample], indices: Sequence[int], batch_size: int, size: Size, layout: examples.Layout
+    samples: Sequence[examples.Sample], indices: Sequence[int], pixels: np.ndarray, layout: examples.Layout
 ) -> Batch:
-    """Put samples into arrays of static shape; places beyond them are not valid and have the index -1."""
-    slots, (height, width) = layout.max_instances, size
-    images = np.zeros((batch_size, height, width, 3), np.float32)
+    """Put samples into arrays of static shape; places beyond them are not valid and have the index -1.
+
+    `pixels` [B, H, W, 3] holds the samples' images already.
+    """
+    batch_size, height, width, _ = pixels.shape
+    size, slots = (height, width), layout.max_instances
     image_index = np.full(batch_size, -1, np.int32)
     original_sizes = np.ones((batch_size, 2), np.int32)
     content_sizes = np.tile(np.array(size, np.int32), (batch_size, 1))
@@ -245,7 +255,6 @@ def collate(
     valid = np.zeros((batch_size, slots), bool)
     for i, (sample, index) in enumerate(zip(samples, indices, strict=True)):
         n = len(sample.labels)
-        images[i] = sample.image
         image_index[i] = index
         original_sizes[i] = sample.original_size
         content_sizes[i] = sample.content_size
@@ -254,7 +263,7 @@ def collate(
         masks[i, :n] = sample.masks
         valid[i, :n] = True
     return Batch(
-        images=images,
+        images=pixels,
         targets=Targets(labels=labels, boxes=boxes, masks=masks, valid=valid),
         image_valid=np.arange(batch_size) < len(samples),
         image_index=image_index,

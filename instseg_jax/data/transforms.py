@@ -106,6 +106,7 @@ def crop_around_objects(example: Example, rng: np.random.Generator, *, probabili
     if rng.random() >= probability or not len(example.labels):
         return example
     height, width = example.view.size
+    areas = (example.boxes_xyxy_px[:, 2:] - example.boxes_xyxy_px[:, :2]).prod(axis=1)
     for position in rng.permutation(len(CROP_IOU_THRESHOLDS)):
         threshold = CROP_IOU_THRESHOLDS[position]
         if threshold is None:
@@ -119,7 +120,7 @@ def crop_around_objects(example: Example, rng: np.random.Generator, *, probabili
             y = int(rng.integers(0, max(height - crop_height, 1)))
             x = int(rng.integers(0, max(width - crop_width, 1)))
             window = np.array([x, y, x + crop_width, y + crop_height], np.float32)
-            if _window_iou(example.boxes_xyxy_px, window).max() < threshold:
+            if _window_iou(example.boxes_xyxy_px, areas, window).max() < threshold:
                 continue
             cropped = crop(example, y, x, crop_height, crop_width)
             if len(cropped.labels):
@@ -216,12 +217,13 @@ def _shift_hue(image: Image.Image, shift: float) -> Image.Image:
     return Image.merge("HSV", (Image.fromarray(shifted), saturation, value)).convert("RGB")
 
 
-def _window_iou(boxes: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """IoU [n] of xyxy boxes [n, 4] with one window [4]."""
+def _window_iou(boxes: np.ndarray, areas: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """IoU [n] of xyxy boxes [n, 4] of the given areas [n] with one window [4]."""
     sides = np.minimum(boxes[:, 2:], window[2:]) - np.maximum(boxes[:, :2], window[:2])
-    intersection = sides.prod(axis=1) * (sides > 0).all(axis=1)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    return intersection / (areas + (window[2:] - window[:2]).prod() - intersection + IOU_EPS)
+    np.maximum(sides, 0, out=sides)
+    intersection = sides[:, 0] * sides[:, 1]
+    window_area = (window[2] - window[0]) * (window[3] - window[1])
+    return intersection / (areas + window_area - intersection + IOU_EPS)
 
 
 def _random_offset(room: int, rng: np.random.Generator) -> int:
