@@ -18,6 +18,7 @@ import hmac
 import importlib.resources
 import logging
 import re
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -305,4 +306,6 @@ def run_server(pipeline: Pipeline, limits: Limits, *, host: str, port: int) -> N
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         print(f"ready after {time.monotonic() - started:.1f} s: {address}{PATH}, a page at {address}", flush=True)
         config = uvicorn.Config(make_app(pipeline, limits), log_level="warning", access_log=False)
+        # uvicorn raises the signal once more when all is finished: to end was what was asked for, and no failure.
+        signal.signal(signal.SIGTERM, lambda *_: None)
         uvicorn.Server(config).run(sockets=[listener])
