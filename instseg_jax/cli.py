@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint or .pdparams (default: workdir)")
     sub.add_argument("--save_thresholds", action="store_true", help="store the scores with the best F1 in the weights")
     sub.add_argument("--tta", metavar="flip,scales", help="look at each picture mirrored, at several sizes, or both")
+    _add_tiles(sub)
     sub.add_argument("--predictions", metavar="FILE", help="score this COCO results file; needs no model and no config")
     sub.add_argument("--annotations", metavar="FILE", help="with --predictions: the COCO ground truth")
     sub.add_argument("--images", metavar="DIR", help="with --predictions: the pictures, for the report's galleries")

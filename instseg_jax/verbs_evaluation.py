@@ -26,7 +26,9 @@ from instseg_jax.files import write_json
 from instseg_jax.images import read_image
 from instseg_jax.inference import tta as tta_room
 from instseg_jax.inference.benchmark import peak_memory_mb
+from instseg_jax.inference.pipeline import build_pipeline
 from instseg_jax.inference.predictor import LoadedModel, load_model, make_predict
+from instseg_jax.inference.tiling import Tiles
 from instseg_jax.inference.visualize import draw_instances
 from instseg_jax.training import loop, sharding
 from instseg_jax.types import Batch, Detections
@@ -63,7 +65,8 @@ def evaluate(config: ConfigDict | dict[str, str], options: argparse.Namespace) -
         else:
             weights = options.weights or options.workdir
             model = load_with_overrides(config, weights)
-            evaluated = score_model(model, str(weights), tta_room.parse_views(options.tta))
+            tiles = None if options.tile is None else Tiles(options.tile, options.overlap, options.whole_image)
+            evaluated = score_model(model, str(weights), tta_room.parse_views(options.tta), tiles)
         analyses = write_outcome(workdir, evaluated)
         if options.save_thresholds and jax.process_index() == 0:
             _save_thresholds(options.weights or options.workdir, next(iter(analyses.values())))
@@ -103,11 +106,12 @@ def print_metrics(metrics: dict[str, float | None]) -> None:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    tta_room.parse_views(options.tta)
+    if tta_room.parse_views(options.tta) and options.tile is not None:
+        raise ValueError("--tta and --tile can't be combined")
     if options.predictions:
         if not options.annotations:
             raise ValueError("--predictions needs --annotations=FILE, the COCO ground truth to score against")
-        useless = [name for name in ("weights", "save_thresholds", "tta") if getattr(options, name)]
+        useless = [name for name in ("weights", "save_thresholds", "tta", "tile") if getattr(options, name)]
         if useless:
             raise ValueError(f"--{useless[0]} is about a model, and --predictions scores a file without one")
     elif options.annotations or options.images:
@@ -142,10 +146,10 @@ def _score_file(config: ConfigDict | dict[str, str], options: argparse.Namespace
     )
 
 
-def score_model(model: LoadedModel, weights: str, tta: Sequence[str]) -> Evaluated:
+def score_model(model: LoadedModel, weights: str, tta: Sequence[str], tiles: Tiles | None = None) -> Evaluated:
     """Score a model on the validation images of its config; `weights` says where it came from."""
     evaluation = model.config.eval
-    results, dataset, seconds = _predict_split(model, tta)
+    results, dataset, seconds = _predict_split(model, tta) if tiles is None else _predict_tiled(model, tiles)
     predicted = time.perf_counter()
     scored = _score(coco.to_coco(dataset), results, ("segm", "bbox"), evaluation)
     devices = select_devices(model.config.device)
@@ -157,7 +161,9 @@ def score_model(model: LoadedModel, weights: str, tta: Sequence[str]) -> Evaluat
             "model": model.config.model.name,
             "weights": weights,
             "images": f"{len(dataset)} of {dataset.name}",
-            "input": f"{data.image_size} px, {data.resize}" + (f", TTA {', '.join(tta)}" if tta else ""),
+            "input": f"{data.image_size} px, {data.resize}"
+            + (f", TTA {', '.join(tta)}" if tta else "")
+            + (f", in windows of {tiles.side} px with {tiles.overlap_px} px in common" if tiles else ""),
         },
         run={
             "first batch, with compiling": f"{first:.1f} s",
@@ -204,6 +210,28 @@ def _predict_split(model: LoadedModel, tta: Sequence[str]) -> tuple[list[dict], 
     image_ids = [image.id for image in dataset.images]
     results = collect_results(timed_pairs(), image_ids=image_ids, category_ids=categories)
     return gather_results(results), dataset, np.diff(times).tolist()
+
+
+def _predict_tiled(model: LoadedModel, tiles: Tiles) -> tuple[list[dict], coco.CocoDataset, list[float]]:
+    """The same with images larger than a window worked on in windows, without a lowest score."""
+    config = model.config
+    dataset = loop.read_split(config.data, "val")
+    coco.check_images(dataset)
+    categories = coco.map_categories(dataset, model.class_names)
+    every_score = np.zeros(len(model.class_names))
+    pipeline = build_pipeline(model, device=config.device, threshold=every_score, batch_size=config.eval.batch_size)
+    paths = [dataset.image_path(i) for i in range(len(dataset))]
+    options = {"tile": tiles.side, "overlap": tiles.overlap, "whole_image": tiles.whole_image}
+    results: list[dict] = []
+    times = [time.perf_counter()]
+    for image, result in zip(dataset.images, track(pipeline.predict(paths, **options), "evaluating"), strict=True):
+        if result.error is not None:
+            raise ValueError(result.error)
+        entries = zip(result.boxes, result.to_coco(image.id), strict=True)
+        known = ((categories[box["cls_id"]], entry) for box, entry in entries)
+        results += [entry | {"category_id": category} for category, entry in known if category is not None]
+        times.append(time.perf_counter())
+    return results, dataset, np.diff(times).tolist()
 
 
 def detect(model: LoadedModel, dataset: coco.CocoDataset, tta: Sequence[str]) -> Iterator[tuple[Detections, Batch]]:

@@ -1,6 +1,8 @@
 """Large images in windows: nothing twice, nothing lost, no memory for what is not looked at."""
 
+import dataclasses
 import itertools
+import json
 import subprocess
 import sys
 import textwrap
@@ -8,15 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_model import make_model, make_pipeline, picture
+from fake_model import CATEGORY_IDS, CLASS_NAMES, make_model, make_pipeline, picture
 from PIL import Image
 
+from instseg_jax.config import load_config
 from instseg_jax.inference.mask_merging import WindowInstances, merge_windows
 from instseg_jax.inference.pipeline import build_pipeline
 from instseg_jax.inference.postprocess import Instances
 from instseg_jax.inference.tiling import Tiles, windows_of
 from instseg_jax.inference.windows import Window, fill_up, view_size
 from instseg_jax.masks import decode_rle, encode_mask
+from instseg_jax.verbs_evaluation import score_model
 
 TILES = Tiles(64, 0.25, False)
 
@@ -223,6 +227,39 @@ def test_the_whole_image_does_not_repeat_what_a_window_shows():
     left = instances((0, 0.5, (10, 10, 70, 60)))
     large = instances((0, 0.9, (11, 11, 71, 61)), size=(100, 180))
     assert merge(left, instances(), large) == [(0, 0.5, [10, 10, 70, 60], 3000)]
+
+
+# --- evaluation ----------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_in_windows(tmp_path):
+    """Every object of pictures larger than the windows is found once and completely: nothing is left to gain."""
+    images, annotations = [], []
+    (tmp_path / "data" / "annotations").mkdir(parents=True)
+    (tmp_path / "data" / "images").mkdir()
+    for i in range(3):
+        rectangles = [(0, 20 + i, 10, 90, 40), (1, 51 + i, 45, 54 + i, 62), (2, 100, 20, 155, 90)]
+        image = picture(*rectangles, size=(100, 160))
+        Image.fromarray(image).save(tmp_path / "data" / "images" / f"{i}.png")
+        images.append({"id": i + 1, "file_name": f"{i}.png", "height": 100, "width": 160})
+        for label, x1, y1, x2, y2 in rectangles:
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": i + 1, "category_id": CATEGORY_IDS[label], "iscrowd": 0}
+                | {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+                | {"segmentation": encode_mask(masks_of(image, label))}
+            )
+    categories = [{"id": id_, "name": name} for id_, name in zip(CATEGORY_IDS, CLASS_NAMES, strict=True)]
+    truth = {"images": images, "annotations": annotations, "categories": categories}
+    for split in ("train", "val"):
+        (tmp_path / "data" / "annotations" / f"instance_{split}.json").write_text(json.dumps(truth))
+    fields = {"data.dir": str(tmp_path / "data"), "data.image_size": "64", "data.resize": "letterbox"}
+    config = load_config("configs/quickstart.py", fields | {"data.eval_interpolation": "nearest"})
+    model = dataclasses.replace(make_model(), config=config)
+    coarse = score_model(model, "fake", ()).metrics
+    fine = score_model(model, "fake", (), Tiles(64, 0.25, False)).metrics
+    assert fine["segm/AP"] == fine["bbox/AP"] == 1.0
+    assert coarse["segm/AP"] < 1.0, "at once the pictures are scaled down, and the outlines are not exact"
+    assert score_model(model, "fake", (), Tiles(400, 0.25, True)).metrics == coarse
 
 
 # --- a raster that does not fit ------------------------------------------------------------------------------------

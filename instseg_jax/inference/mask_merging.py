@@ -118,7 +118,7 @@ def _group(
 def _matches(
     pieces: Sequence[_Piece], windows: Sequence[Window], size: tuple[int, int]
 ) -> Iterator[tuple[float, int, int]]:
-    """Pairs of pieces of overlapping windows that are one object: (how much is covered, index, index)."""
+    """Pairs of pieces of overlapping windows that are one object: (how sure that is, index, index)."""
     by_window: list[list[int]] = [[] for _ in windows]
     for i, piece in enumerate(pieces):
         by_window[piece.window].append(i)
@@ -134,7 +134,8 @@ def _matches(
                     if pieces[i].label == pieces[j].label and _boxes_meet(pieces[i].extent, pieces[j].extent):
                         covered = _covered(pieces[i], pieces[j], zone, size)
                         if covered >= MIN_COVERED:
-                            yield covered, i, j
+                            # What both windows are sure of goes before what happens to cover it.
+                            yield covered * min(pieces[i].score, pieces[j].score), i, j
 
 
 def _boxes_meet(a: Sequence[int], b: Sequence[int]) -> bool:
