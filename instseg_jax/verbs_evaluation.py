@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -180,7 +181,9 @@ def score_model(model: LoadedModel, weights: str, tta: Sequence[str], tiles: Til
 
 def _score(truth: dict, results: list[dict], kinds: tuple[str, ...], evaluation: ConfigDict) -> dict:
     """The fields of `Evaluated` that follow from truth and results."""
-    limit = max(100, evaluation.num_detections)
+    # COCO's 100, unless the network or an image has more.
+    objects = Counter((entry["image_id"], entry["category_id"]) for entry in truth["annotations"])
+    limit = max(100, evaluation.num_detections, *objects.values())
     scored = (*kinds, "boundary") if evaluation.boundary and "segm" in kinds else kinds
     metrics = coco_metrics(truth, results, iou_types=scored, max_detections=limit, engine=evaluation.engine)
     metrics.setdefault("AP", metrics.get("bbox/AP"))  # boxes alone

@@ -5,7 +5,7 @@ Ground truth is a plain COCO dict in memory (or a pycocotools COCO); nothing pas
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,24 +101,6 @@ def coco_metrics(
     return metrics | {
         f"{iou_type}/{name}": value for iou_type, named in scores.items() for name, value in named.items()
     }
-
-
-def evaluate_batches(
-    predict: Callable[[np.ndarray], Detections],
-    batches: Iterable[Batch],
-    *,
-    ground_truth: dict,
-    image_ids: Sequence[int],
-    category_ids: Sequence[int | None],
-    num_detections: int,
-) -> tuple[dict[str, float | None], list[dict]]:
-    """Predict and score: (metrics as `coco_metrics` gives them, COCO result entries).
-
-    `num_detections` is what `predict` gives an image; beyond COCO's 100 the metrics count as many.
-    """
-    pairs = ((predict(np.asarray(batch.images)), batch) for batch in batches)
-    results = collect_results(pairs, image_ids=image_ids, category_ids=category_ids)
-    return coco_metrics(ground_truth, results, max_detections=max(100, num_detections)), results
 
 
 def collect_results(
