@@ -30,12 +30,12 @@ def decode_image(data: bytes | np.ndarray, name: str) -> np.ndarray:
     """Decode the bytes of an image file as `read_image` does; ValueError that says `name` when they are none."""
     buffer = np.frombuffer(data, np.uint8)
     try:
-        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR) if len(buffer) else None
+        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB) if len(buffer) else None
     except cv2.error:  # more pixels than OpenCV takes
         image = None
     if image is None:
         raise ValueError(f"{name!r} can't be read as an image.")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return image
 
 
 def to_rgb(array: np.ndarray, *, channels: str) -> np.ndarray:

@@ -7,15 +7,17 @@ resizing after, both in `data/examples.py`.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageStat
 
 from instseg_jax.data import rasterize
 from instseg_jax.data.examples import Example
 
 ENHANCE_RANGE = (0.5, 1.5)  # factor of brightness, contrast and saturation
 HUE_RANGE = (-18.0, 18.0)  # shift of the 8-bit hue
+COLOR_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 CROP_IOU_THRESHOLDS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, None)  # None: leave the picture as it is
 CROP_TRIALS = 50  # for each threshold
 CROP_SCALE = (0.3, 1.0)  # square root of the part of the area
@@ -48,9 +50,12 @@ class Augmentation:
 
 
 def augment(example: Example, rng: np.random.Generator, augmentation: Augmentation) -> Example:
-    """Apply the augmentations in the order of the reference, the additional ones after them."""
+    """Apply the augmentations of the reference, the additional ones after them.
+
+    The reference begins with the colours. Here they come last, where only what is still seen has to be worked on;
+    the result is the same, since neither looks at what the other does.
+    """
     a = augmentation
-    example = distort_colors(example, rng, probability=a.photometric_probability)
     example = expand_canvas(example, rng, probability=a.expand_probability, max_ratio=a.expand_max_ratio)
     example = crop_around_objects(example, rng, probability=a.crop_probability)
     example = flip_randomly(example, rng, probability=a.flip_probability, horizontal=True)
@@ -60,23 +65,24 @@ def augment(example: Example, rng: np.random.Generator, augmentation: Augmentati
             example = turn(example)
     if a.scale_jitter is not None:
         example = jitter_scale(example, rng, scale_range=a.scale_jitter)
-    return example
+    return distort_colors(example, rng, probability=a.photometric_probability)
 
 
 def distort_colors(example: Example, rng: np.random.Generator, *, probability: float) -> Example:
-    """Change brightness, contrast, saturation and hue, each with probability 1/2, in random order."""
+    """Change brightness, contrast, saturation and hue, each with probability 1/2, in random order.
+
+    Contrast is that of the whole picture; pixels that the view does not see stay as they are.
+    """
     if rng.random() >= probability:
         return example
-    image = Image.fromarray(example.image)
-    for operation in rng.permutation(4):
-        if rng.uniform(0.0, 1.0) < 0.5:
-            continue
-        if operation == 3:
-            image = _shift_hue(image, rng.uniform(*HUE_RANGE))
-        else:
-            enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[operation]
-            image = enhance(image).enhance(rng.uniform(*ENHANCE_RANGE))
-    return dataclasses.replace(example, image=np.asarray(image), is_float=True)
+    operations = []
+    for operation in (COLOR_OPERATIONS[i] for i in rng.permutation(4)):
+        if rng.uniform(0.0, 1.0) >= 0.5:
+            operations.append((operation, rng.uniform(*(HUE_RANGE if operation == "hue" else ENHANCE_RANGE))))
+    rows, columns = rasterize.seen_source(example.view)
+    image = example.image.copy()
+    image[rows, columns] = _distort(example.image, operations, (rows, columns))
+    return dataclasses.replace(example, image=image, is_float=True)
 
 
 def expand_canvas(example: Example, rng: np.random.Generator, *, probability: float, max_ratio: float) -> Example:
@@ -208,6 +214,28 @@ def take_objects(example: Example, positions: np.ndarray) -> Example:
         labels=example.labels[positions],
         segmentations=tuple(example.segmentations[i] for i in positions),
     )
+
+
+def _distort(image: np.ndarray, operations: Sequence[tuple[str, float]], part: tuple[slice, slice]) -> np.ndarray:
+    """The part of a picture [h, w, 3] after the operations, as if the whole of it had gone through them."""
+    names = [name for name, _ in operations]
+    needs_whole = names.index("contrast") if "contrast" in names else 0  # operations before it work on everything
+    whole = Image.fromarray(image)
+    for name, amount in operations[:needs_whole]:
+        whole = _change_color(whole, name, amount, whole)
+    seen = Image.fromarray(np.asarray(whole)[part])
+    for name, amount in operations[needs_whole:]:
+        seen = _change_color(seen, name, amount, whole)
+    return np.asarray(seen)
+
+
+def _change_color(image: Image.Image, name: str, amount: float, whole: Image.Image) -> Image.Image:
+    if name == "hue":
+        return _shift_hue(image, amount)
+    if name == "contrast":  # as ImageEnhance does it, about the mean grey of the whole picture
+        mean = int(ImageStat.Stat(whole.convert("L")).mean[0] + 0.5)
+        return Image.blend(Image.new("RGB", image.size, (mean, mean, mean)), image, amount)
+    return {"brightness": ImageEnhance.Brightness, "saturation": ImageEnhance.Color}[name](image).enhance(amount)
 
 
 def _shift_hue(image: Image.Image, shift: float) -> Image.Image:
