@@ -199,10 +199,7 @@ def _score(truth: dict, results: list[dict], kinds: tuple[str, ...], evaluation:
 
 def _predict_split(model: LoadedModel, tta: Sequence[str]) -> tuple[list[dict], coco.CocoDataset, list[float]]:
     """Result entries of the validation images, the same in every process, the data set, and seconds a batch."""
-    config = model.config
-    dataset = loop.read_split(config.data, "val")
-    coco.check_images(dataset)
-    categories = coco.map_categories(dataset, model.class_names)
+    dataset, categories = _open_split(model)
     times = [time.perf_counter()]
 
     def timed_pairs() -> Iterator[tuple[Detections, Batch]]:
@@ -218,16 +215,14 @@ def _predict_split(model: LoadedModel, tta: Sequence[str]) -> tuple[list[dict], 
 def _predict_tiled(model: LoadedModel, tiles: Tiles) -> tuple[list[dict], coco.CocoDataset, list[float]]:
     """The same with images larger than a window worked on in windows, without a lowest score."""
     config = model.config
-    dataset = loop.read_split(config.data, "val")
-    coco.check_images(dataset)
-    categories = coco.map_categories(dataset, model.class_names)
+    dataset, categories = _open_split(model)
     every_score = np.zeros(len(model.class_names))
     pipeline = build_pipeline(model, device=config.device, threshold=every_score, batch_size=config.eval.batch_size)
     paths = [dataset.image_path(i) for i in range(len(dataset))]
-    options = {"tile": tiles.side, "overlap": tiles.overlap, "whole_image": tiles.whole_image}
+    found = pipeline.predict(paths, tile=tiles.side, overlap=tiles.overlap, whole_image=tiles.whole_image)
     results: list[dict] = []
     times = [time.perf_counter()]
-    for image, result in zip(dataset.images, track(pipeline.predict(paths, **options), "evaluating"), strict=True):
+    for image, result in zip(dataset.images, track(found, "evaluating", len(paths)), strict=True):
         if result.error is not None:
             raise ValueError(result.error)
         entries = zip(result.boxes, result.to_coco(image.id), strict=True)
@@ -235,6 +230,13 @@ def _predict_tiled(model: LoadedModel, tiles: Tiles) -> tuple[list[dict], coco.C
         results += [entry | {"category_id": category} for category, entry in known if category is not None]
         times.append(time.perf_counter())
     return results, dataset, np.diff(times).tolist()
+
+
+def _open_split(model: LoadedModel) -> tuple[coco.CocoDataset, tuple[int | None, ...]]:
+    """The validation images of the model's config, and the category id of each of its classes."""
+    dataset = loop.read_split(model.config.data, "val")
+    coco.check_images(dataset)
+    return dataset, coco.map_categories(dataset, model.class_names)
 
 
 def detect(model: LoadedModel, dataset: coco.CocoDataset, tta: Sequence[str]) -> Iterator[tuple[Detections, Batch]]:

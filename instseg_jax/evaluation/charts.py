@@ -62,13 +62,8 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, title: str)
                 f'<polyline {style}{dashes} points="{points}"><title>{html.escape(line.name)}</title></polyline>'
             )
     parts += [*_labels(x_label, y_label), "</svg>"]
-    legend = " ".join(
-        f'<span class="key" style="border-color:{color(line.color)};border-top-style:{_stroke(line)}">'
-        f"{html.escape(line.name)}</span>"
-        for line in lines
-        if line.color is not None
-    )
-    return f"<figure>{''.join(parts)}<figcaption>{html.escape(title)}<br>{legend}</figcaption></figure>"
+    keys = " ".join(_key(line.name, line.color, _stroke(line)) for line in lines if line.color is not None)
+    return f"<figure>{''.join(parts)}<figcaption>{html.escape(title)}<br>{keys}</figcaption></figure>"
 
 
 def reliability_chart(edges: np.ndarray, heights: np.ndarray, counts: np.ndarray, *, title: str) -> str:
@@ -150,9 +145,19 @@ def matrix(counts: np.ndarray, names: Sequence[str], *, corner: str) -> str:
     return f'<div class="scroll"><table class="matrix">{head}{"".join(body)}</table></div>'
 
 
+def legend(names: Sequence[str]) -> str:
+    """The names of bars with their colours, in order."""
+    return f'<p class="dim">{" ".join(_key(name, i, "solid") for i, name in enumerate(names))}</p>'
+
+
 def color(position: int) -> str:
     """A colour of the style, beginning anew after the last."""
     return f"var(--c{position % NUM_COLORS})"
+
+
+def _key(name: str, position: int, stroke: str) -> str:
+    style = f"border-color:{color(position)};border-top-style:{stroke}"
+    return f'<span class="key" style="{style}">{html.escape(name)}</span>'
 
 
 def _alignment(text: str) -> str:

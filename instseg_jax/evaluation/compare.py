@@ -5,7 +5,6 @@ them alike drops out of the differences.
 """
 
 import dataclasses
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -145,11 +144,7 @@ def _class_table(metrics: Mapping[str, Mapping[str, float | None]], kind: str) -
         for name in names
         for values in [[run.get(name) for run in metrics.values()]]
     ]
-    legend = "".join(
-        f'<span class="key" style="border-color:{charts.color(i)};border-top-style:solid">{html.escape(name)}</span> '
-        for i, name in enumerate(metrics)
-    )
-    return f'<p class="dim">{legend}</p>' + charts.bar_table(("class", "", *metrics), rows)
+    return charts.legend(list(metrics)) + charts.bar_table(("class", "", *metrics), rows)
 
 
 def _ap_and_ap50(matches: Matches, weights: np.ndarray | None) -> tuple[float, float]:

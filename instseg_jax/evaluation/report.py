@@ -142,7 +142,8 @@ def _classes_section(metrics: Mapping[str, float | None], analysis: Analysis, ki
         for values in [[metrics[f"{kind}/AP_{size}"] for kind in kinds]]
     ]
     return (
-        f"<h2>AP by class</h2>{charts.bar_table(header, rows)}<h2>AP by size</h2>"
+        f"<h2>AP by class</h2>{charts.legend([KIND_NAMES[kind] for kind in kinds])}{charts.bar_table(header, rows)}"
+        "<h2>AP by size</h2>"
         '<p class="dim">Small: below 32 x 32 pixels; large: from 96 x 96 on.</p>'
         + charts.bar_table(("size", "", *(f"{KIND_NAMES[kind]} AP" for kind in kinds)), sizes)
     )
