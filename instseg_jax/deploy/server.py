@@ -303,9 +303,21 @@ def run_server(pipeline: Pipeline, limits: Limits, *, host: str, port: int) -> N
             raise OSError(f"can't listen at {host}:{port} ({error})") from error
         started = time.monotonic()
         pipeline.warm_up()
-        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        print(f"ready after {time.monotonic() - started:.1f} s: {address}{PATH}, a page at {address}", flush=True)
         config = uvicorn.Config(make_app(pipeline, limits), log_level="warning", access_log=False)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         # uvicorn raises the signal once more when all is finished: to end was what was asked for, and no failure.
         signal.signal(signal.SIGTERM, lambda *_: None)
-        uvicorn.Server(config).run(sockets=[listener])
+        _AnnouncedServer(config, address, started).run(sockets=[listener])
+
+
+class _AnnouncedServer(uvicorn.Server):
+    """Says where it is once it listens."""
+
+    def __init__(self, config: uvicorn.Config, address: str, started: float) -> None:
+        super().__init__(config)
+        self._address, self._started_at = address, started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        seconds = time.monotonic() - self._started_at
+        print(f"ready after {seconds:.1f} s: {self._address}{PATH}, a page at {self._address}", flush=True)

@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from instseg_jax.masks import compress_rle, decode_rle, encode_mask, rle_area, rle_box_xyxy_px
+from instseg_jax.inference.crops import crop_rle
+from instseg_jax.masks import compress_rle, encode_mask, rle_area, rle_box_xyxy_px
 
 GOLDEN_ANGLE = 137.508  # degrees: successive classes are far apart in hue, however many there are
 FIRST_HUE = 25.0
@@ -122,7 +123,7 @@ def _draw_mask(
 ) -> None:
     """Blend the inside of a mask with its colour and draw its outline, in place."""
     x1, y1, x2, y2 = box
-    crop = np.ascontiguousarray(decode_rle(rle)[y1:y2, x1:x2])
+    crop = crop_rle(rle, box)
     region = canvas[y1:y2, x1:x2]
     blended = np.arange(256)[:, None] * (1 - opacity) + np.array(color) * opacity
     region[:] = cv2.copyTo(cv2.LUT(region, np.rint(blended).astype(np.uint8)[None]), crop, region)
