@@ -223,6 +223,13 @@ def test_the_whole_image_gives_the_large_objects():
     ]
 
 
+def test_a_crowd_is_no_large_object():
+    """Scaled down, two neighbours look like one object of their class."""
+    left = instances((0, 0.5, (10, 10, 40, 60)), (0, 0.4, (45, 10, 75, 60)))
+    large = instances((0, 0.9, (8, 8, 80, 62)), size=(100, 180))
+    assert [score for _, score, *_ in merge(left, instances(), large)] == [0.5, 0.4]
+
+
 def test_the_whole_image_does_not_repeat_what_a_window_shows():
     left = instances((0, 0.5, (10, 10, 70, 60)))
     large = instances((0, 0.9, (11, 11, 71, 61)), size=(100, 180))

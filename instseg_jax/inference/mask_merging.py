@@ -18,6 +18,7 @@ from instseg_jax.masks import compress_rle, rle_area, rle_box_xyxy_px
 
 MIN_COVERED = 0.5  # of the smaller mask: from here on two masks are one object
 MIN_WHOLE = 0.5  # of the largest part's area: a smaller "whole" object beside it is a fragment
+CROWD = 2  # whole objects of its class inside a large one: so many make it a crowd, not an object
 CUT_MARGIN = 2  # pixels: a mask that comes so near to a window's border is cut off by it
 
 
@@ -214,8 +215,11 @@ def _add_large(merged: list[_Piece], whole: Instances, size: tuple[int, int], ov
             and _boxes_meet(piece.extent, large.extent)
             and intersection_over_smaller(piece.mask, large.mask) >= MIN_COVERED
         ]
-        if any(not piece.is_cut and piece.area >= MIN_WHOLE * large.area for piece in same):
+        complete = [piece for piece in same if not piece.is_cut]
+        if any(piece.area >= MIN_WHOLE * large.area for piece in complete):
             continue  # a window shows it as a whole, and finer
+        if len(complete) >= CROWD:
+            continue  # scaled down, several small objects look like one
         fragments = [piece for piece in same if piece.is_cut]
         taken = {id(piece) for piece in fragments}
         merged = [piece for piece in merged if id(piece) not in taken]
