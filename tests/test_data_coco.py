@@ -189,7 +189,7 @@ def changed(**changes):
         (changed(categories=[{"id": 3}]), "Category number 1 of .* lacks 'name'"),
         (changed(categories=[{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]), "Several categories .* share an id: 3"),
         (changed(images=[{"id": 1, "file_name": "a.jpg"}]), "Image number 1 of .* lacks 'height', 'width'"),
-        (changed(images=[{"id": 1, "file_name": "a", "height": 0, "width": 4}]), "Image number 1 of .* has the height 0"),
+        (changed(images=[{"id": 1, "file_name": "a", "height": 0, "width": 4}]), "Image number 1 .* has the height 0"),
         (changed(images=content()["images"] * 2), "Several images .* share an id: 10, 7"),
         (changed(images=[{"id": "x", "file_name": "a", "height": 1, "width": 4}]), "whole numbers, got 'x'"),
         (content(annotation(5), annotation(5)), "Several annotations .* share an id: 5"),

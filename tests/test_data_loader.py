@@ -4,15 +4,17 @@ import collections
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import threading
 import time
+import types
 
 import cv2
 import ml_collections
 import numpy as np
 import pytest
 
-from instseg_jax.data import coco, examples, loader, transforms
+from instseg_jax.data import coco, epochs, examples, loader, prefetch, transforms
 
 AUGMENTATION = transforms.Augmentation(
     photometric_probability=0.8,
@@ -23,6 +25,9 @@ AUGMENTATION = transforms.Augmentation(
     vertical_flip_probability=0.0,
     quarter_turns=False,
     scale_jitter=None,
+    copy_paste_probability=0.0,
+    copy_paste_max_objects=5,
+    copy_paste_scale=(0.5, 1.5),
 )
 NO_AUGMENTATION = dataclasses.replace(
     AUGMENTATION, photometric_probability=0.0, expand_probability=0.0, crop_probability=0.0, flip_probability=0.0
@@ -81,10 +86,12 @@ def train(dataset, **changes):
         "layout": LAYOUT,
         "num_workers": 0,
         "prefetch": 2,
+        "use_processes": False,
         "counters": collections.Counter(),
         "process_index": 0,
         "process_count": 1,
     }
+    arguments["pool"] = epochs.make_pool(dataset, None)
     return loader.train_batches(dataset, **(arguments | changes))
 
 
@@ -96,6 +103,7 @@ def evaluate(dataset, **changes):
         "layout": LAYOUT,
         "num_workers": 0,
         "prefetch": 2,
+        "use_processes": False,
         "counters": collections.Counter(),
         "process_index": 0,
         "process_count": 1,
@@ -189,11 +197,22 @@ def test_resume_equals_going_on(trainable):
     assert (whole[0].images.shape != whole[1].images.shape) or (whole[0].images != whole[1].images).any()
 
 
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_threads_change_nothing(trainable, num_workers):
+@pytest.mark.parametrize(("num_workers", "use_processes"), [(1, False), (3, False), (2, True)])
+def test_workers_change_nothing(trainable, num_workers, use_processes):
     inline = take(train(trainable), 6)
-    for a, b in zip(take(train(trainable, num_workers=num_workers, prefetch=4), 6), inline, strict=True):
+    counters = collections.Counter()
+    ahead = train(trainable, num_workers=num_workers, prefetch=4, use_processes=use_processes, counters=counters)
+    for a, b in zip(take(ahead, 6), inline, strict=True):
         assert_equal(a, b)
+    assert counters["images"] == 12 and counters["objects"] > 0
+    assert not multiprocessing.active_children()
+
+
+def test_errors_of_processes_name_the_file(trainable, tmp_path):
+    broken = dataclasses.replace(trainable, image_folder=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"[1-5]\.png"):
+        next(train(broken, num_workers=1, use_processes=True))
+    assert not multiprocessing.active_children()
 
 
 def test_seed_changes_the_batches(trainable):
@@ -216,6 +235,44 @@ def test_hosts_build_slices_of_the_same_batch(trainable):
             np.testing.assert_array_equal(x, np.concatenate([a, b]))
 
 
+def test_copy_paste_takes_objects_from_other_images(trainable):
+    augmentation = dataclasses.replace(NO_AUGMENTATION, copy_paste_probability=1.0, copy_paste_max_objects=4)
+    layout = dataclasses.replace(LAYOUT, max_instances=12)
+    plain, pasted = (take(train(trainable, augmentation=a, layout=layout), 6) for a in (NO_AUGMENTATION, augmentation))
+    for a, b in zip(plain, pasted, strict=True):
+        np.testing.assert_array_equal(a.image_index, b.image_index)
+    assert sum(b.targets.valid.sum() for b in pasted) > 1.3 * sum(b.targets.valid.sum() for b in plain)
+    for a, b in zip(
+        take(train(trainable, augmentation=augmentation, layout=layout, start_step=4), 2), pasted[4:], strict=True
+    ):
+        assert_equal(a, b)
+
+
+def test_share_of_images_without_objects():
+    """Of 6 images with objects and 9 without, a share of a quarter takes 2 of the 9, others in each epoch."""
+    annotations = tuple(((), "an object")[(i % 5 < 2 and 1) or 0] for i in range(15))
+    data = types.SimpleNamespace(annotations=annotations)
+    pool = epochs.make_pool(data, 0.25)
+    assert (len(pool.with_objects), len(pool.without), pool.num_without, pool.size) == (6, 9, 2, 8)
+    drawn = [
+        [
+            index
+            for step in (2 * epoch, 2 * epoch + 1)
+            for index, _ in epochs.batch_entries(pool, 4, seed=1, step=step)[1]
+        ]
+        for epoch in range(30)
+    ]
+    for shown in drawn:
+        assert len(set(shown)) == 8 and sum(not annotations[i] for i in shown) == 2
+        assert {i for i in shown if annotations[i]} == {i for i in range(15) if annotations[i]}
+    assert {i for shown in drawn for i in shown} == set(range(15))
+    assert epochs.make_pool(data, None).size == 15 and epochs.make_pool(data, 0.0).size == 6
+    assert epochs.make_pool(data, 0.9).num_without == 9  # there are no more
+    for share in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=r"data\.empty_share"):
+            epochs.make_pool(data, share)
+
+
 def test_data_set_smaller_than_the_batch_repeats_with_other_augmentation(trainable):
     batch = next(train(trainable, batch_size=12, sizes=[(32, 32)]))
     counts = collections.Counter(batch.image_index.tolist())
@@ -223,8 +280,8 @@ def test_data_set_smaller_than_the_batch_repeats_with_other_augmentation(trainab
     assert set(counts.values()) <= {2, 3}
     first, second = (np.flatnonzero(batch.image_index == 2)[k] for k in range(2))
     assert (batch.images[first] != batch.images[second]).any()
-    assert loader.steps_per_epoch(5, 12) == 1
-    assert loader.steps_per_epoch(5, 2) == 2
+    assert epochs.steps_per_epoch(5, 12) == 1
+    assert epochs.steps_per_epoch(5, 2) == 2
 
 
 def test_eval_shows_each_image_once_and_fills_the_last_batch(dataset):
@@ -271,7 +328,7 @@ def test_unexpected_errors_name_the_file_too(trainable, monkeypatch):
     def fail(*_):
         raise cv2.error("out of luck")
 
-    monkeypatch.setattr(loader.transforms, "augment", fail)
+    monkeypatch.setattr(transforms, "augment", fail)
     with pytest.raises(RuntimeError, match=r"[1-5]\.png' can't be made a sample: .*out of luck"):
         next(train(trainable, num_workers=2))
 
@@ -293,7 +350,7 @@ def test_prefetch_is_ordered_and_bounded():
         time.sleep(0.02 * (3 - item % 3))
         return item * item
 
-    results = loader.prefetch_map(work, itertools.count(), num_workers=3, prefetch=4)
+    results = prefetch.prefetch_map(work, itertools.count(), num_workers=3, prefetch=4, use_processes=False)
     assert [next(results) for _ in range(5)] == [0, 1, 4, 9, 16]
     time.sleep(0.2)
     assert len(started) <= 5 + 4
@@ -317,8 +374,10 @@ def config(folder):
                 "refit_boxes": False,
                 "resize": "stretch",
                 "keep_empty": False,
+                "empty_share": None,
                 "num_workers": 1,
                 "prefetch": 2,
+                "use_processes": False,
                 "augment": augment,
             },
             "train": {"batch_size": 2},
@@ -337,6 +396,9 @@ def test_build_train_loader(folder, dataset):
     with_empty = config(folder)
     with_empty.data.keep_empty = True
     assert len(loader.build_train_loader(with_empty, dataset).dataset) == 7
+    with_empty.data.update(keep_empty=False, empty_share=0.1)
+    built = loader.build_train_loader(with_empty, dataset)
+    assert (len(built.dataset), built.num_batches) == (7, 3)  # five with objects and one without
 
 
 def test_build_eval_loader(folder, dataset):

@@ -19,7 +19,7 @@ CONFIG, LOG, METRICS, VALIDATION, RESULT = (
 )
 # A run may be continued with other values of these: none of them changes what is computed.
 FREE_TO_CHANGE = (
-    *("device", "data.num_workers", "data.prefetch", "checkpoint", "log", "eval.batch_size"),
+    *("device", "data.num_workers", "data.prefetch", "data.use_processes", "checkpoint", "log", "eval.batch_size"),
     *("eval.engine", "eval.boundary", "eval.gallery_size", "eval.tta_scales"),
 )
 
