@@ -97,6 +97,8 @@ async def parse_request(request: Any, body: bytes) -> tuple[schema.SegmentationR
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         message = [{"type": "json_invalid", "loc": "body", "msg": f"JSON decode error: {error}"}]
         raise Refused(422, json.dumps(message)) from None
+    except ValueError:  # of the form parser
+        raise Refused(422, "The form can't be read") from None
 
 
 def _from_text(options: Any) -> dict[str, Any]:
