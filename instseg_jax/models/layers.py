@@ -10,6 +10,7 @@ module runs in float32 and float64; `dtype=jnp.bfloat16` computes in bfloat16 wi
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -165,19 +166,47 @@ class MLP(nn.Module):
 # --- convolution ----------------------------------------------------------------------------------
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def depthwise_conv(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
-    """Depthwise convolution as a sum of shifted products: x [B, H, W, C], kernel [k, k, 1, C]."""
-    size = kernel.shape[0]
+    """Depthwise convolution as a sum of shifted products: x [B, H, W, C], kernel [k, k, 1, C].
+
+    For the backward pass only x and the kernel are kept: automatic differentiation keeps a shifted copy of x for each
+    of the k x k products, a quarter of all that a training step of size L remembers.
+    """
+    windows = _shifted_windows(x, kernel.shape[0], stride, padding)
+    return sum(window * weight for window, weight in zip(windows, _taps(kernel), strict=True))
+
+
+def _taps(kernel: Array) -> list[Array]:
+    """[k, k, 1, C] -> k * k of [C]."""
+    return [kernel[dy, dx, 0] for dy in range(kernel.shape[0]) for dx in range(kernel.shape[0])]
+
+
+def _shifted_windows(x: Array, size: int, stride: int, padding: tuple[int, int]) -> list[Array]:
+    """What each tap of a size x size kernel sees, [B, H', W', C] each."""
     x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
-    height = (x.shape[1] - size) // stride + 1
-    width = (x.shape[2] - size) // stride + 1
-    total = None
-    for dy in range(size):
-        for dx in range(size):
-            window = x[:, dy : dy + (height - 1) * stride + 1 : stride, dx : dx + (width - 1) * stride + 1 : stride]
-            term = window * kernel[dy, dx, 0]
-            total = term if total is None else total + term
-    return total
+    height, width = ((n - size) // stride * stride + 1 for n in x.shape[1:3])
+    shifts = [(dy, dx) for dy in range(size) for dx in range(size)]
+    return [x[:, dy : dy + height : stride, dx : dx + width : stride] for dy, dx in shifts]
+
+
+def _depthwise_forward(x: Array, kernel: Array, stride: int, padding: tuple[int, int]):
+    return depthwise_conv(x, kernel, stride, padding), (x, kernel)
+
+
+def _depthwise_backward(stride: int, padding: tuple[int, int], kept: tuple[Array, Array], gradient: Array):
+    x, kernel = kept
+    size = kernel.shape[0]
+    windows = _shifted_windows(x, size, stride, padding)
+    to_kernel = jnp.stack([jnp.sum(window * gradient, axis=(0, 1, 2)) for window in windows])
+    # To x: a convolution of the gradient, spread out by the stride, with the kernel turned round.
+    unseen = [(n + sum(padding) - size) % stride for n in x.shape[1:3]]
+    edges = [(size - 1 - padding[0], size - 1 - padding[1] + rest, stride - 1) for rest in unseen]
+    spread = jax.lax.pad(gradient, jnp.zeros((), gradient.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    return depthwise_conv(spread, kernel[::-1, ::-1], 1, (0, 0)), to_kernel.reshape(kernel.shape)
+
+
+depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def convolve(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
