@@ -1,6 +1,7 @@
 """A training process that is killed without warning loses at most the steps since its last save."""
 
 import json
+import os
 import pathlib
 import random
 import re
@@ -16,6 +17,7 @@ from instseg_jax.weights import checkpoint
 
 KILLS = 5
 STEPS = 60
+QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -29,7 +31,8 @@ def start(data: pathlib.Path, workdir: pathlib.Path) -> subprocess.Popen:
     }
     arguments = [f"--config.{field}={value}" for field, value in overrides.items()]
     command = [sys.executable, "run.py", "train", "--config=configs/quickstart.py", f"--workdir={workdir}", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    options = {"cwd": ROOT, "env": os.environ | {"XLA_FLAGS": QUICK_COMPILATION}, "text": True}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:

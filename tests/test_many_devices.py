@@ -13,6 +13,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from test_killed_runs import QUICK_COMPILATION
 from test_step import TINY, make_batch
 from test_training import TINY as TRAINED
 from test_training import write_subset
@@ -32,7 +33,6 @@ STEPS = 5
 # At the full rate from the first step on, rounding in gradients near zero moves weights by whole learning rates,
 # and within three steps a query of an untrained network changes places.
 WARM_UP = {"optimizer.learning_rate": "1e-3", "optimizer.warmup_steps": "100"}
-QUICK_COMPILATION = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 
 
 def train_steps(num_devices: int, folder: str) -> None:
@@ -44,7 +44,7 @@ def train_steps(num_devices: int, folder: str) -> None:
     schedule = build_schedule(config.optimizer, total_steps=100, batch_size=4)
     optimizer, multipliers = build_optimizer(config.optimizer, variables["params"], schedule)
     options = (optimizer, schedule, multipliers, mesh)
-    step = build_train_step(config, model, *options, compiler_options=QUICK_COMPILATION)
+    step = build_train_step(config, model, *options)
     state = put_replicated(initial_state(variables, optimizer), mesh)
     batches = put_micro_batches(make_batch(COUNTS), mesh, 1)
     rows = []
@@ -70,7 +70,7 @@ def update_of(params: dict, before: dict) -> np.ndarray:
 
 def start(code: str, num_devices: int, **environment: str) -> subprocess.Popen:
     environment = os.environ | environment | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices} {QUICK_COMPILATION}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """Options of the training recipe, each by what a real run leaves: sizes, precision, early end, records."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from test_killed_runs import QUICK_COMPILATION
 from test_training import TINY, write_subset
 
 from instseg_jax.config import load_config
@@ -29,7 +31,7 @@ def train(data: pathlib.Path, folder: pathlib.Path, compiled: pathlib.Path, **ov
     fields = TINY | {"data.dir": data} | overrides
     arguments = [f"--config.{field}={value}" for field, value in fields.items()]
     command = [sys.executable, "run.py", "train", "--config=configs/quickstart.py", f"--workdir={folder}", *arguments]
-    environment = {"INSTSEG_COMPILED": str(compiled), "PATH": "", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"INSTSEG_COMPILED": str(compiled), "XLA_FLAGS": QUICK_COMPILATION}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
