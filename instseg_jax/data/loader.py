@@ -1,33 +1,28 @@
 """Batches of static shape from a data set: training without end, evaluation once through.
 
 What a batch holds is a function of (seed, step) alone, so training resumes at any step and every host
-of several builds its own slice of the same global batch. Batches are made ahead by threads, which on
-two cores were measured twice as fast as processes.
+of several builds its own slice of the same global batch (`data/batches.py`). Batches are made ahead by threads or by
+processes; on two cores threads were measured twice as fast.
 """
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
 
 import cv2
-import numpy as np
 from ml_collections import ConfigDict
 
 from instseg_jax import images
 from instseg_jax.data import coco, examples, transforms
-from instseg_jax.types import Batch, Targets
+from instseg_jax.data.batches import Parts, Size, collate, count, eval_parts, train_parts
+from instseg_jax.data.epochs import Pool, make_pool, steps_per_epoch
+from instseg_jax.data.prefetch import prefetch_map
+from instseg_jax.types import Batch
 
-Size = tuple[int, int]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 Batches = Generator[Batch, None, None]
-
-# Streams of random numbers: default_rng([seed, stream, ...]).
-ORDER_STREAM, BATCH_STREAM, SAMPLE_STREAM = 1, 2, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +48,14 @@ def build_train_loader(
     Raises ValueError when no image is left or a field of the config is out of range.
     """
     data = config.data
-    dataset = coco.select_trainable(dataset, keep_empty=data.keep_empty)
+    dataset = coco.select_trainable(dataset, keep_empty=data.keep_empty or data.empty_share is not None)
+    pool = make_pool(dataset, data.empty_share)
     counters: collections.Counter[str] = collections.Counter()
 
     def batches(start_step: int = 0) -> Batches:
         return train_batches(
             dataset,
+            pool=pool,
             seed=config.seed,
             start_step=start_step,
             batch_size=config.train.batch_size,
@@ -68,13 +65,14 @@ def build_train_loader(
             layout=_build_layout(config, data.max_instances),
             num_workers=data.num_workers,
             prefetch=data.prefetch,
+            use_processes=data.use_processes,
             counters=counters,
             process_index=process_index,
             process_count=process_count,
         )
 
     batches()  # checks the arguments; no work starts before the first batch is asked for
-    return Loader(dataset, steps_per_epoch(len(dataset), config.train.batch_size), counters, batches)
+    return Loader(dataset, steps_per_epoch(pool.size, config.train.batch_size), counters, batches)
 
 
 def build_eval_loader(
@@ -105,6 +103,7 @@ def build_eval_loader(
             layout=_build_layout(config, data.max_instances if use_targets else 0),
             num_workers=data.num_workers,
             prefetch=data.prefetch,
+            use_processes=data.use_processes,
             counters=counters,
             process_index=process_index,
             process_count=process_count,
@@ -114,14 +113,10 @@ def build_eval_loader(
     return Loader(dataset, math.ceil(len(dataset) / config.eval.batch_size), counters, batches)
 
 
-def steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Whole batches in an epoch; a data set smaller than one batch makes one, with repeats."""
-    return max(1, num_images // batch_size)
-
-
 def train_batches(
     dataset: coco.CocoDataset,
     *,
+    pool: Pool,
     seed: int,
     start_step: int,
     batch_size: int,
@@ -131,6 +126,7 @@ def train_batches(
     layout: examples.Layout,
     num_workers: int,
     prefetch: int,
+    use_processes: bool,
     counters: collections.Counter[str],
     process_index: int,
     process_count: int,
@@ -144,20 +140,20 @@ def train_batches(
     if seed < 0 or start_step < 0:
         raise ValueError(f"seed and start_step must not be negative, got {seed} and {start_step}.")
     own = slice(process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count)
-
-    def make_batch(step: int) -> tuple[Batch, collections.Counter[str]]:
-        rng = np.random.default_rng([seed, BATCH_STREAM, step])
-        size = sizes[int(rng.integers(len(sizes)))]
-        interpolation = interpolations[int(rng.integers(len(interpolations)))]
-        epoch, entries = batch_entries(len(dataset), batch_size, seed=seed, step=step)
-        pixels = np.empty((own.stop - own.start, *size, 3), np.float32)
-        samples = []
-        for (index, repeat), place in zip(entries[own], pixels, strict=True):
-            sample_rng = np.random.default_rng([seed, SAMPLE_STREAM, epoch, index, repeat])
-            samples.append(make_sample(dataset, index, sample_rng, augmentation, size, interpolation, layout, place))
-        return collate(samples, [index for index, _ in entries[own]], pixels, layout), _count(samples)
-
-    return _yield_batches(make_batch, itertools.count(start_step), num_workers, prefetch, counters)
+    make_parts = functools.partial(
+        train_parts,
+        dataset=dataset,
+        pool=pool,
+        seed=seed,
+        batch_size=batch_size,
+        own=own,
+        sizes=tuple(sizes),
+        interpolations=tuple(interpolations),
+        augmentation=augmentation,
+        layout=layout,
+    )
+    steps = itertools.count(start_step)
+    return _yield_batches(make_parts, steps, layout, num_workers, prefetch, use_processes, counters)
 
 
 def eval_batches(
@@ -169,6 +165,7 @@ def eval_batches(
     layout: examples.Layout,
     num_workers: int,
     prefetch: int,
+    use_processes: bool,
     counters: collections.Counter[str],
     process_index: int,
     process_count: int,
@@ -179,144 +176,52 @@ def eval_batches(
     """
     _check_loading(dataset, batch_size, [interpolation], num_workers, prefetch, process_index, process_count)
     own_size = batch_size // process_count
-
-    def make_batch(start: int) -> tuple[Batch, collections.Counter[str]]:
-        first = start + process_index * own_size
-        indices = range(first, min(first + own_size, len(dataset)))
-        rng = np.random.default_rng([SAMPLE_STREAM, first])
-        pixels = np.zeros((own_size, *size, 3), np.float32)
-        samples = [
-            make_sample(dataset, index, rng, None, size, interpolation, layout, place)
-            for index, place in zip(indices, pixels, strict=False)
-        ]
-        return collate(samples, indices, pixels, layout), _count(samples)
-
-    return _yield_batches(make_batch, range(0, len(dataset), batch_size), num_workers, prefetch, counters)
-
-
-def batch_entries(num_images: int, batch_size: int, *, seed: int, step: int) -> tuple[int, list[tuple[int, int]]]:
-    """Epoch of a step, and the (image index, repeat) of each place of its global batch.
-
-    The repeat is 0 unless the data set is smaller than the batch: then it tells copies of an image apart.
-    """
-    per_epoch = steps_per_epoch(num_images, batch_size)
-    epoch, position = divmod(step, per_epoch)
-    entries = []
-    for repeat in range(math.ceil(batch_size / num_images)):
-        order = np.random.default_rng([seed, ORDER_STREAM, epoch, repeat]).permutation(num_images)
-        entries += [(int(index), repeat) for index in order[position * batch_size : (position + 1) * batch_size]]
-    return epoch, entries[:batch_size]
-
-
-def make_sample(
-    dataset: coco.CocoDataset,
-    index: int,
-    rng: np.random.Generator,
-    augmentation: transforms.Augmentation | None,
-    size: Size,
-    interpolation: str,
-    layout: examples.Layout,
-    out: np.ndarray | None = None,
-) -> examples.Sample:
-    """Decode, augment (unless for evaluation) and resize the image at a position of the data set.
-
-    Of more than `max_instances` objects a random choice stays. `out` is the image's place in a batch. Errors name
-    the image file.
-    """
-    try:
-        example = examples.load_example(dataset, index)
-        if augmentation is not None:
-            example = transforms.augment(example, rng, augmentation)
-        example, num_dropped = transforms.limit_objects(example, rng, max_instances=layout.max_instances)
-        sample = examples.finish(example, size, interpolation, layout, out)
-        return dataclasses.replace(sample, num_dropped=num_dropped)
-    except Exception as error:
-        path = str(dataset.image_path(index))
-        if path in str(error):
-            raise
-        raise RuntimeError(f"{path!r} can't be made a sample: {error}") from error
-
-
-def collate(
-    samples: Sequence[examples.Sample], indices: Sequence[int], pixels: np.ndarray, layout: examples.Layout
-) -> Batch:
-    """Put samples into arrays of static shape; places beyond them are not valid and have the index -1.
-
-    `pixels` [B, H, W, 3] holds the samples' images already.
-    """
-    batch_size, height, width, _ = pixels.shape
-    size, slots = (height, width), layout.max_instances
-    image_index = np.full(batch_size, -1, np.int32)
-    original_sizes = np.ones((batch_size, 2), np.int32)
-    content_sizes = np.tile(np.array(size, np.int32), (batch_size, 1))
-    labels = np.zeros((batch_size, slots), np.int32)
-    boxes = np.zeros((batch_size, slots, 4), np.float32)
-    masks = np.zeros((batch_size, slots, height // layout.mask_stride, width // layout.mask_stride), np.uint8)
-    valid = np.zeros((batch_size, slots), bool)
-    for i, (sample, index) in enumerate(zip(samples, indices, strict=True)):
-        n = len(sample.labels)
-        image_index[i] = index
-        original_sizes[i] = sample.original_size
-        content_sizes[i] = sample.content_size
-        labels[i, :n] = sample.labels
-        boxes[i, :n] = sample.boxes
-        masks[i, :n] = sample.masks
-        valid[i, :n] = True
-    return Batch(
-        images=pixels,
-        targets=Targets(labels=labels, boxes=boxes, masks=masks, valid=valid),
-        image_valid=np.arange(batch_size) < len(samples),
-        image_index=image_index,
-        original_sizes=original_sizes,
-        content_sizes=content_sizes,
+    make_parts = functools.partial(
+        eval_parts,
+        dataset=dataset,
+        offset=process_index * own_size,
+        own_size=own_size,
+        size=size,
+        interpolation=interpolation,
+        layout=layout,
     )
-
-
-def prefetch_map(
-    function: Callable[[Item], Result], items: Iterable[Item], *, num_workers: int, prefetch: int
-) -> Generator[Result, None, None]:
-    """Yield function(item) in order; `num_workers` threads work on up to `prefetch` items ahead.
-
-    With no workers it computes inline. An error is raised where its result would have been yielded.
-    Closing the iterator ends the threads.
-    """
-    if num_workers == 0:
-        yield from map(function, items)
-        return
-    items = iter(items)
-    pending: collections.deque[Future] = collections.deque()
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="loader")
-    try:
-        for item in itertools.islice(items, prefetch):
-            pending.append(pool.submit(function, item))
-        while pending:
-            result = pending.popleft().result()
-            for item in itertools.islice(items, 1):
-                pending.append(pool.submit(function, item))
-            yield result
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    starts = range(0, len(dataset), batch_size)
+    return _yield_batches(make_parts, starts, layout, num_workers, prefetch, use_processes, counters)
 
 
 def _yield_batches(
-    make_batch: Callable[[int], tuple[Batch, collections.Counter[str]]],
+    make_parts: Callable[[int], Parts],
     items: Iterable[int],
+    layout: examples.Layout,
     num_workers: int,
     prefetch: int,
+    use_processes: bool,
     counters: collections.Counter[str],
 ) -> Batches:
-    cv2.setNumThreads(0)  # the threads here are ours: OpenCV's own would compete with them for the cores
-    for batch, counts in prefetch_map(make_batch, items, num_workers=num_workers, prefetch=prefetch):
-        counters.update(counts)
-        yield batch
+    cv2.setNumThreads(0)  # the workers here are ours: OpenCV's own threads would compete with them for the cores
 
+    def finish(parts: Parts) -> tuple[Batch, collections.Counter[str]]:
+        return collate(parts, layout), count(parts.samples)
 
-def _count(samples: Sequence[examples.Sample]) -> collections.Counter[str]:
-    return collections.Counter(
-        images=len(samples),
-        objects=sum(len(sample.labels) for sample in samples),
-        dropped_objects=sum(sample.num_dropped for sample in samples),
-    )
+    if use_processes and num_workers:  # only what there is crosses over; unused target slots are added here
+        parts = prefetch_map(make_parts, items, num_workers=num_workers, prefetch=prefetch, use_processes=True)
+        ahead = (finish(made) for made in parts)
+        closing = parts.close
+    else:
+        ahead = prefetch_map(
+            lambda item: finish(make_parts(item)),
+            items,
+            num_workers=num_workers,
+            prefetch=prefetch,
+            use_processes=False,
+        )
+        closing = ahead.close
+    try:
+        for batch, counts in ahead:
+            counters.update(counts)
+            yield batch
+    finally:
+        closing()
 
 
 def _build_layout(config: ConfigDict, max_instances: int) -> examples.Layout:

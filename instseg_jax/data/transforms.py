@@ -37,6 +37,9 @@ class Augmentation:
     vertical_flip_probability: float
     quarter_turns: bool
     scale_jitter: tuple[float, float] | None  # zoom factors from and to; below 1 zooms out
+    copy_paste_probability: float  # of a picture to get objects of another one, see copy_paste.py
+    copy_paste_max_objects: int
+    copy_paste_scale: tuple[float, float]  # of a pasted object, from and to
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -47,6 +50,13 @@ class Augmentation:
         jitter = self.scale_jitter
         if jitter is not None and not (len(jitter) == 2 and 0 < jitter[0] <= jitter[1]):
             raise ValueError(f"data.augment.scale_jitter must be None or (low, high) above 0, got {jitter!r}.")
+        scale = self.copy_paste_scale
+        if not (len(scale) == 2 and 0 < scale[0] <= scale[1]):
+            raise ValueError(f"data.augment.copy_paste_scale must be (low, high) above 0, got {scale!r}.")
+        if self.copy_paste_max_objects < 1:
+            raise ValueError(
+                f"data.augment.copy_paste_max_objects must be at least 1, got {self.copy_paste_max_objects!r}."
+            )
 
 
 def augment(example: Example, rng: np.random.Generator, augmentation: Augmentation) -> Example:
