@@ -299,6 +299,30 @@ def test_create_pipeline_takes_weights_and_settings_in_their_order(tmp_path, mon
     assert loaded == ["from/yaml", "from/call", "from/config"]
 
 
+@pytest.mark.parametrize(
+    ("weights", "model_name", "size"),
+    [
+        ("mask_rtdetr_l_coco", None, "l"),
+        ("models/Mask-RT-DETR-S.pdparams", None, "s"),
+        ("mine.pdparams", "Mask-RT-DETR-X", "x"),
+        ("mine.pdparams", None, None),
+        ("mask_rtdetr_small.pdparams", None, None),
+    ],
+)
+def test_official_files_are_known_by_their_name(monkeypatch, weights, model_name, size):
+    given = []
+
+    def load_model(source, config=None):
+        given.append(None if config is None else config.model.name)
+        raise FileNotFoundError("read no further")
+
+    monkeypatch.setattr(pipeline_module.predictor, "load_model", load_model)
+    config = {"SubModules": {"InstanceSegmentation": {"model_dir": weights, "model_name": model_name}}}
+    with pytest.raises(FileNotFoundError, match="read no further"):
+        create_pipeline(config=config)
+    assert given == [size and f"mask_rtdetr_{size}"]
+
+
 def test_high_performance_is_not_promised_in_vain(monkeypatch, caplog):
     monkeypatch.setattr(pipeline_module.predictor, "load_model", lambda *_: make_model())
     create_pipeline(weights="x", device="cpu", use_hpip=True)

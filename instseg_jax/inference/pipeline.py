@@ -7,6 +7,7 @@ file in `pipeline_config.py`. Files of results are written in `results.py` and `
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,8 +183,8 @@ def load_pipeline_model(
                 ".pdparams file) with weights=... or --weights=..."
             )
         source = default
-    if model_config is None and settings.model_name is not None and not is_checkpoint(source):
-        model_config = load_config(f"configs/mask_rtdetr.py:{canonical_name(settings.model_name)[-1]}")
+    if model_config is None and not is_checkpoint(source):
+        model_config = _official_config(settings.model_name or Path(source).name)
     model = predictor.load_model(source, model_config)
     if settings.model_name is not None and canonical_name(settings.model_name) != canonical_name(
         model.config.model.name
@@ -192,6 +193,12 @@ def load_pipeline_model(
             f"model_name is {settings.model_name}, but the weights {source} are of {model.config.model.name}"
         )
     return model
+
+
+def _official_config(name: str) -> ConfigDict | None:
+    """The recipe of the model that the name of a file tells, as mask_rtdetr_l_coco; None where it does not."""
+    size = re.search(r"mask[-_]?rt[-_]?detr[-_]([nsmlxh])(?![a-z])", name.lower())
+    return load_config(f"configs/mask_rtdetr.py:{size[1]}") if size else None
 
 
 def pick_threshold(threshold: Threshold | None, model: predictor.LoadedModel, settings: PipelineConfig) -> np.ndarray:

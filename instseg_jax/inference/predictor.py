@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from typing import cast
 
 import jax
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from instseg_jax import weights as weights_room
 from instseg_jax.config import add_missing_fields, load_config
 from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, abstract_variables, build_model
-from instseg_jax.types import Detections
+from instseg_jax.types import Detections, Outputs
 from instseg_jax.weights import Weights, checkpoint
 
 Predict = Callable[[dict, jax.Array], Detections]
@@ -37,7 +38,8 @@ def make_predict(model: MaskRTDETR, *, num_detections: int) -> Predict:
 
     @jax.jit
     def predict(variables: dict, images: jax.Array) -> Detections:
-        return select_detections(model.apply(variables, images), num_detections=num_detections)
+        outputs = cast(Outputs, model.apply(variables, images))
+        return select_detections(outputs, num_detections=num_detections)
 
     return predict
 
@@ -52,7 +54,8 @@ def load_model(source: str | os.PathLike[str] | Weights, config: ConfigDict | No
     """
     found = source if isinstance(source, Weights) else weights_room.read_weights(source)
     source = found.source
-    if found.variables is None:
+    num_classes = found.num_classes
+    if num_classes is None:
         raise ValueError(f"{source} holds a backbone alone; it can start a training, but predicts nothing")
     if found.metadata.get("config"):
         saved = ConfigDict(found.metadata["config"])
@@ -60,7 +63,6 @@ def load_model(source: str | os.PathLike[str] | Weights, config: ConfigDict | No
         config = saved if config is None else merge_configs(config, saved)
     elif config is None:
         raise ValueError(f"{source} does not say which model it is; name one with --config=configs/mask_rtdetr.py:SIZE")
-    num_classes = found.num_classes
     class_names = found.class_names or tuple(f"class {i}" for i in range(num_classes))
     category_ids = found.metadata.get("category_ids") or tuple(range(1, num_classes + 1))
     model = build_model(config.model, num_classes)
