@@ -79,6 +79,20 @@ def rle_runs(rle: dict[str, Any]) -> np.ndarray:
     return runs
 
 
+def edges_to_rle(edges: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
+    """Compress the positions where the runs of a mask of `size` (height, width) begin and end, down its columns.
+
+    Positions do not fall; equal ones cancel each other. Returns {"size": [height, width], "counts": str}.
+    """
+    repeated = np.flatnonzero(edges[1:] == edges[:-1])
+    edges = np.delete(edges, np.concatenate([repeated, repeated + 1]))
+    height, width = map(int, size)
+    end = [] if len(edges) and edges[-1] == height * width else [height * width]
+    counts = np.diff(np.concatenate([[0], edges, end])).astype(np.uint32)
+    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+
+
 def rasterize_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
     """Draw the union of polygons [P, 2] (x, y) on a uint8 0/1 canvas [height, width], as pycocotools does."""
     return coco_mask.decode(_polygons_to_rle(polygons, height, width))

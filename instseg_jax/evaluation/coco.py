@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 
-from instseg_jax.evaluation.boundary import mask_boundary
 from instseg_jax.evaluation.engines import AREAS, count_matches
 from instseg_jax.evaluation.processes import local_rows
 from instseg_jax.files import write_json
@@ -194,8 +193,6 @@ def truth_entries(dataset: dict, iou_type: str) -> list[dict]:
         else:
             entry["segmentation"] = _to_rle(annotation.get("segmentation"), sizes[image_id], where)
             entry["area"] = annotation.get("area", rle_area(entry["segmentation"]))
-            if iou_type == "boundary":
-                entry["boundary"] = mask_boundary(entry["segmentation"])
         entries.append(entry)
     return entries
 
@@ -245,7 +242,5 @@ def result_entries(dataset: dict, results: Sequence[dict], iou_type: str) -> lis
             )
         # The area decides which results count for small, medium and large objects when they match nothing.
         area = result["bbox"][2] * result["bbox"][3] if iou_type == "bbox" else rle_area(result[key])
-        if iou_type == "boundary":
-            entry["boundary"] = mask_boundary(result[key])
         entries.append(entry | {"id": number, "area": area, "iscrowd": 0})
     return entries

@@ -15,9 +15,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pycocotools import mask as mask_api
 
 from instseg_jax import boxes
+from instseg_jax.masks import edges_to_rle
 from instseg_jax.types import Detections, Outputs
 
 # Pixels sampled at a time: few enough for a core's cache, enough to hide the cost of the calls.
@@ -110,7 +110,7 @@ def encode_masks(
     """
     logits = _above_threshold(mask_logits, threshold)
     rows, columns = _samplings(logits.shape[1:], input_size, content_size, original_size)
-    return [_runs_to_rle(_mask_edges(grid, rows, columns), original_size) for grid in logits]
+    return [edges_to_rle(_mask_edges(grid, rows, columns), original_size) for grid in logits]
 
 
 def detections_to_instances(
@@ -231,14 +231,3 @@ def _mask_edges(logits: np.ndarray, rows: _Sampling, columns: _Sampling) -> np.n
         column, row = np.divmod(np.flatnonzero(mask[1:] != mask[:-1]), bottom - top + 1)
         edges.append((column + start) * height + (row + top))
     return np.concatenate(edges)
-
-
-def _runs_to_rle(edges: np.ndarray, size: tuple[int, int]) -> dict:
-    """Compress the begin and end positions of the runs of a mask of `size` into a COCO RLE."""
-    repeated = np.flatnonzero(edges[1:] == edges[:-1])
-    edges = np.delete(edges, np.concatenate([repeated, repeated + 1]))
-    height, width = map(int, size)
-    end = [] if len(edges) and edges[-1] == height * width else [height * width]
-    counts = np.diff(np.concatenate([[0], edges, end])).astype(np.uint32)
-    rle = mask_api.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
