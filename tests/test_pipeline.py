@@ -2,7 +2,12 @@
 
 import http.server
 import json
+import os
+import subprocess
+import sys
+import textwrap
 import threading
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -332,6 +337,36 @@ def test_high_performance_is_not_promised_in_vain(monkeypatch, caplog):
 def test_a_device_that_is_not_there():
     with pytest.raises(ValueError, match="device is 'tpu:5'"):
         build_pipeline(make_model(), device="tpu:5", threshold=np.full(3, 0.5), batch_size=1)
+
+
+TWO_DEVICES = """
+    import numpy as np
+    from fake_model import make_model, picture
+    from instseg_jax.inference.pipeline import build_pipeline
+
+    images = [picture((i % 3, i, 2 * i, i + 12, 2 * i + 9)) for i in range(7)]
+    found = []
+    for device, batch_size in (("cpu", 1), ("cpu:0,1", 4)):
+        pipe = build_pipeline(make_model(), device=device, threshold=np.full(3, 0.5), batch_size=batch_size)
+        found.append([result.json for result in pipe.predict(images)])
+    assert found[0] == found[1] and len(found[0]) == 7 and found[0][3]["res"]["boxes"]
+    try:
+        build_pipeline(make_model(), device="cpu:0,1", threshold=np.full(3, 0.5), batch_size=3)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_several_devices_share_a_batch():
+    tests = Path(__file__).parent
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": f"{tests}:{tests.parent}",
+    }
+    command = [sys.executable, "-c", textwrap.dedent(TWO_DEVICES)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "must be a multiple of the number of devices, 2" in done.stdout
 
 
 def test_the_json_of_a_result(pipe, tmp_path):

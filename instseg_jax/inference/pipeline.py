@@ -139,7 +139,7 @@ def create_pipeline(
     Args:
       pipeline: "instance_segmentation" (the default), or the path of a YAML file as `get_pipeline_config` writes it.
       config: the content of such a file; it goes before `pipeline`.
-      device: auto, cpu, gpu, gpu:0,1, tpu; several devices share every batch. None: auto.
+      device: auto, cpu, gpu, tpu for the first of a kind, gpu:0,1 for several, which share every batch. None: auto.
       weights: workdir of a run, checkpoint, or official file; None: those of the YAML, else the run in `output`.
       threshold: lowest score, for all classes or by class name; None: as stored with the weights, else of the YAML.
       batch_size: images a call of the network; None: that of the YAML.
@@ -233,7 +233,7 @@ def build_pipeline(
 ) -> Pipeline:
     """Put a loaded model on its devices; batches are split over them. Raises ValueError where they don't divide."""
     devices = select_devices(device)
-    if device == "auto":
+    if ":" not in device:  # several only where they are named: a batch of one can't be shared
         devices = devices[:1]
     if batch_size < 1 or batch_size % len(devices):
         raise ValueError(f"batch_size is {batch_size}, it must be a multiple of the number of devices, {len(devices)}")
