@@ -69,10 +69,12 @@ def evaluate(config: ConfigDict | dict[str, str], options: argparse.Namespace) -
             tiles = None if options.tile is None else Tiles(options.tile, options.overlap, options.whole_image)
             evaluated = score_model(model, str(weights), tta_room.parse_views(options.tta), tiles)
         analyses = write_outcome(workdir, evaluated)
-        if options.save_thresholds and jax.process_index() == 0:
+        if jax.process_index() != 0:
+            return 0
+        if options.save_thresholds:
             _save_thresholds(options.weights or options.workdir, next(iter(analyses.values())))
     except (ValueError, OSError) as error:
-        if workdir.is_dir():
+        if workdir.is_dir() and jax.process_index() == 0:
             failure = {"done_flag": False, "err_type": type(error).__name__, "err_msg": str(error)}
             write_json(workdir / "evaluate_result.json", failure, indent=4)
         raise

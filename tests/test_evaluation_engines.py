@@ -8,7 +8,7 @@ from evaluation_cases import annotation, data_set, example_results, example_trut
 from pycocotools import mask as mask_api
 
 from instseg_jax.evaluation.boundary import mask_boundary
-from instseg_jax.evaluation.coco import coco_metrics
+from instseg_jax.evaluation.coco import coco_metrics, result_entries, truth_entries
 from instseg_jax.evaluation.engines import ENGINES
 
 MODULES = {"faster-coco-eval": "faster_coco_eval", "hotcoco": "hotcoco"}
@@ -118,3 +118,23 @@ def test_boundary_ap_never_exceeds_mask_ap():
     metrics = coco_metrics(truth, results, iou_types=("segm", "boundary"))
     assert 0.05 < metrics["boundary/AP"] < metrics["segm/AP"]
     assert metrics["boundary/AP50"] <= metrics["segm/AP50"]
+
+
+def test_boundary_ap_of_the_example_is_that_of_another_implementation():
+    library = pytest.importorskip("faster_coco_eval")
+    truth, results = example_truth(), example_results("segm")
+    metrics = coco_metrics(truth, results, iou_types=("boundary",))
+    pair = []
+    for entries in (truth_entries(truth, "segm"), result_entries(truth, results, "segm")):
+        coco = library.COCO()
+        coco.dataset = truth | {"annotations": entries}
+        coco.createIndex()
+        pair.append(coco)
+    evaluation = library.COCOeval_faster(*pair, "boundary")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+    found = [metrics[f"boundary/{name}"] for name in names]
+    np.testing.assert_allclose(found, evaluation.stats[:6], atol=1e-12)
+    assert min(found) > 0.05
