@@ -73,12 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--predictions", metavar="FILE", help="score this COCO results file; needs no model and no config")
     sub.add_argument("--annotations", metavar="FILE", help="with --predictions: the COCO ground truth")
     sub.add_argument("--images", metavar="DIR", help="with --predictions: the pictures, for the report's galleries")
+    _add_processes(sub)
     sub = add("compare", "metrics of several runs side by side, with bootstrap intervals over the images", None)
     sub.add_argument("runs", nargs="+", metavar="RUN", help="workdir of an evaluated run, or a COCO results file")
     sub.add_argument("--annotations", metavar="FILE", help="the COCO ground truth (default: what the runs say)")
     sub.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the images (%(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="of the resamples (%(default)s)")
-    _add_processes(sub)
     sub = add("predict", "segment pictures, videos and maps: drawings, JSON and other formats", None)
     _add_pipeline(sub)
     inputs = "a picture, folder, pattern like 'a/**/*.jpg', URL or video"
