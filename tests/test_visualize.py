@@ -269,3 +269,17 @@ def test_without_scores_and_with_names_of_other_scripts():
 def test_bad_input(image, changes, message):
     with pytest.raises(ValueError, match=message):
         draw_instances(image, **(one((40, 60), (5, 5, 20, 20)) | changes))
+
+
+def test_a_crowd_in_a_large_picture_is_drawn_finely():
+    """Lines of boxes follow the small objects of a crowd, and the picture where there are few."""
+    corners = np.stack(np.meshgrid(np.arange(50, 1950, 100), np.arange(50, 1950, 100)), axis=-1).reshape(-1, 2)
+    painted = {}
+    for count in (20, len(corners)):
+        boxes = np.concatenate([corners[:count], corners[:count] + 30], axis=1).astype(float)
+        content = {"boxes_xyxy_px": boxes, "labels": [0] * count, "names": ["a"] * count, "scores": None}
+        empty = [np.zeros((2000, 2000), bool)] * count
+        drawn = draw_instances(np.full((2000, 2000, 3), 100, np.uint8), **content, masks=empty)
+        row = drawn[65]  # through the middle of the first row of boxes
+        painted[count] = int((row[40:150] != 100).any(axis=1).sum())
+    assert 2 <= painted[len(corners)] < painted[20]

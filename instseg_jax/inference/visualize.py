@@ -70,15 +70,30 @@ def draw_instances(
             raise ValueError(f"A mask has size {rles[i]['size']}, but the image {list(image.shape[:2])}.")
         line = max(1, round(min(scale / 320, math.sqrt(areas[i]) / 50)))
         _draw_mask(canvas, rles[i], rle_box_xyxy_px(rles[i]), colors[i], opacity, line)
+    line, font_size = _sizes(boxes_xyxy_px, scale)
     for box, color in zip(boxes_xyxy_px, colors, strict=True):
-        _draw_box(canvas, box, color, max(1, round(scale / 640)))
+        _draw_box(canvas, box, color, line)
     picture = Image.fromarray(canvas)
-    crowding = min(1.0, (CROWD / max(1, len(names))) ** 0.25)
-    font = _load_font(max(10, round(0.022 * crowding * scale)), "".join(names))
+    font = _load_font(font_size, "".join(names))
     frames, is_complete = _draw_labels(picture, font, boxes_xyxy_px, names, scores, colors)
     if not is_complete:
         _draw_legend(picture, font, labels, names, np.concatenate([frames, boxes_xyxy_px]))
     return np.array(picture)
+
+
+def _sizes(boxes_xyxy_px: np.ndarray, scale: float) -> tuple[int, int]:
+    """Width of the boxes' lines and height of the labels, in pixels of a picture whose side is about `scale`.
+
+    Both follow the picture; in a crowd they follow the objects as well, so that names do not cover them.
+    """
+    line, font_size = scale / 640, 0.022 * scale
+    if len(boxes_xyxy_px) > CROWD:
+        sides = np.sqrt(np.prod(np.maximum(boxes_xyxy_px[:, 2:] - boxes_xyxy_px[:, :2], 0), axis=1))
+        object_side = float(np.median(np.nan_to_num(sides)))
+        font_size *= (CROWD / len(boxes_xyxy_px)) ** 0.25
+        font_size = min(font_size, max(0.006 * scale, 0.4 * object_side))
+        line = min(line, max(scale / 2000, object_side / 20))
+    return max(1, round(line)), max(10, round(font_size))
 
 
 def instance_colors(labels: Sequence[int]) -> list[tuple[int, int, int]]:
