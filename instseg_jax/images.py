@@ -1,10 +1,12 @@
 """Pictures: decoding, and resizing to the network's input. Numpy and OpenCV only."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+GROUP = 4  # channels that all functions of OpenCV work on at once
 INTERPOLATIONS = {
     "nearest": cv2.INTER_NEAREST,
     "linear": cv2.INTER_LINEAR,
@@ -80,19 +82,30 @@ def resize_pixels(
     interpolation: str,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Resize [h, w, 3] to the content size and put it into the top left of a black float32 [H, W, 3] in 0..1.
+    """Resize [h, w, C] to the content size and put it into the top left of a black float32 [H, W, C] in 0..1.
 
     uint8 pixels are resized as uint8, rounded and saturated. float32 pixels may leave 0..1 a little
     with cubic and lanczos. `out` is where the result goes, a place in a batch for instance.
     """
     height, width = content
-    resized = cv2.resize(pixels, (width, height), interpolation=INTERPOLATIONS[interpolation])
+    flag = INTERPOLATIONS[interpolation]
+    resized = in_groups(lambda x: cv2.resize(x, (width, height), interpolation=flag), pixels)
     network_input = np.empty((*size, pixels.shape[2]), np.float32) if out is None else out
     network_input[height:] = 0
     network_input[:, width:] = 0
-    resized = resized.reshape(height, width, pixels.shape[2])  # OpenCV drops the axis of a single channel
     np.multiply(resized, np.float32(1 / 255), out=network_input[:height, :width], dtype=np.float32)
     return network_input
+
+
+def in_groups(function: Callable[[np.ndarray], np.ndarray], pixels: np.ndarray) -> np.ndarray:
+    """Apply a function of OpenCV to pixels [h, w, C], no more than four channels at once."""
+    if pixels.shape[2] <= GROUP:
+        done = function(pixels)
+        return done[..., None] if done.ndim == 2 else done
+    starts = range(0, pixels.shape[2], GROUP)
+    return np.concatenate(
+        [in_groups(function, np.ascontiguousarray(pixels[..., start : start + GROUP])) for start in starts], axis=2
+    )
 
 
 def preprocess(

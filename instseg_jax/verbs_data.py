@@ -31,6 +31,9 @@ def check_dataset(config: ConfigDict, options: argparse.Namespace) -> int:
 
 def _check_dataset(config: ConfigDict, workdir: pathlib.Path, *, is_fixed: bool) -> dict:
     data, splits = config.data, ("train", "val")
+    if data.source != "folder":
+        raise ValueError(f"check_dataset looks at folders; data.source is {data.source!r}.")
+    channels = None if data.channels == 3 and data.scaling == "none" else data.channels
     source, flaws = check.find_source(
         _data_folder(config),
         annotations={split: data[f"{split}_annotations"] for split in splits},
@@ -42,6 +45,7 @@ def _check_dataset(config: ConfigDict, workdir: pathlib.Path, *, is_fixed: bool)
         max_instances=data.max_instances,
         image_size=(data.image_size, data.image_size),
         resize=data.resize,
+        channels=channels,
         num_workers=data.num_workers,
         progress=functools.partial(_progress, "checking"),
         pictures={},

@@ -56,7 +56,7 @@ def run_check(root_or_source, flaws=(), **changes):
     if isinstance(source, Path):
         nothing = {"train": None, "val": None}
         source, flaws = check.find_source(source, nothing, nothing)
-    arguments = {"num_queries": 300, "max_instances": 100, "image_size": (64, 64), "resize": "stretch"}
+    arguments = {"num_queries": 300, "max_instances": 100, "image_size": (64, 64), "resize": "stretch", "channels": None}
     arguments |= {"num_workers": 1, "progress": lambda items, total: items, "pictures": {}}
     return check.check_dataset(source, flaws, **(arguments | changes))
 

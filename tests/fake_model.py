@@ -75,7 +75,13 @@ def make_model(*, image_size: int = 64, thresholds: dict | None = None, resize: 
         {
             "device": "auto",
             "model": {"name": "mask_rtdetr_n"},
-            "data": {"image_size": image_size, "resize": resize, "eval_interpolation": "nearest"},
+            "data": {
+                "image_size": image_size,
+                "resize": resize,
+                "eval_interpolation": "nearest",
+                "channels": 3,
+                "scaling": "none",
+            },
             "eval": {"num_detections": SLOTS},
         }
     )

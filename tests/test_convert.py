@@ -349,7 +349,7 @@ def test_what_is_converted_and_split_passes_the_check(tmp_path):
     nothing = {"train": None, "val": None}
     source, flaws = check.find_source(tmp_path / "out", nothing, nothing)
     result = check.check_dataset(
-        source, flaws, num_queries=300, max_instances=100, image_size=(64, 64), resize="stretch", num_workers=1,
+        source, flaws, num_queries=300, max_instances=100, image_size=(64, 64), resize="stretch", channels=None, num_workers=1,
         progress=lambda items, _: items, pictures={},
     )  # fmt: skip
     assert result.passed, result.flaws

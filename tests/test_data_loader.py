@@ -375,6 +375,8 @@ def config(folder):
                 "resize": "stretch",
                 "keep_empty": False,
                 "empty_share": None,
+                "channels": 3,
+                "scaling": "none",
                 "num_workers": 1,
                 "prefetch": 2,
                 "use_processes": False,

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "instseg_jax"
-NEUTRAL = {"types", "boxes", "masks", "files", "images", "config", "devices"}
+NEUTRAL = {"types", "boxes", "masks", "files", "images", "bands", "config", "devices"}
 ALLOWED = {
     "models": {"models"},
     "data": {"data"},
@@ -23,7 +23,7 @@ ONLY_IN = {
     "fastapi": "deploy/server.py",
     "uvicorn": "deploy/server.py",
     "prometheus_client": "deploy/server.py",
-    "rasterio": ("inference/rasters.py", "inference/geo.py"),
+    "rasterio": ("bands.py", "inference/rasters.py", "inference/geo.py"),
     "yaml": ("inference/pipeline_config.py", "data/yolo.py"),
     "flax": "models/",
     "pycocotools": ("masks.py", "evaluation/", "data/", "inference/"),

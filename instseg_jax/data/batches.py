@@ -24,7 +24,7 @@ BATCH_STREAM, SAMPLE_STREAM = 2, 3
 class Parts:
     """What a worker makes of a batch: the images in their places, and the targets of each."""
 
-    pixels: np.ndarray  # [B, H, W, 3] float32
+    pixels: np.ndarray  # [B, H, W, C] float32
     samples: tuple[examples.Sample, ...]
     indices: tuple[int, ...]
 
@@ -47,7 +47,7 @@ def train_parts(
     size = sizes[int(rng.integers(len(sizes)))]
     interpolation = interpolations[int(rng.integers(len(interpolations)))]
     epoch, entries = batch_entries(pool, batch_size, seed=seed, step=step)
-    pixels = np.empty((own.stop - own.start, *size, 3), np.float32)
+    pixels = np.empty((own.stop - own.start, *size, dataset.channels), np.float32)
     samples = []
     for (index, repeat), place in zip(entries[own], pixels, strict=True):
         sample_rng = np.random.default_rng([seed, SAMPLE_STREAM, epoch, index, repeat])
@@ -69,7 +69,7 @@ def eval_parts(
     first = start + offset
     indices = range(first, min(first + own_size, len(dataset)))
     rng = np.random.default_rng([SAMPLE_STREAM, first])
-    pixels = np.zeros((own_size, *size, 3), np.float32)
+    pixels = np.zeros((own_size, *size, dataset.channels), np.float32)
     samples = [
         make_sample(dataset, index, rng, None, size, interpolation, layout, place)
         for index, place in zip(indices, pixels, strict=False)

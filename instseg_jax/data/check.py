@@ -39,6 +39,7 @@ class Check:
     files: dict[str, CheckedFile]
     pictures: dict[str, dict[int, PictureFacts]]  # by split and image id
     measured: dict[str, dict[str, Any]]
+    channels: int | None  # of the pictures; None for 8-bit colour
 
     @property
     def passed(self) -> bool:
@@ -69,6 +70,7 @@ def check_dataset(
     max_instances: int,
     image_size: tuple[int, int],
     resize: str,
+    channels: int | None,
     num_workers: int,
     progress: Progress,
     pictures: dict[Path, PictureFacts],
@@ -76,7 +78,8 @@ def check_dataset(
     """Check both splits of a data set.
 
     `pictures` keeps what is known about files that were looked at before (by path, added to): a second check of
-    the same pictures is quick. `num_workers` threads look at pictures at the same time.
+    the same pictures is quick. `channels` is None for pictures of 8-bit colour. `num_workers` threads look at pictures
+    at the same time.
     """
     flaws = list(known_flaws)
     contents: dict[str, dict[str, Any]] = {}
@@ -95,7 +98,7 @@ def check_dataset(
 
         def look(image: ImageRecord, split: str = split, folder: Path = folder, entries: dict = entries) -> tuple:
             path = folder / image.file_name
-            facts = pictures.get(path) or check_images.inspect_picture(path)
+            facts = pictures.get(path) or check_images.inspect_picture(path, channels)
             return facts, *check_annotations.check_objects(split, image, entries[image.id])
 
         facts_of[split] = {}
@@ -115,7 +118,7 @@ def check_dataset(
     )
     if not has_errors(flaws):
         flaws += _reading_flaws(source)
-    return Check(source, flaws, contents, files, facts_of, measured)
+    return Check(source, flaws, contents, files, facts_of, measured, channels)
 
 
 def _pairs(file: CheckedFile, facts: dict[int, PictureFacts]) -> list[tuple[ImageRecord, PictureFacts]]:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from instseg_jax import images
+from instseg_jax.bands import decode_raw
 from instseg_jax.data.coco_entries import ImageRecord
 from instseg_jax.data.findings import Flaw
 
@@ -41,8 +42,11 @@ class PictureFacts:
     hash: int = 0
 
 
-def inspect_picture(path: Path) -> PictureFacts:
-    """Decode a file as training does, and once more strictly, since OpenCV reads half a file without a word."""
+def inspect_picture(path: Path, channels: int | None = None) -> PictureFacts:
+    """Decode a file as training does, and once more strictly, since OpenCV reads half a file without a word.
+
+    `channels` is None for 8-bit colour, else how many there must be.
+    """
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -50,7 +54,7 @@ def inspect_picture(path: Path) -> PictureFacts:
     except OSError as error:
         return PictureFacts(f"it can't be opened: {error.strerror}")
     try:
-        image = images.decode_image(data, str(path))
+        image = images.decode_image(data, str(path)) if channels is None else decode_raw(data, channels, str(path))
     except ValueError as error:
         return PictureFacts(str(error))
     orientation, problem = _decode_strictly(data)
@@ -106,10 +110,13 @@ def find_file(folder: Path, file_name: str) -> Path | None:
 
 def fingerprint(image: np.ndarray) -> tuple[np.ndarray | None, int]:
     """Grey thumbnail [32, 32] uint8 and 64-bit perceptual hash of a picture; (None, 0) for a flat one."""
-    small = cv2.resize(image, (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
-    grey = small.reshape(HASH_SIDE, HASH_SIDE, -1).mean(axis=2)
-    if image.dtype == np.uint16:
-        grey /= 256
+    plain = image if image.dtype in (np.uint8, np.uint16) else image.astype(np.float32)
+    small = images.in_groups(
+        lambda pixels: cv2.resize(pixels, (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA), plain
+    )
+    grey = np.nan_to_num(small.astype(np.float32).mean(axis=2))
+    if image.dtype != np.uint8:  # any range
+        grey = (grey - grey.min()) * (255 / max(float(np.ptp(grey)), 1e-6))
     if grey.std() < MIN_CONTRAST:
         return None, 0
     low = cv2.dct(grey - grey.mean())[:HASH_FREQUENCIES, :HASH_FREQUENCIES].ravel()

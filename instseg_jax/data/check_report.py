@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from instseg_jax import files, images, masks
+from instseg_jax import bands, files, images, masks
 from instseg_jax.data import check_numbers, findings
 from instseg_jax.data.check import Check
 
@@ -24,10 +24,25 @@ COLORS = {"train": (43, 108, 176), "val": (221, 107, 32)}
 DrawInstances = Callable[..., np.ndarray]  # inference.visualize.draw_instances
 
 
-def write_report(workdir: Path, check: Check, draw_instances: DrawInstances, fixed: dict[str, Any] | None) -> dict:
+def write_report(
+    workdir: Path,
+    check: Check,
+    draw_instances: DrawInstances,
+    fixed: dict[str, Any] | None,
+) -> dict:
     """Write check_dataset_result.json, check_dataset/ and check_dataset.html below `workdir`; return the result."""
+
+    def read_shown(path: Path) -> np.ndarray:
+        """A picture as 8-bit colour; of other pictures the range of each channel is its own."""
+        channels = check.channels
+        if channels is None:
+            return images.read_image(path)
+        raw = bands.decode_raw(path.read_bytes(), channels, str(path))
+        ranges = None if raw.dtype == np.uint8 else bands.find_ranges([raw], (1.0, 99.0))
+        return bands.show_bands(bands.scale_bands(raw, bands.Bands(channels, ranges), str(path)))
+
     grouped = findings.group(check.flaws)
-    paths = {split: _draw_pictures(workdir, split, check, draw_instances) for split in check.files}
+    paths = {split: _draw_pictures(workdir, split, check, draw_instances, read_shown) for split in check.files}
     counts = check_numbers.count_classes(check.files)
     histogram = f"{FOLDER}/histogram.png"
     _save(workdir / histogram, draw_histogram(counts))
@@ -197,7 +212,9 @@ def _fixed_block(fixed: dict[str, Any]) -> str:
     return f"<h2>Repaired copies</h2><p>They {verdict}: {paths}</p><ul>{listed}</ul>"
 
 
-def _draw_pictures(workdir: Path, split: str, check: Check, draw_instances: DrawInstances) -> list[str]:
+def _draw_pictures(
+    workdir: Path, split: str, check: Check, draw_instances: DrawInstances, read_shown: Callable[[Path], np.ndarray]
+) -> list[str]:
     """Draw a few pictures of a split with their objects; returns the paths relative to the workdir."""
     file, facts = check.files[split], check.pictures[split]
     usable = [i for i in file.images if facts[i].error is None and facts[i].size == _size_of(file.images[i])]
@@ -207,7 +224,7 @@ def _draw_pictures(workdir: Path, split: str, check: Check, draw_instances: Draw
         image_id = usable[position]
         image, objects = file.images[image_id], file.objects[image_id]
         drawn = draw_instances(
-            images.read_image(check.source.splits[split][1] / image.file_name),
+            read_shown(check.source.splits[split][1] / image.file_name),
             boxes_xyxy_px=np.array([_corners(o.annotation.box_xywh_px) for o in objects]).reshape(-1, 4),
             labels=[o.category_id for o in objects],
             names=[file.categories[o.category_id] for o in objects],

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from instseg_jax import images, masks
+from instseg_jax.bands import Bands, decode_bands, read_bands
 from instseg_jax.data import coco_entries
 from instseg_jax.data.coco_entries import Annotation, ImageRecord
 
@@ -38,6 +39,7 @@ class CocoDataset:
     category_ids: tuple[int, ...]
     skipped: tuple[tuple[int, str], ...] = ()
     pictures: Callable[[int], bytes] | None = None  # encoded pictures by image id, where they are no files
+    bands: Bands | None = None  # how to read them, where they are not 8-bit colour
 
     def __len__(self) -> int:
         return len(self.images)
@@ -47,11 +49,20 @@ class CocoDataset:
         return self.image_folder / self.images[index].file_name
 
     def read_image(self, index: int) -> np.ndarray:
-        """Decode the picture at a position of the data set as `images.read_image` does, from wherever it is."""
+        """Decode the picture at a position of the data set, from wherever it is: uint8 [h, w, C].
+
+        Raises FileNotFoundError or ValueError that names the file.
+        """
         path = self.image_path(index)
-        if self.pictures is None:
-            return images.read_image(path)
-        return images.decode_image(self.pictures(self.images[index].id), str(path))
+        if self.pictures is not None:
+            data = self.pictures(self.images[index].id)
+            return decode_bands(data, self.bands, str(path)) if self.bands else images.decode_image(data, str(path))
+        return read_bands(path, self.bands) if self.bands else images.read_image(path)
+
+    @property
+    def channels(self) -> int:
+        """C of the pictures."""
+        return 3 if self.bands is None else self.bands.channels
 
 
 def data_root(dir: str | Path) -> Path:

@@ -10,6 +10,7 @@ import numpy as np
 
 from instseg_jax import masks
 from instseg_jax.data.examples import Example
+from instseg_jax.images import in_groups
 
 MIN_VISIBLE = 0.2  # of an object's pixels; one of which less is left behind what was pasted goes
 MAX_SIDE = 0.9  # of the picture's sides that a pasted object may have
@@ -69,7 +70,7 @@ def _cut_out(
     if min(height, width) < MIN_SIDE_PX:
         return None
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    pixels = cv2.resize(pixels, (width, height), interpolation=interpolation).reshape(height, width, -1)
+    pixels = in_groups(lambda x: cv2.resize(x, (width, height), interpolation=interpolation), pixels)
     mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
     if not mask.any():
         return None

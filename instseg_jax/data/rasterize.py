@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from instseg_jax import masks
+from instseg_jax.images import in_groups
 
 OUTSIDE = -1  # stands for "no source pixel" where a network pixel is padding
 
@@ -87,23 +88,30 @@ def seen_source(view: View) -> tuple[slice, slice]:
 
 
 def view_pixels(image: np.ndarray, view: View, fill: Sequence[float], dtype: np.dtype) -> np.ndarray:
-    """Pixels [h, w, 3] of a view; `fill` is the colour beyond the picture."""
+    """Pixels [h, w, C] of a view; `fill` is the colour beyond the picture."""
     rows, columns = seen_source(view)
     if rows.stop == rows.start:
-        return np.full((*view.size, image.shape[2]), fill).astype(dtype)
+        return np.full((*view.size, image.shape[2]), _fill_of(image.shape[2], fill)).astype(dtype)
     pixels = image[rows, columns].astype(dtype, copy=False)
     y_borders = (rows.start - view.top, view.top + view.height - rows.stop)
     x_borders = (columns.start - view.left, view.left + view.width - columns.stop)
     # Turning the picture before the border is added moves fewer pixels.
     if view.transposed:
-        pixels, y_borders, x_borders = cv2.transpose(pixels), x_borders, y_borders
+        pixels, y_borders, x_borders = in_groups(cv2.transpose, pixels), x_borders, y_borders
     if view.flip_y:
-        pixels, y_borders = cv2.flip(pixels, 0), y_borders[::-1]
+        pixels, y_borders = in_groups(lambda x: cv2.flip(x, 0), pixels), y_borders[::-1]
     if view.flip_x:
-        pixels, x_borders = cv2.flip(pixels, 1), x_borders[::-1]
+        pixels, x_borders = in_groups(lambda x: cv2.flip(x, 1), pixels), x_borders[::-1]
     if max(*y_borders, *x_borders) > 0:
-        pixels = cv2.copyMakeBorder(pixels, *y_borders, *x_borders, cv2.BORDER_CONSTANT, value=tuple(fill))
+        value = _fill_of(min(pixels.shape[2], 4), fill)
+        border = (*y_borders, *x_borders, cv2.BORDER_CONSTANT)
+        pixels = in_groups(lambda x: cv2.copyMakeBorder(x, *border, value=value), pixels)
     return pixels
+
+
+def _fill_of(channels: int, fill: Sequence[float]) -> tuple[float, ...]:
+    """The colour beyond the picture for any number of channels: other than three, its mean in each."""
+    return tuple(fill) if len(fill) == channels else (sum(fill) / len(fill),) * channels
 
 
 def render_masks(

@@ -30,7 +30,7 @@ def repair_dataset(check: Check) -> tuple[dict[str, dict[str, Any]], list[str]]:
     contents = {split: _copy_finite(content) for split, content in check.contents.items()}
     for split, content in contents.items():
         said: list[str] = []
-        _repair_file(content, check.source.splits[split][1], check.pictures[split], said)
+        _repair_file(content, check, split, said)
         changes += [f"{split}: {text}" for text in said]
     if any(flaw.code == "categories_differ" for flaw in check.flaws):
         _unite_categories(contents, changes)
@@ -47,12 +47,13 @@ def write_repaired(check: Check, folder: Path) -> tuple[Source, list[str]]:
     return Source(check.source.root, splits), changes
 
 
-def _repair_file(content: Entry, folder: Path, facts_of: dict[int, PictureFacts], said: list[str]) -> None:
+def _repair_file(content: Entry, check: Check, split: str, said: list[str]) -> None:
+    folder, facts_of = check.source.splits[split][1], check.pictures[split]
     content["categories"] = _sound_categories(content["categories"], said)
     category_ids = {entry["id"] for entry in content["categories"]}
     images, moves = [], {}
     for entry in _sound_images(content["images"], said):
-        facts = _find_picture(entry, folder, facts_of[entry["id"]], said)
+        facts = _find_picture(entry, folder, facts_of[entry["id"]], check.channels, said)
         if facts is None:
             continue
         record = coco_entries.read_image(entry, "")
@@ -125,13 +126,15 @@ def _sound_images(entries: list[Any], said: list[str]) -> list[Entry]:
     return sound
 
 
-def _find_picture(entry: Entry, folder: Path, facts: PictureFacts, said: list[str]) -> PictureFacts | None:
+def _find_picture(
+    entry: Entry, folder: Path, facts: PictureFacts, channels: int | None, said: list[str]
+) -> PictureFacts | None:
     """Facts of the picture of an image entry, under another name where that is plainly meant; None without one."""
     if facts.error is None:
         return facts
     found = check_images.find_file(folder, entry["file_name"]) if facts.is_missing else None
     if found is not None:
-        facts = check_images.inspect_picture(found)
+        facts = check_images.inspect_picture(found, channels)
     if found is None or facts.error is not None:
         said.append(f"image {entry['id']} ({entry['file_name']!r}) left out: {facts.error}")
         return None

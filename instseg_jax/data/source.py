@@ -1,7 +1,12 @@
-"""Which data set a config means: a folder of pictures, or one that `prepare` wrote as TFDS."""
+"""Which data set a config means: a folder of pictures, or one that `prepare` wrote as TFDS; and how to read them."""
 
+import dataclasses
+from pathlib import Path
+
+import numpy as np
 from ml_collections import ConfigDict
 
+from instseg_jax.bands import MAX_PICTURES, build_bands, decode_raw, find_ranges
 from instseg_jax.data import coco
 
 SOURCES = ("folder", "tfds")
@@ -10,8 +15,9 @@ SOURCES = ("folder", "tfds")
 def build_dataset(data: ConfigDict, split: str) -> coco.CocoDataset:
     """Read one split ("train", "val") of the data set that a config's section `data` names.
 
-    Raises: ValueError when no folder is named or data.source is neither folder nor tfds, and what reading raises.
+    Raises: ValueError when no folder is named or a field has a value that it can't have, and what reading raises.
     """
+    bands = build_bands(data)
     if not data.dir:
         raise ValueError("data.dir is empty; name the data set's folder with --config.data.dir=DIR")
     if data.source not in SOURCES:
@@ -19,11 +25,41 @@ def build_dataset(data: ConfigDict, split: str) -> coco.CocoDataset:
     if data.source == "tfds":
         from instseg_jax.data import tfds_builder  # importing TFDS takes a second
 
-        return tfds_builder.read_prepared(data.dir, split)
-    return coco.read_split(
-        data.dir,
-        split,
-        annotations=data[f"{split}_annotations"],
-        images=data[f"{split}_images"],
-        skip_invalid=data.skip_invalid,
-    )
+        dataset = tfds_builder.read_prepared(data.dir, split)
+    else:
+        dataset = coco.read_split(
+            data.dir,
+            split,
+            annotations=data[f"{split}_annotations"],
+            images=data[f"{split}_images"],
+            skip_invalid=data.skip_invalid,
+        )
+    return dataclasses.replace(dataset, bands=bands)
+
+
+def with_channel_ranges(config: ConfigDict) -> ConfigDict:
+    """The config with data.channel_ranges filled in from the training pictures, where data.scaling needs it.
+
+    Up to 200 pictures, evenly over the split, are looked at; the same data set gives the same ranges.
+    """
+    data = config.data
+    if data.scaling != "percentile" or data.channel_ranges is not None:
+        return config
+    percentiles = tuple(data.scale_percentiles)
+    if len(percentiles) != 2 or not 0 <= percentiles[0] < percentiles[1] <= 100:
+        raise ValueError(f"data.scale_percentiles must be (low, high) within 0..100, got {percentiles!r}.")
+    filled = ConfigDict(config.to_dict())
+    with filled.unlocked():
+        filled.data.update(scaling="none", channel_ranges=None)
+        dataset = build_dataset(filled.data, "train")
+        coco.check_images(dataset)
+        chosen = np.unique(np.linspace(0, len(dataset) - 1, min(MAX_PICTURES, len(dataset))).round().astype(int))
+        raw = [_read_raw(dataset, int(index), data.channels) for index in chosen]
+        filled.data.update(scaling="percentile", channel_ranges=find_ranges(raw, percentiles))
+    return filled.lock() if config.is_locked else filled
+
+
+def _read_raw(dataset: coco.CocoDataset, index: int, channels: int) -> np.ndarray:
+    path = dataset.image_path(index)
+    data = Path(path).read_bytes() if dataset.pictures is None else dataset.pictures(dataset.images[index].id)
+    return decode_raw(data, channels, str(path))

@@ -81,7 +81,8 @@ def augment(example: Example, rng: np.random.Generator, augmentation: Augmentati
 def distort_colors(example: Example, rng: np.random.Generator, *, probability: float) -> Example:
     """Change brightness, contrast, saturation and hue, each with probability 1/2, in random order.
 
-    Contrast is that of the whole picture; pixels that the view does not see stay as they are.
+    Contrast is that of the whole picture; pixels that the view does not see stay as they are. Pictures of other than
+    three channels have no saturation and hue: only the first two are changed.
     """
     if rng.random() >= probability:
         return example
@@ -89,9 +90,10 @@ def distort_colors(example: Example, rng: np.random.Generator, *, probability: f
     for operation in (COLOR_OPERATIONS[i] for i in rng.permutation(4)):
         if rng.uniform(0.0, 1.0) >= 0.5:
             operations.append((operation, rng.uniform(*(HUE_RANGE if operation == "hue" else ENHANCE_RANGE))))
-    rows, columns = rasterize.seen_source(example.view)
+    part = rasterize.seen_source(example.view)
     image = example.image.copy()
-    image[rows, columns] = _distort(example.image, operations, (rows, columns))
+    distort = _distort if image.shape[2] == 3 else _distort_channels
+    image[part] = distort(example.image, operations, part)
     return dataclasses.replace(example, image=image, is_float=True)
 
 
@@ -237,6 +239,19 @@ def _distort(image: np.ndarray, operations: Sequence[tuple[str, float]], part: t
     for name, amount in operations[needs_whole:]:
         seen = _change_color(seen, name, amount, whole)
     return np.asarray(seen)
+
+
+def _distort_channels(
+    image: np.ndarray, operations: Sequence[tuple[str, float]], part: tuple[slice, slice]
+) -> np.ndarray:
+    """Brightness and contrast of a part of a picture [h, w, C], about the mean of each channel of the whole of it."""
+    pixels, mean = image[part].astype(np.float32), image.mean(axis=(0, 1), dtype=np.float32)
+    for name, amount in operations:
+        if name == "brightness":
+            pixels, mean = pixels * amount, mean * amount
+        elif name == "contrast":
+            pixels = mean + (pixels - mean) * amount
+    return np.rint(np.clip(pixels, 0, 255)).astype(np.uint8)
 
 
 def _change_color(image: Image.Image, name: str, amount: float, whole: Image.Image) -> Image.Image:

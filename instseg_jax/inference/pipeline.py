@@ -5,6 +5,7 @@ file in `pipeline_config.py`. Files of results are written in `results.py` and `
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import re
@@ -17,12 +18,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from instseg_jax.bands import build_bands
 from instseg_jax.config import load_config
 from instseg_jax.devices import select_devices
 from instseg_jax.inference import predictor, tiling
 from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_config
 from instseg_jax.inference.results import Result
-from instseg_jax.inference.sources import Source, find_sources
+from instseg_jax.inference.sources import Source, find_sources, with_bands
 from instseg_jax.inference.streaming import Feeding, Found, stream_instances
 from instseg_jax.models.variants import canonical_name
 from instseg_jax.types import Detections
@@ -78,6 +80,8 @@ class Pipeline:
         thresholds = thresholds_by_class(threshold, self.class_names, self.thresholds)
         tiles = None if tile is None else tiling.Tiles(tile, overlap, whole_image)
         sources, count = find_sources(x, channels=channels)
+        if self.feeding.bands is not None:
+            sources = map(functools.partial(with_bands, bands=self.feeding.bands), sources)
         if tiles is not None:
             return self._results(tiling.stream_tiled(sources, self._stream, tiles, size, thresholds), count == 1)
         return self._results(self._stream(sources, size, thresholds), count == 1)
@@ -98,7 +102,9 @@ class Pipeline:
 
     def warm_up(self) -> None:
         """Compile for the default batch size, so that the first image does not wait for it."""
-        jax.block_until_ready(self.run(np.zeros((self.batch_size, *self.feeding.size, 3), np.float32)))
+        jax.block_until_ready(
+            self.run(np.zeros((self.batch_size, *self.feeding.size, self.feeding.channels), np.float32))
+        )
 
     def _stream(self, sources: Iterator[Source], batch_size: int, thresholds: np.ndarray) -> Iterator[Found]:
         return stream_instances(sources, self.run, feeding=self.feeding, batch_size=batch_size, thresholds=thresholds)
@@ -244,7 +250,7 @@ def build_pipeline(
     data = model.config.data
     return Pipeline(
         run=lambda images: predict(variables, jax.device_put(images, split)),
-        feeding=Feeding((data.image_size, data.image_size), data.resize, data.eval_interpolation),
+        feeding=Feeding((data.image_size, data.image_size), data.resize, data.eval_interpolation, build_bands(data)),
         class_names=model.class_names,
         category_ids=model.category_ids,
         thresholds=threshold,

@@ -66,7 +66,9 @@ def load_model(source: str | os.PathLike[str] | Weights, config: ConfigDict | No
     class_names = found.class_names or tuple(f"class {i}" for i in range(num_classes))
     category_ids = found.metadata.get("category_ids") or tuple(range(1, num_classes + 1))
     model = build_model(config.model, num_classes)
-    variables, summary = weights_room.merge_weights(abstract_variables(model), found, class_names=class_names)
+    variables, summary = weights_room.merge_weights(
+        abstract_variables(model, config.data.channels), found, class_names=class_names
+    )
     ids = tuple(category_ids)
     return LoadedModel(
         model, variables, config, class_names, ids, found.metadata, str(summary), thresholds=found.thresholds
@@ -77,7 +79,7 @@ def merge_configs(config: ConfigDict, saved: ConfigDict) -> ConfigDict:
     """`config` with the saved model, and with the saved way of feeding it pictures."""
     merged = ConfigDict(config.to_dict())
     merged.model = saved.model
-    for field in ("image_size", "resize", "eval_interpolation"):
+    for field in ("image_size", "resize", "eval_interpolation", "channels", "scaling", "channel_ranges"):
         merged.data[field] = saved.data[field]
     return merged
 

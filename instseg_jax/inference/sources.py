@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from instseg_jax.bands import Bands, read_bands
 from instseg_jax.images import decode_image, read_image, to_rgb
 from instseg_jax.inference.rasters import RasterImage, open_raster
 from instseg_jax.inference.results import IMAGE_SUFFIXES
@@ -167,6 +168,14 @@ def _from_files(files: list[pathlib.Path]) -> Iterator[Source]:
                 yield Source(str(path), functools.partial(_give, frame), page_index=index)
         except ValueError as error:
             yield Source(str(path), functools.partial(_raise, error))
+
+
+def with_bands(source: Source, bands: Bands) -> Source:
+    """The same source, its file read to uint8 [h, w, channels] as the bands of the training pictures were."""
+    path = pathlib.Path(source.name)
+    if not path.is_file() or is_video(path):
+        return source
+    return dataclasses.replace(source, read=functools.partial(read_bands, path, bands), raster=None)
 
 
 def _give(image: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 import numpy as np
 
+from instseg_jax.bands import Bands, show_bands
 from instseg_jax.images import preprocess
 from instseg_jax.inference.postprocess import Instances, detections_to_instances
 from instseg_jax.inference.sources import Source
@@ -30,6 +31,12 @@ class Feeding:
     size: tuple[int, int]  # (height, width)
     resize: str
     interpolation: str
+    bands: Bands | None = None  # of pictures that are not 8-bit colour
+
+    @property
+    def channels(self) -> int:
+        """C of the network's input."""
+        return 3 if self.bands is None else self.bands.channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +115,13 @@ def _decode(source: Source, feeding: Feeding) -> _Decoded:
         image = source.read()
     except (ValueError, OSError) as error:
         return _Decoded(source, error=" ".join(str(error).split()) or type(error).__name__)
+    if image.shape[2] != feeding.channels:
+        return _Decoded(
+            source, error=f"{source.name} has {image.shape[2]} channels, the model takes {feeding.channels}"
+        )
     pixels, content = preprocess(image, feeding.size, resize=feeding.resize, interpolation=feeding.interpolation)
+    if feeding.bands is not None:
+        image = show_bands(image)
     return _Decoded(source, image, pixels, content)
 
 
@@ -124,7 +137,7 @@ def _start(
     readable = [decoded for decoded in group if decoded.error is None]
     if not readable:
         return (_done(Found(decoded.source, None, None, decoded.error)) for decoded in group)
-    images = np.zeros((batch_size, *feeding.size, 3), np.float32)
+    images = np.zeros((batch_size, *feeding.size, feeding.channels), np.float32)
     for slot, decoded in zip(images, readable, strict=False):
         slot[:] = decoded.pixels
     fetched = encoders.submit(jax.device_get, predict(images))

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
 from instseg_jax.data import coco, loader
-from instseg_jax.data.source import build_dataset
+from instseg_jax.data.source import build_dataset, with_channel_ranges
 from instseg_jax.devices import select_devices
 from instseg_jax.files import write_json
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, build_model, count_parameters, initial_variables
@@ -132,6 +132,7 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
 
     Returns: the run, the state before the first step, the step function.
     """
+    config = with_channel_ranges(config)
     devices = select_devices(config.device)
     mesh = sharding.make_mesh(devices)
     sharding.check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.micro_batches)
@@ -145,7 +146,7 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     train_loader = loader.build_train_loader(config, splits["train"], **process)
     score = build_score(config, model, splits["val"], mesh)
-    variables, summary = initial_variables(model, seed=config.seed), None
+    variables, summary = initial_variables(model, seed=config.seed, channels=config.data.channels), None
     if config.model.weights:
         found = weights_room.read_weights(config.model.weights)
         variables, summary = weights_room.merge_weights(variables, found, class_names=splits["train"].categories)

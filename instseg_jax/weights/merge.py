@@ -24,6 +24,9 @@ CLASS_AXES = {
 }
 """The axis of each tensor that counts classes."""
 
+STEM = "params/backbone/stem/stem1/conv/kernel"
+"""The first kernel [h, w, C, O], the only tensor that counts the channels of the pictures."""
+
 BACKBONE_LEFT_OUT = ("fc.*", "last_conv.*", "lab.*", "*.lab.*")
 """Official names in ImageNet backbone files that the detector's backbone has no use for: the classifier, and the
 learnable affine blocks of B1 and B2, which the reference implementation drops as well."""
@@ -79,6 +82,10 @@ def merge_variables(
     if rows is not None:
         reshaped = [path for path in wanted if _short(path) in CLASS_AXES and path in offered]
         offered |= {path: _copy_rows(path, wanted[path], offered[path], rows) for path in reshaped}
+    has_copied = bool(reshaped)
+    if _has_other_channels(wanted, offered):
+        offered[STEM] = inflate_stem(offered[STEM], wanted[STEM].shape[2])
+        reshaped.append(STEM)
     _check_match(wanted, offered, has_class_names=rows is not None)
 
     merged = model | {path: np.asarray(offered[path]).astype(leaf.dtype, copy=False) for path, leaf in wanted.items()}
@@ -88,9 +95,28 @@ def merge_variables(
         reshaped=tuple(map(_short, reshaped)),
         fresh=tuple(_short(path) for path in model if path not in wanted),
         skipped=tuple(_short(path) for path in file if path not in offered),
-        copied_classes=tuple(name for row, name in enumerate(class_names or ()) if reshaped and row in copied),
-        fresh_classes=tuple(name for row, name in enumerate(class_names or ()) if reshaped and row not in copied),
+        copied_classes=tuple(name for row, name in enumerate(class_names or ()) if has_copied and row in copied),
+        fresh_classes=tuple(name for row, name in enumerate(class_names or ()) if has_copied and row not in copied),
     )
+
+
+def inflate_stem(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """Make the first kernel [h, w, 3, O] one for other channels: colours keep theirs, others get the mean of the three.
+
+    All are scaled by 3 / channels, so that a picture whose channels are alike gives what it gave before.
+    """
+    mean = np.repeat(kernel.mean(axis=2, keepdims=True), channels, axis=2)
+    if channels > 3:
+        mean[:, :, :3] = kernel
+    return mean * (3 / channels)
+
+
+def _has_other_channels(wanted: Mapping[str, Any], offered: Mapping[str, Any]) -> bool:
+    """Whether only the channels of the pictures differ: the file is for colours, the model is not."""
+    if STEM not in wanted or STEM not in offered:
+        return False
+    model, file = wanted[STEM].shape, offered[STEM].shape
+    return len(file) == 4 and file[2] == 3 and model[2] != 3 and (*file[:2], *file[3:]) == (*model[:2], *model[3:])
 
 
 def load_backbone(init: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], MergeSummary]:
