@@ -67,7 +67,7 @@ def _time_model(config: ConfigDict, options: argparse.Namespace, batch_sizes: li
         model, variables, config = loaded.model, loaded.variables, loaded.config
     else:
         model = build_model(config.model, len(dataset.categories))
-        variables = initial_variables(model, seed=config.seed)
+        variables = initial_variables(model, seed=config.seed, channels=config.data.channels)
     mesh = sharding.make_mesh(select_devices(config.device))
     for batch_size in batch_sizes:
         sharding.check_batch_size(batch_size, mesh, "--batch_sizes")

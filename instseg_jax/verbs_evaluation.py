@@ -3,6 +3,7 @@
 import argparse
 import copy
 import dataclasses
+import functools
 import os
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.progress import track
 
+from instseg_jax.bands import show_bands
 from instseg_jax.config import load_config, override
 from instseg_jax.data import coco, loader
 from instseg_jax.devices import select_devices
@@ -51,7 +53,7 @@ class Evaluated:
     max_detections: int
     facts: dict[str, str]
     run: dict[str, str]  # times and memory
-    image_paths: dict  # by image id; empty without images
+    images: dict  # functions that read a picture to look at, by image id; empty without images
     annotations: str  # where the truth came from
     gallery_size: int
 
@@ -144,7 +146,7 @@ def _score_file(config: ConfigDict | dict[str, str], options: argparse.Namespace
             "truth": f"{Path(options.annotations).name} ({len(truth['images'])} images)",
         },
         run={"reading and scoring": f"{time.perf_counter() - started:.2f} s", "engine": config.eval.engine},
-        image_paths=paths,
+        images={image_id: functools.partial(read_image, path) for image_id, path in paths.items()},
         annotations=str(Path(options.annotations).resolve()),
     )
 
@@ -176,8 +178,8 @@ def score_model(model: LoadedModel, weights: str, tta: Sequence[str], tiles: Til
             "batch size": str(evaluation.batch_size),
             "devices": ", ".join(f"{d.platform}:{d.id}" for d in devices),
         },
-        image_paths={image.id: dataset.image_path(i) for i, image in enumerate(dataset.images)},
-        annotations=str(coco.find_split(data.dir, "val", data.val_annotations, data.val_images)[0].resolve()),
+        images={image.id: functools.partial(_read_shown, dataset, i) for i, image in enumerate(dataset.images)},
+        annotations=str(dataset.annotation_file.resolve()),
     )
 
 
@@ -295,16 +297,22 @@ def write_outcome(workdir: Path, evaluated: Evaluated) -> dict[str, Analysis]:
     return analyses
 
 
+def _read_shown(dataset: coco.CocoDataset, index: int) -> np.ndarray:
+    """A picture as RGB, from wherever it is and of however many channels."""
+    image = dataset.read_image(index)
+    return image if dataset.bands is None else show_bands(image)
+
+
 def _write(workdir: Path, evaluated: Evaluated, analyses: dict[str, Analysis]) -> None:
     main = next(iter(analyses.values()))
     galleries = {}
-    if evaluated.image_paths:
+    if evaluated.images:
         galleries = {
             title: draw_cases(
                 main,
                 evaluated.results,
                 cases,
-                read_image=lambda image_id: read_image(evaluated.image_paths[image_id]),
+                read_image=lambda image_id: evaluated.images[image_id](),
                 draw=draw_instances,
             )
             for title, cases in choose_cases(main, evaluated.gallery_size).items()

@@ -130,6 +130,7 @@ def test_uint8_pixels_saturate_and_float_pixels_overshoot():
 
 def dataset_of(folder, file_name, width, height):
     return coco.CocoDataset(
+        annotation_file=folder / "set.json",
         name="instance_train",
         image_folder=folder,
         images=(coco.ImageRecord(1, file_name, height, width),),

@@ -32,6 +32,7 @@ class CocoDataset:
     """
 
     name: str
+    annotation_file: Path
     image_folder: Path
     images: tuple[ImageRecord, ...]
     annotations: tuple[tuple[Annotation, ...], ...]
@@ -155,6 +156,7 @@ def read_coco(
             skipped.append((entry["id"], str(error)))
     return CocoDataset(
         name=file.stem,
+        annotation_file=file,
         image_folder=Path(image_folder),
         images=tuple(records),
         annotations=tuple(tuple(of_image) for of_image in annotations),

@@ -61,7 +61,7 @@ def run_benchmark(config: ConfigDict, *, repeats: int) -> dict:
     dataset = loop.read_split(config.data, "train")
     train_loader = loader.build_train_loader(config, dataset)
     model = build_model(config.model, len(dataset.categories))
-    variables = initial_variables(model, seed=config.seed)
+    variables = initial_variables(model, seed=config.seed, channels=config.data.channels)
     batches = train_loader.batches()
     first = next(batches)
 
