@@ -56,8 +56,14 @@ def run_check(root_or_source, flaws=(), **changes):
     if isinstance(source, Path):
         nothing = {"train": None, "val": None}
         source, flaws = check.find_source(source, nothing, nothing)
-    arguments = {"num_queries": 300, "max_instances": 100, "image_size": (64, 64), "resize": "stretch", "channels": None}
-    arguments |= {"num_workers": 1, "progress": lambda items, total: items, "pictures": {}}
+    arguments = {
+        "num_queries": 300,
+        "max_instances": 100,
+        "image_size": (64, 64),
+        "resize": "stretch",
+        "channels": None,
+    }
+    arguments |= {"channels": None, "num_workers": 1, "progress": lambda items, total: items, "pictures": {}}
     return check.check_dataset(source, flaws, **(arguments | changes))
 
 
@@ -141,6 +147,11 @@ def turn_image_and_annotations(contents, folder):
     change_annotation("train", 1, segmentation=rectangle(8, 16, 22, 30), bbox=[8, 16, 14, 14])(contents, folder)
 
 
+def deepen_image(contents, folder):
+    deep = cv2.imread(str(folder / "train0.jpg")).astype(np.uint16) * 257
+    (folder / "train0.jpg").write_bytes(cv2.imencode(".png", deep)[1].tobytes())
+
+
 RLE = {"size": [HEIGHT, WIDTH], "counts": [100, 5, HEIGHT * WIDTH - 105]}
 DEFECTS = {
     "missing_image": [delete_image, change_image(file_name="elsewhere.jpg")],
@@ -183,5 +194,6 @@ DEFECTS = {
     "self_crossing_polygon": [change_annotation(segmentation=[[2, 3, 14, 12, 14, 3, 2, 12]])],
     "exif_rotation": [turn_image_and_annotations],
     "duplicate_file_name": [list_twice],
+    "deep_pixels": [deepen_image],
     "empty_mask": [change_annotation(segmentation=dict(RLE, counts=[HEIGHT * WIDTH]))],
 }

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from instseg_jax import images
-from instseg_jax.bands import decode_raw
+from instseg_jax.bands import JPEG_MARK, decode_raw
 from instseg_jax.data.coco_entries import ImageRecord
 from instseg_jax.data.findings import Flaw
 
@@ -37,6 +37,7 @@ class PictureFacts:
     is_missing: bool = False
     size: tuple[int, int] = (0, 0)  # (height, width) as read, turned by EXIF
     orientation: int = 1  # EXIF's, 1 is upright
+    is_cut: bool = False  # it has more than the 8 bits that are read
     digest: bytes = b""
     thumbnail: np.ndarray | None = None  # [32, 32] uint8 grey; None for a flat picture
     hash: int = 0
@@ -65,6 +66,7 @@ def inspect_picture(path: Path, channels: int | None = None) -> PictureFacts:
         error=None,
         size=image.shape[:2],
         orientation=orientation,
+        is_cut=channels is None and _has_more_bits(data),
         digest=hashlib.blake2b(data, digest_size=16).digest(),
         thumbnail=thumbnail,
         hash=picture_hash,
@@ -89,9 +91,10 @@ def find_picture_flaws(split: str, image: ImageRecord, facts: PictureFacts, fold
         hint = " once it is turned as its EXIF orientation says" if is_turned else ""
         detail = f"it is {width}x{height}{hint}, the annotation file says {image.width}x{image.height}"
         return [flaw("size_mismatch", detail)]
+    flaws = [flaw("deep_pixels", "it has more than 8 bits a channel")] if facts.is_cut else []
     if facts.orientation != 1:
-        return [flaw("exif_rotation", f"EXIF orientation {facts.orientation}")]
-    return []
+        flaws.append(flaw("exif_rotation", f"EXIF orientation {facts.orientation}"))
+    return flaws
 
 
 def find_file(folder: Path, file_name: str) -> Path | None:
@@ -173,6 +176,14 @@ def _likeness(a: PictureFacts, b: PictureFacts) -> float:
 def _leak(train: ImageRecord, val: ImageRecord, what: str) -> Flaw:
     detail = f"{train.file_name!r} of train and {val.file_name!r} of val are {what}"
     return Flaw("leak", None, (train.id, val.id), detail)
+
+
+def _has_more_bits(data: bytes) -> bool:
+    """Whether a file other than a JPEG has pixels of more than 8 bits."""
+    if data.startswith(JPEG_MARK):
+        return False
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    return pixels is not None and pixels.dtype != np.uint8
 
 
 def _decode_strictly(data: bytes) -> tuple[int, str | None]:

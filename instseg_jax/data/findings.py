@@ -130,6 +130,11 @@ CODES: dict[str, tuple[str, str, str]] = {
         "pictures carry an EXIF rotation; they are turned on reading, and their annotations fit that",
         "Nothing; other tools may show them turned.",
     ),
+    "deep_pixels": (
+        ADVICE,
+        "pictures have more than 8 bits a channel, of which only the upper 8 are read",
+        "--config.data.scaling=percentile brings the range that the training pictures use to 8 bits.",
+    ),
     "duplicate_file_name": (
         ADVICE,
         "several pictures of a split are the same file",
