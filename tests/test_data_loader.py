@@ -6,32 +6,16 @@ import itertools
 import json
 import multiprocessing
 import threading
-import time
-import types
 
 import cv2
 import ml_collections
 import numpy as np
 import pytest
+from example_data import NOTHING as NO_AUGMENTATION
+from example_data import RECIPE as AUGMENTATION
 
-from instseg_jax.data import coco, epochs, examples, loader, prefetch, transforms
+from instseg_jax.data import coco, epochs, examples, loader, transforms
 
-AUGMENTATION = transforms.Augmentation(
-    photometric_probability=0.8,
-    expand_probability=0.5,
-    expand_max_ratio=4.0,
-    crop_probability=0.8,
-    flip_probability=0.5,
-    vertical_flip_probability=0.0,
-    quarter_turns=False,
-    scale_jitter=None,
-    copy_paste_probability=0.0,
-    copy_paste_max_objects=5,
-    copy_paste_scale=(0.5, 1.5),
-)
-NO_AUGMENTATION = dataclasses.replace(
-    AUGMENTATION, photometric_probability=0.0, expand_probability=0.0, crop_probability=0.0, flip_probability=0.0
-)
 LAYOUT = examples.Layout("stretch", mask_stride=2, mask_rasterization="exact", refit_boxes=False, max_instances=3)
 
 
@@ -248,31 +232,6 @@ def test_copy_paste_takes_objects_from_other_images(trainable):
         assert_equal(a, b)
 
 
-def test_share_of_images_without_objects():
-    """Of 6 images with objects and 9 without, a share of a quarter takes 2 of the 9, others in each epoch."""
-    annotations = tuple(((), "an object")[(i % 5 < 2 and 1) or 0] for i in range(15))
-    data = types.SimpleNamespace(annotations=annotations)
-    pool = epochs.make_pool(data, 0.25)
-    assert (len(pool.with_objects), len(pool.without), pool.num_without, pool.size) == (6, 9, 2, 8)
-    drawn = [
-        [
-            index
-            for step in (2 * epoch, 2 * epoch + 1)
-            for index, _ in epochs.batch_entries(pool, 4, seed=1, step=step)[1]
-        ]
-        for epoch in range(30)
-    ]
-    for shown in drawn:
-        assert len(set(shown)) == 8 and sum(not annotations[i] for i in shown) == 2
-        assert {i for i in shown if annotations[i]} == {i for i in range(15) if annotations[i]}
-    assert {i for shown in drawn for i in shown} == set(range(15))
-    assert epochs.make_pool(data, None).size == 15 and epochs.make_pool(data, 0.0).size == 6
-    assert epochs.make_pool(data, 0.9).num_without == 9  # there are no more
-    for share in (-0.1, 1.0):
-        with pytest.raises(ValueError, match=r"data\.empty_share"):
-            epochs.make_pool(data, share)
-
-
 def test_data_set_smaller_than_the_batch_repeats_with_other_augmentation(trainable):
     batch = next(train(trainable, batch_size=12, sizes=[(32, 32)]))
     counts = collections.Counter(batch.image_index.tolist())
@@ -340,21 +299,6 @@ def test_closing_ends_the_threads(trainable):
     assert threading.active_count() > before
     batches.close()
     assert threading.active_count() == before
-
-
-def test_prefetch_is_ordered_and_bounded():
-    started = []
-
-    def work(item):
-        started.append(item)
-        time.sleep(0.02 * (3 - item % 3))
-        return item * item
-
-    results = prefetch.prefetch_map(work, itertools.count(), num_workers=3, prefetch=4, use_processes=False)
-    assert [next(results) for _ in range(5)] == [0, 1, 4, 9, 16]
-    time.sleep(0.2)
-    assert len(started) <= 5 + 4
-    results.close()
 
 
 def config(folder):
