@@ -100,6 +100,12 @@ def test_voc_image_sets_are_splits(tmp_path):
     assert list(read(tmp_path / "out")[0]) == ["b.jpg"] and list(read(tmp_path / "out", "val")[0]) == ["a.jpg"]
 
 
+def test_voc_is_found_below_the_folder(tmp_path):
+    write_voc(tmp_path / "VOCdevkit" / "VOC2012")
+    convert(tmp_path / "VOCdevkit", "VOC", tmp_path / "out")
+    assert len(read(tmp_path / "out")[0]["a.jpg"]) == 3
+
+
 def test_an_object_without_a_name_is_an_error(tmp_path):
     write_voc(tmp_path / "in", xml=False)
     (tmp_path / "names.txt").write_text("cat\n")

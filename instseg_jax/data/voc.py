@@ -27,6 +27,7 @@ from instseg_jax.data.converted import (
 )
 
 VOID = 255
+FOLDERS = ("SegmentationObject", "SegmentationClass", "Annotations")
 MIN_OVERLAP = 0.5  # IoU of a mask's box with a box of the XML that names its class
 # The classes of the Pascal VOC challenge itself, whose palette index is their place in the alphabet.
 VOC_CLASSES = (
@@ -42,8 +43,12 @@ class _XmlObject:
 
 
 def find_annotations(source: Path, labels: str | Path | None) -> Listing:
-    """One name a picture: of ImageSets/Segmentation/{train,val}.txt, else of all masks, else of all XML files."""
+    """One name a picture: of ImageSets/Segmentation/{train,val}.txt, else of all masks, else of all XML files.
+
+    The folder may also hold the one that is laid out as VOC is, as VOCdevkit does.
+    """
     class_names = read_class_names(source, labels)
+    source = _find_root(source)
     if not class_names and not (source / "Annotations").is_dir():
         class_names = ("_background_", *VOC_CLASSES)
     parts = {}
@@ -63,6 +68,14 @@ def find_annotations(source: Path, labels: str | Path | None) -> Listing:
             f"There is neither SegmentationObject nor SegmentationClass nor Annotations in {str(source)!r}."
         )
     return Listing(source, parts, class_names)
+
+
+def _find_root(source: Path) -> Path:
+    """The folder itself, or the only one below it that is laid out as VOC is."""
+    if any((source / name).is_dir() for name in FOLDERS):
+        return source
+    found = {path.parent for name in FOLDERS for path in source.rglob(name) if path.is_dir()}
+    return found.pop() if len(found) == 1 else source
 
 
 def read_annotation(stem: Path, listing: Listing, notes: collections.Counter[str]) -> ConvertedImage:
