@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from instseg_jax import masks
-from instseg_jax.data import coco
+from instseg_jax.config import load_config
+from instseg_jax.data import coco, source
 
 DATA = Path(__file__).parent / "data"
 SQUARE = [2, 1, 6, 1, 6, 5, 2, 5]  # 4x4 pixels at (2, 1)
@@ -190,6 +191,9 @@ def changed(**changes):
         (changed(categories=[{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]), "Several categories .* share an id: 3"),
         (changed(images=[{"id": 1, "file_name": "a.jpg"}]), "Image number 1 of .* lacks 'height', 'width'"),
         (changed(images=[{"id": 1, "file_name": "a", "height": 0, "width": 4}]), "Image number 1 .* has the height 0"),
+        (changed(images=[{"id": 1, "file_name": "a", "height": 4, "width": 10**9}]), "has the width 1000000000"),
+        (changed(images=[{"id": 1, "file_name": "a", "height": float("nan"), "width": 4}]), "has the height nan"),
+        (changed(images=[{"id": 1, "file_name": 7, "height": 4, "width": 4}]), "has the file name 7, not a string"),
         (changed(images=content()["images"] * 2), "Several images .* share an id: 10, 7"),
         (changed(images=[{"id": "x", "file_name": "a", "height": 1, "width": 4}]), "whole numbers, got 'x'"),
         (content(annotation(5), annotation(5)), "Several annotations .* share an id: 5"),
@@ -224,6 +228,26 @@ def test_skip_invalid_leaves_out_and_names_malformed_objects(tmp_path):
     assert "polygon with 0 points" in dataset.skipped[0][1]
     with pytest.raises(ValueError, match="image id 11"):
         read(tmp_path, content(annotation(4, image_id=11)), skip_invalid=True)
+
+
+def test_a_config_says_whether_malformed_objects_stop_training(tmp_path):
+    (tmp_path / "images").mkdir()
+    write(tmp_path, content(annotation(1), annotation(2, segmentation=[[]])))
+    fields = {"data.dir": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"Annotation 2 of .*Run check_dataset .* or .*data\.skip_invalid=True"):
+        source.build_dataset(load_config("configs/mask_rtdetr.py:s", fields).data, "train")
+    config = load_config("configs/mask_rtdetr.py:s", fields | {"data.skip_invalid": "True"})
+    dataset = source.build_dataset(config.data, "train")
+    assert [a.id for a in dataset.annotations[0]] == [1] and dataset.skipped[0][0] == 2
+    with pytest.raises(ValueError, match=r"data\.dir is empty"):
+        source.build_dataset(load_config("configs/mask_rtdetr.py:s").data, "train")
+
+
+def test_licences_are_kept(tmp_path):
+    data = content()
+    data["licenses"] = [{"id": 4, "name": "CC BY 2.0", "url": "x"}]
+    data["images"][0]["license"], data["images"][1]["license"] = 4, 9
+    assert [image.license for image in read(tmp_path, data).images] == ["CC BY 2.0", ""]
 
 
 def test_missing_annotation_file(tmp_path):

@@ -20,7 +20,7 @@ from instseg_jax.data.polygons import crosses_itself, is_degenerate
 OUTSIDE_TOLERANCE_PX = 2.0  # annotators overshoot the border by a pixel or two
 BOX_TOLERANCE_PX = 3.0  # outlines are rounded to pixels and simplified: no reason to doubt a box
 MIN_BOX_IOU = 0.8  # of the bbox with the box around the mask
-MAX_CROSSING_POINTS = 3000  # polygons with more are not searched for crossings: the search is quadratic
+MAX_CROSSING_POINTS = 1000  # polygons with more are not searched for crossings: the search is quadratic
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 from instseg_jax import masks
 
 MAX_LISTED = 5  # names or ids that an error message lists before it only counts
+MAX_SIDE_PX = 10**6  # of a picture: masks of what lies beyond would be drawn for hours
 MAX_REACH = 10  # times the longer side of its picture that a polygon may reach
 
 
@@ -86,7 +87,7 @@ def read_image(entry: Any, what: str, licenses: Mapping[str, str] | None = None)
     require_keys(entry, ("id", "file_name", "height", "width"), what)
     for name in ("height", "width"):
         value = entry[name]
-        if not is_number(value) or value != int(value) or value < 1:
+        if not is_number(value) or value != int(value) or not 1 <= value <= MAX_SIDE_PX:
             raise ValueError(f"{what} (id {entry['id']}) has the {name} {value!r}, not a number of pixels.")
     if not isinstance(entry["file_name"], str):
         raise ValueError(f"{what} (id {entry['id']}) has the file name {entry['file_name']!r}, not a string.")

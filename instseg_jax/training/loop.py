@@ -159,6 +159,11 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     logger = open_log(workdir / LOG)
     if summary is not None:
         logger.info("%s", summary)
+    for name, dataset in splits.items():
+        if dataset.skipped:  # data.skip_invalid
+            first, reason = dataset.skipped[0]
+            text = "%s: %d malformed objects are left out, the first is annotation %d: %s"
+            logger.warning(text, name, len(dataset.skipped), first, reason)
     logger.info(
         "%s: %.1f M parameters, %d classes; %d training and %d validation images; %d steps of %d images on %s",
         config.model.name,
