@@ -1,6 +1,18 @@
 """Prints what the parity tests measured, as a table, at the end of the run."""
 
+import pytest
 from reference import REPORT
+
+
+def pytest_sessionfinish(session):
+    output = getattr(session.config, "workeroutput", None)  # of one process of several
+    if output is not None:
+        output["parity"] = [list(row) for row in REPORT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    REPORT.extend(tuple(row) for row in getattr(node, "workeroutput", {}).get("parity", ()))
 
 
 def pytest_terminal_summary(terminalreporter):
