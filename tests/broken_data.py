@@ -86,8 +86,8 @@ def delete_image(contents, folder):
 
 
 def cut_image(contents, folder):
-    data = (folder / "train1.jpg").read_bytes()
-    (folder / "train1.jpg").write_bytes(data[: len(data) // 2])
+    data = (folder / "train2.jpg").read_bytes()
+    (folder / "train2.jpg").write_bytes(data[: len(data) // 2])
 
 
 def empty_file(contents, folder):
