@@ -199,6 +199,20 @@ def test_repairs_are_the_right_ones(tmp_path):
     assert any("TRAIN0.JPG" in change for change in changes) and any("scaled" in change for change in changes)
 
 
+def test_a_missing_size_is_that_of_the_picture(tmp_path):
+    def edit(contents, folder):
+        del contents["train"]["images"][0]["height"], contents["train"]["images"][0]["width"]
+        change_image("train", 1, width="wide")(contents, folder)
+
+    result = run_check(write_dataset(tmp_path / "set", edit))
+    assert not result.passed
+    source, changes = repair.write_repaired(result, tmp_path / "fixed")
+    dataset = coco.read_coco(*source.splits["train"])
+    assert len(dataset) == 4 and sum(map(len, dataset.annotations)) == 8
+    assert {(image.height, image.width) for image in dataset.images} == {(HEIGHT, WIDTH)}
+    assert sum("are those of the picture" in change for change in changes) == 2
+
+
 @pytest.mark.parametrize("orientation", range(2, 9))
 def test_objects_of_a_picture_turned_by_exif_are_turned_with_it(tmp_path, orientation):
     """A mark that is painted on the object stays under it."""

@@ -52,8 +52,10 @@ def _repair_file(content: Entry, check: Check, split: str, said: list[str]) -> N
     content["categories"] = _sound_categories(content["categories"], said)
     category_ids = {entry["id"] for entry in content["categories"]}
     images, moves = [], {}
+    _fill_in_sizes(content["images"], folder, check.channels, said)
     for entry in _sound_images(content["images"], said):
-        facts = _find_picture(entry, folder, facts_of[entry["id"]], check.channels, said)
+        known = facts_of.get(entry["id"]) or check_images.inspect_picture(folder / entry["file_name"], check.channels)
+        facts = _find_picture(entry, folder, known, check.channels, said)
         if facts is None:
             continue
         record = coco_entries.read_image(entry, "")
@@ -100,6 +102,20 @@ def _sound_categories(entries: list[Any], said: list[str]) -> list[Entry]:
         else:
             sound[entry["id"]] = entry
     return list(sound.values())
+
+
+def _fill_in_sizes(entries: list[Any], folder: Path, channels: int | None, said: list[str]) -> None:
+    """Give image entries without a height or width those of their pictures, in place."""
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
+            continue
+        sides: list[Any] = [entry.get(name) for name in ("height", "width")]
+        if all(coco_entries.is_number(side) and side >= 1 for side in sides):
+            continue
+        facts = check_images.inspect_picture(folder / entry["file_name"], channels)
+        if facts.error is None:
+            entry["height"], entry["width"] = facts.size
+            said.append(f"image {entry.get('id')} ({entry['file_name']!r}): height and width are those of the picture")
 
 
 def _sound_images(entries: list[Any], said: list[str]) -> list[Entry]:
