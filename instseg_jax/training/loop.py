@@ -225,7 +225,7 @@ def _run_steps(run: Run, step_function, state: TrainState, manager, history: His
     with _stop_signals() as stop:
         try:
             for step in range(start, run.total_steps):
-                if patience is not None and history.since_best >= patience:
+                if patience is not None and history.since_better >= patience:
                     run.logger.info("no better %s in %d evaluations: training ends", history.metric, patience)
                     end = "stopped early"
                     break

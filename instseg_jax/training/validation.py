@@ -49,7 +49,7 @@ class History:
     workdir: pathlib.Path
     metric: str  # that decides which weights are best
     best: float | None = None
-    since_best: int = 0  # evaluations since then
+    since_better: int = 0  # evaluations since one was better than all before it, not just as good
 
     def add(self, step: int, metrics: dict[str, float | None]) -> bool:
         """Note an evaluation; says whether it is the best so far (or as good as it)."""
@@ -59,9 +59,11 @@ class History:
         return self._count(metrics.get(self.metric))
 
     def _count(self, score: float | None) -> bool:
-        is_best = self.best is None or (score is not None and score >= self.best)
+        is_first = self.best is None
+        is_best = is_first or (score is not None and score >= self.best)
+        is_better = is_first or (score is not None and score > self.best)
         self.best = score if is_best else self.best
-        self.since_best = 0 if is_best else self.since_best + 1
+        self.since_better = 0 if is_better else self.since_better + 1
         return is_best
 
 
