@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pycocotools import mask as mask_api
 
 SCRIPT = Path(__file__).parent / "evaluate_on_devices.py"
 
@@ -35,12 +36,12 @@ def evaluate(folder: Path, *, devices: int, batch_size: int, processes: int = 1,
     return [json.loads(Path(f"{file}.{i}").read_text(encoding="utf-8")) for i in range(processes)]
 
 
-def assert_same(one: dict, other: dict) -> None:
+def assert_same(one: dict, other: dict, *, least_iou: float = 1.0) -> None:
     assert len(one["results"]) == len(other["results"]) == 35 * 6
     for a, b in zip(one["results"], other["results"], strict=True):
         assert (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
         np.testing.assert_allclose([a["score"], *a["bbox"]], [b["score"], *b["bbox"]], rtol=1e-5)
-        assert a["segmentation"] == b["segmentation"]
+        assert mask_api.iou([a["segmentation"]], [b["segmentation"]], [0])[0, 0] >= least_iou
     assert one["metrics"] == pytest.approx(other["metrics"], abs=1e-12)
 
 
@@ -71,6 +72,7 @@ def test_two_processes_know_everything(tmp_path, one_device):
 def test_views_on_several_devices(tmp_path, one_device):
     (one,) = evaluate(tmp_path, devices=1, batch_size=4, views="flip,scales")
     (two,) = evaluate(tmp_path, devices=2, batch_size=4, views="flip,scales")
-    assert_same(one, two)
+    # Masks are means over views: rounding, which depends on how many images a device has, can move a pixel.
+    assert_same(one, two, least_iou=0.999)
     assert [r["score"] for r in one["results"]] != [r["score"] for r in one_device["results"]]
     assert {r["image_id"] for r in one["results"]} == {r["image_id"] for r in one_device["results"]}

@@ -13,7 +13,7 @@ from instseg_jax.inference.predictor import LoadedModel
 from instseg_jax.weights import checkpoint, read_weights
 
 WEIGHTS = np.array(
-    [[1.0, -1.0, 0.5, 0.0, 2.0, -0.3], [1.0, -1.0, -1.0, 1.0, 0.1, 0.7], [1.0, -1.0, 0.5, -1.0, 1.0, 0.2]], np.float32
+    [[1.0, -0.8, 0.5, 0.0, 2.0, -0.3], [1.0, -0.7, -1.0, 1.0, 0.1, 0.7], [1.0, -0.9, 0.5, -1.0, 1.0, 0.2]], np.float32
 )
 
 
