@@ -32,7 +32,7 @@ def mask_boundary(rle: dict) -> dict:
     rows = np.flatnonzero(columns.any(axis=0))
     part = columns[:, rows[0] : rows[-1] + 1]
     kernel = np.ones((2 * distance + 1, 2 * distance + 1), np.uint8)
-    inside = cv2.erode(np.pad(part, 1), kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    inside = np.asarray(cv2.erode(np.pad(part, 1), kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0), np.uint8)
     part -= inside[1:-1, 1:-1]
     edges = np.flatnonzero(padded[1:] != padded[:-1])
     return edges_to_rle(edges + left * height, (height, width))
