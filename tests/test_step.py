@@ -132,5 +132,5 @@ def test_a_batch_that_does_not_divide_is_refused():
     mesh = make_mesh(jax.devices()[:1])
     with pytest.raises(ValueError, match=r"train.batch_size is 3; it must be a multiple .* micro-batches, 2"):
         check_batch_size(3, mesh, "train.batch_size", 2)
-    with pytest.raises(ValueError, match="train.micro_batches is 0"):
+    with pytest.raises(ValueError, match=r"train\.micro_batches is 0"):
         check_batch_size(4, mesh, "train.batch_size", 0)
