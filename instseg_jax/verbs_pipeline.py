@@ -45,7 +45,10 @@ def predict(config: ConfigDict | dict[str, str], options: argparse.Namespace) ->
 
 def serve(config: ConfigDict | dict[str, str], options: argparse.Namespace) -> int:
     """Answer requests over HTTP until a signal comes."""
-    from instseg_jax.deploy.server import Limits, run_server  # needs the extra `serve`
+    try:
+        from instseg_jax.deploy.server import Limits, run_server
+    except ModuleNotFoundError as error:
+        raise ValueError(f'serve needs {error.name}: pip install "instseg_jax[serve]"') from error
 
     limits = Limits(
         queue_size=options.queue_size,

@@ -1,5 +1,6 @@
 """The command line as a person meets it: help, verbs, one-line errors, nothing half-written."""
 
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -9,6 +10,8 @@ import sys
 import pytest
 
 from instseg_jax.cli import build_parser, main, split_overrides
+
+HAS_SERVER = importlib.util.find_spec("fastapi") is not None
 
 ROOT = pathlib.Path(__file__).parent.parent
 EMBEDDED = ROOT / "instseg_jax" / "data" / "embedded"
@@ -77,8 +80,8 @@ def test_overrides_are_parted_from_options():
         (["predict", "--input={picture}", "--formats=img,gif"], "got gif"),
         (["predict", "--input={picture}"], "run.py quickstart"),
         (["predict", "--input={picture}", "--weights=x", "--pipeline=none.yaml"], "none.yaml"),
-        (["serve", "--weights={folder}"], "no checkpoint"),
-        (["serve", "--queue_size=0"], "queue_size is 0"),
+        (["serve", "--weights={folder}"], "no checkpoint" if HAS_SERVER else 'pip install "instseg_jax[serve]"'),
+        (["serve", "--queue_size=0"], "queue_size is 0" if HAS_SERVER else 'pip install "instseg_jax[serve]"'),
         (["get_pipeline_config", "--save_path={folder}", "--pipeline=OCR"], "'OCR'"),
         (["benchmark", "--repeats=0"], "--repeats is 0"),
     ],
