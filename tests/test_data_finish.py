@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from example_data import RECIPE, layout, make_example, rectangle
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -203,6 +203,7 @@ def test_augmentation_refuses(changes, message):
 
 
 @given(st.integers(0, 100_000))
+@example(5373)  # an edge that passes in the middle between two pixels
 @settings(max_examples=150, deadline=None)
 def test_drawing_in_the_own_box_changes_no_pixel(seed):
     """Polygons of any kind, many of them beyond the picture's borders, against drawing them in the whole picture."""

@@ -187,11 +187,11 @@ def _draw_polygons(
     starts = np.searchsorted(objects, np.arange(len(segmentations)))
     low = np.maximum(np.floor(np.minimum.reduceat(moved, starts)).astype(int) - 1, 0)
     high = np.minimum(np.ceil(np.maximum.reduceat(moved, starts)).astype(int) + 2, canvas[::-1])
-    shifted = iter(np.split(moved - low[objects], np.cumsum([len(points) for points in parts])[:-1]))
+    moved_parts = iter(np.split(moved, np.cumsum([len(points) for points in parts])[:-1]))
     for i, (polygons, (x1, y1), (x2, y2)) in enumerate(zip(segmentations, low.tolist(), high.tolist(), strict=True)):
-        own = [next(shifted) for _ in polygons]
+        own = [next(moved_parts) for _ in polygons]
         if x2 > x1 and y2 > y1:
-            out[i, y1:y2, x1:x2] = masks.rasterize_polygons(own, y2 - y1, x2 - x1)
+            out[i, y1:y2, x1:x2] = masks.rasterize_polygons(own, y2, x2)[y1:, x1:]
     return out
 
 
@@ -218,8 +218,8 @@ def _copy_mask(
 def _draw_in_its_box(segmentation: masks.Segmentation, size: tuple[int, int]) -> tuple[int, int, np.ndarray]:
     """Draw a segmentation of a picture of `size`: the part of it that it lies in, and where that part is (y, x).
 
-    pycocotools rounds polygons to fifths of a pixel, so moving one by whole pixels moves its mask; the picture's
-    own borders stay where they are.
+    The picture is cut off below and right of the object alone: of a polygon that was moved, pycocotools rounds a
+    border that lies in the middle between two pixels otherwise, now and then.
     """
     if isinstance(segmentation, dict):
         return 0, 0, masks.segmentation_to_mask(segmentation, *size)
@@ -229,7 +229,7 @@ def _draw_in_its_box(segmentation: masks.Segmentation, size: tuple[int, int]) ->
     x2, y2 = np.minimum(np.ceil(high).astype(int) + 2, size[::-1]).tolist()
     if x2 <= x1 or y2 <= y1:
         return 0, 0, np.zeros((0, 0), np.uint8)
-    return y1, x1, masks.rasterize_polygons([points - (x1, y1) for points in segmentation], y2 - y1, x2 - x1)
+    return y1, x1, masks.rasterize_polygons(segmentation, y2, x2)[y1:, x1:]
 
 
 def _source_positions(
