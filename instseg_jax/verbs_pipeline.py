@@ -45,10 +45,7 @@ def predict(config: ConfigDict | dict[str, str], options: argparse.Namespace) ->
 
 def serve(config: ConfigDict | dict[str, str], options: argparse.Namespace) -> int:
     """Answer requests over HTTP until a signal comes."""
-    try:
-        from instseg_jax.deploy.server import Limits, run_server
-    except ModuleNotFoundError as error:
-        raise ValueError(f'serve needs {error.name}: pip install "instseg_jax[serve]"') from error
+    from instseg_jax.deploy.server import Limits, run_server  # needs the extra `serve`
 
     limits = Limits(
         queue_size=options.queue_size,

@@ -27,10 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from instseg_jax.deploy import schema
 from instseg_jax.deploy.batching import Batcher, QueueFullError
 from instseg_jax.deploy.fetch import FetchError, fetch_url
-from instseg_jax.deploy.requests import Refused, check_image, decode_base64, parse_request, read_body
 from instseg_jax.images import decode_image
 from instseg_jax.inference.pipeline import Pipeline, thresholds_by_class
 from instseg_jax.inference.results import Result
@@ -42,8 +40,11 @@ try:
     from fastapi import FastAPI, Request
     from fastapi.responses import HTMLResponse, JSONResponse, Response
     from starlette.exceptions import HTTPException
+
+    from instseg_jax.deploy import schema
+    from instseg_jax.deploy.requests import Refused, check_image, decode_base64, parse_request, read_body
 except ImportError as error:
-    raise ImportError(f"serving needs more packages ({error.name}): pip install 'instseg_jax[serve]'") from error
+    raise ImportError(f'serving needs more packages ({error.name}): pip install "instseg_jax[serve]"') from error
 
 PATH = "/instance-segmentation"
 THREADS = 4  # for answers and for fetching

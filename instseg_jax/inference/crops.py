@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from instseg_jax.masks import compress_rle, rle_runs
+from instseg_jax.masks import compress_rle, edges_to_rle, rle_runs
 
 Box = tuple[int, int, int, int]
 
@@ -54,20 +54,6 @@ def paste_mask(mask: np.ndarray, corner: tuple[int, int], size: tuple[int, int])
     columns[:, 1:-1] = mask.T != 0
     column, row = np.nonzero(columns[:, 1:] != columns[:, :-1])
     return edges_to_rle((column + x) * height + row + y, size)
-
-
-def edges_to_rle(edges: np.ndarray, size: tuple[int, int]) -> dict:
-    """Encode positions down the columns where runs begin and end, in turn, as {"size": [H, W], "counts": str}.
-
-    Positions do not fall; a run that goes on from one column into the next may leave a pair of equal ones.
-    """
-    height, width = map(int, size)
-    repeated = np.flatnonzero(edges[1:] == edges[:-1])
-    edges = np.delete(edges, np.concatenate([repeated, repeated + 1]))
-    end = [] if len(edges) and edges[-1] == height * width else [height * width]
-    counts = np.diff(np.concatenate([[0], edges, end]).astype(np.int64)).tolist()
-    rle = compress_rle({"size": [height, width], "counts": counts})
-    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
 
 def crop_bounds(coordinate: Sequence[float], size: tuple[int, int]) -> Box:
