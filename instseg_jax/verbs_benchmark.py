@@ -10,14 +10,15 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from instseg_jax import sharding
 from instseg_jax.data import coco
+from instseg_jax.data.source import build_dataset
 from instseg_jax.devices import select_devices
 from instseg_jax.files import write_json
 from instseg_jax.inference.benchmark import STEPS, measure_encoding, time_inference
 from instseg_jax.inference.predictor import load_model
 from instseg_jax.models.mask_rtdetr import build_model, count_parameters, initial_variables
 from instseg_jax.models.variants import canonical_name
-from instseg_jax.training import loop, sharding
 from instseg_jax.weights.checkpoint import library_versions
 
 PARTS = ("inference", "training")
@@ -31,11 +32,19 @@ def benchmark(config: ConfigDict, options: argparse.Namespace) -> int:
     if not parts or not set(parts) <= set(PARTS):
         raise ValueError(f"--parts is {options.parts!r}; it may name {' and '.join(PARTS)}, separated by a comma")
     batch_sizes = _whole_numbers(options.batch_sizes)
+    config = copy.deepcopy(config)
+    with config.unlocked():
+        config.data.dir = config.data.dir or coco.EMBEDDED
     configs = [config]
     if options.sizes:
         names = [canonical_name(f"mask_rtdetr_{size}") for size in options.sizes.split(",")]
         configs = [_with_name(config, name) for name in names]
-    table: dict = {}
+    table: dict = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "usable_cores": _usable_cores(),
+        "huge_pages": "hugetlb" in os.environ.get("GLIBC_TUNABLES", ""),
+        "versions": library_versions(),
+    }
     if "training" in parts:
         from instseg_jax.training.benchmark import run_benchmark
 
@@ -43,12 +52,6 @@ def benchmark(config: ConfigDict, options: argparse.Namespace) -> int:
     if "inference" in parts:
         table["inference"] = [_time_model(each, options, batch_sizes) for each in configs]
         table["encoding"] = measure_encoding(repeats=options.repeats)
-        table |= {
-            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-            "usable_cores": _usable_cores(),
-            "huge_pages": "hugetlb" in os.environ.get("GLIBC_TUNABLES", ""),
-            "versions": library_versions(),
-        }
         _print(table)
     path = write_json(Path(options.workdir) / "benchmark.json", table, indent=2)
     print(f"all numbers: {path}")
@@ -57,10 +60,7 @@ def benchmark(config: ConfigDict, options: argparse.Namespace) -> int:
 
 def _time_model(config: ConfigDict, options: argparse.Namespace, batch_sizes: list[int]) -> dict:
     """One size of the model with all batch sizes, on all devices of the config."""
-    config = copy.deepcopy(config)
-    with config.unlocked():
-        config.data.dir = config.data.dir or coco.EMBEDDED
-    dataset = loop.read_split(config.data, "val")
+    dataset = build_dataset(config.data, "val")
     coco.check_images(dataset)
     if options.weights:
         loaded = load_model(options.weights, config)

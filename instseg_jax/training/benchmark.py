@@ -6,11 +6,7 @@ a machine that does other things too.
 
 import copy
 import itertools
-import os
-import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -22,12 +18,13 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from instseg_jax import sharding
 from instseg_jax.data import loader
+from instseg_jax.data.source import build_dataset
 from instseg_jax.devices import select_devices
-from instseg_jax.inference.predictor import make_predict
+from instseg_jax.inference.benchmark import peak_memory_mb
 from instseg_jax.models.denoising import make_denoising_queries
 from instseg_jax.models.mask_rtdetr import build_model, count_parameters, initial_variables
-from instseg_jax.training import loop, sharding
 from instseg_jax.training.criterion import (
     build_loss_settings,
     compute_losses,
@@ -40,25 +37,19 @@ from instseg_jax.training.optimizer import build_optimizer, build_schedule
 from instseg_jax.training.state import initial_state
 from instseg_jax.training.step import build_train_step
 from instseg_jax.types import Batch
-from instseg_jax.weights.checkpoint import library_versions
 
 
 def run_benchmark(config: ConfigDict, *, repeats: int) -> dict:
-    """Time loading, forward pass (one image) and training step; print a table and return its numbers.
+    """Time loading, the training step and its parts; print a table and return its numbers.
 
-    Uses the config's data, or the embedded pictures when it names none. Times in seconds, memory in MB.
-
-    Raises: ValueError when `repeats` is below one, and whatever reading the data raises.
+    All images get the size of evaluation. Times in seconds, memory in MB. Raises what reading the data raises.
     """
-    if repeats < 1:
-        raise ValueError(f"--repeats is {repeats}, it must be at least 1")
     config = copy.deepcopy(config)
     with config.unlocked():
-        config.data.dir = config.data.dir or "embedded"
         config.data.train_sizes = (config.data.image_size,)
     mesh = sharding.make_mesh(select_devices(config.device))
     sharding.check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.micro_batches)
-    dataset = loop.read_split(config.data, "train")
+    dataset = build_dataset(config.data, "train")
     train_loader = loader.build_train_loader(config, dataset)
     model = build_model(config.model, len(dataset.categories))
     variables = initial_variables(model, seed=config.seed, channels=config.data.channels)
@@ -67,11 +58,6 @@ def run_benchmark(config: ConfigDict, *, repeats: int) -> dict:
 
     parts = {"load a batch": _time_loading(batches, repeats, config.train.batch_size)}
     batches.close()
-    predict = make_predict(model, num_detections=config.eval.num_detections)
-    image = first.images[:1]
-    on_device = jax.device_put(variables, mesh.devices.flat[0])
-    parts["forward, 1 image"] = _time_calls(lambda: predict(on_device, image), repeats, 1)
-
     schedule = build_schedule(config.optimizer, config.train.epochs * train_loader.num_batches, config.train.batch_size)
     optimizer, multipliers = build_optimizer(config.optimizer, variables["params"], schedule)
     holder = [sharding.put_replicated(initial_state(variables, optimizer), mesh)]
@@ -83,7 +69,7 @@ def run_benchmark(config: ConfigDict, *, repeats: int) -> dict:
         return holder[0], metrics
 
     parts["training step"] = _time_calls(one_step, repeats, config.train.batch_size)
-    peak_memory_mb = _peak_memory_mb()  # before the parts are held in memory a second time
+    highest_mb = peak_memory_mb()  # before the parts are held in memory a second time
     parts |= _time_criterion(config, model, variables, micro_batches[0], mesh, repeats)
     table = {
         "model": config.model.name,
@@ -91,10 +77,7 @@ def run_benchmark(config: ConfigDict, *, repeats: int) -> dict:
         "image_size": config.data.image_size,
         "batch_size": config.train.batch_size,
         "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in mesh.devices.flat],
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "huge_pages": "hugetlb" in os.environ.get("GLIBC_TUNABLES", ""),
-        "versions": library_versions(),
-        "peak_memory_mb": peak_memory_mb,
+        "peak_memory_mb": highest_mb,
         "parts": parts,
     }
     _print(table)
@@ -166,13 +149,8 @@ def _time_criterion(config: ConfigDict, model, variables: dict, batch: Batch, me
     }
 
 
-def _peak_memory_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
-
-
 def _print(table: dict) -> None:
-    title = "{model}, {image_size} px, batch {batch_size}, {machine}".format(**table)
+    title = "{model}, {image_size} px, batch {batch_size}".format(**table)
     shown = Table("part", "wall ms", "CPU ms", "images/s", "first call s", title=title)
     for name, part in table["parts"].items():
         first = f"{part['first_s']:.1f}" if "first_s" in part else ""
