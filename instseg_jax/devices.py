@@ -1,4 +1,4 @@
-"""Which devices a text names, and the processes of several hosts. How batches lie on them: `training/sharding.py`."""
+"""Which devices a text names, and the processes of several hosts. How batches lie on them: `sharding.py`."""
 
 import re
 

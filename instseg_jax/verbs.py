@@ -8,10 +8,12 @@ import argparse
 import pathlib
 import time
 
+import jax
 from ml_collections import ConfigDict
 from rich.progress import track
 
 from instseg_jax.data import coco
+from instseg_jax.data.source import build_dataset
 from instseg_jax.inference.pipeline_config import load_pipeline_config
 from instseg_jax.inference.predictor import load_model
 from instseg_jax.inference.saving import save_results
@@ -36,7 +38,7 @@ def quickstart(config: ConfigDict, options: argparse.Namespace) -> int:
     started = time.monotonic()
     workdir = pathlib.Path(options.workdir)
     print("1/4  data")
-    splits = {split: loop.read_split(config.data, split) for split in ("train", "val")}
+    splits = {split: build_dataset(config.data, split) for split in ("train", "val")}
     for name, dataset in splits.items():
         coco.check_images(dataset)
         objects = sum(len(annotations) for annotations in dataset.annotations)
@@ -69,6 +71,8 @@ def quickstart(config: ConfigDict, options: argparse.Namespace) -> int:
 
 def train(config: ConfigDict, options: argparse.Namespace) -> int:
     result = loop.train(config, options.workdir)
+    if jax.process_index() != 0:
+        return 0
     best = result["best_score"]
     print(f"{result['steps']} of {result['total_steps']} steps in {options.workdir}")
     print(f"best {result['best_metric']}: {'none yet' if best is None else f'{best:.3f}'}")

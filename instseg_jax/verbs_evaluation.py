@@ -15,9 +15,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.progress import track
 
+from instseg_jax import sharding
 from instseg_jax.bands import show_bands
 from instseg_jax.config import load_config, override
 from instseg_jax.data import coco, loader
+from instseg_jax.data.source import build_dataset
 from instseg_jax.devices import select_devices
 from instseg_jax.evaluation.analysis import Analysis, analyse
 from instseg_jax.evaluation.coco import coco_metrics, collect_results, write_evaluation
@@ -33,7 +35,6 @@ from instseg_jax.inference.pipeline import build_pipeline
 from instseg_jax.inference.predictor import LoadedModel, load_model, make_predict
 from instseg_jax.inference.tiling import Tiles
 from instseg_jax.inference.visualize import draw_instances
-from instseg_jax.training import loop, sharding
 from instseg_jax.types import Batch, Detections
 from instseg_jax.weights import checkpoint
 
@@ -238,7 +239,7 @@ def _predict_tiled(model: LoadedModel, tiles: Tiles) -> tuple[list[dict], coco.C
 
 def _open_split(model: LoadedModel) -> tuple[coco.CocoDataset, tuple[int | None, ...]]:
     """The validation images of the model's config, and the category id of each of its classes."""
-    dataset = loop.read_split(model.config.data, "val")
+    dataset = build_dataset(model.config.data, "val")
     coco.check_images(dataset)
     return dataset, coco.map_categories(dataset, model.class_names)
 
@@ -248,25 +249,18 @@ def detect(model: LoadedModel, dataset: coco.CocoDataset, tta: Sequence[str]) ->
 
     A batch is filled up to a multiple of the number of devices; of several processes each yields its own part.
     """
-    config = copy.deepcopy(model.config)
+    config = model.config
     mesh = sharding.make_mesh(select_devices(config.device))
     variables = sharding.put_replicated(model.variables, mesh)
-    predict = jax.jit(
-        make_predict(model.model, num_detections=config.eval.num_detections),
-        out_shardings=sharding.split_over_batch(mesh),
-    )
-    config.eval.batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+    predict = make_predict(model.model, num_detections=config.eval.num_detections, mesh=mesh)
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     scales = config.eval.tta_scales if "scales" in tta else ()
     loaders = []
     for size in tta_room.scaled_sizes(config.data.image_size, scales, SIZE_MULTIPLE) if scales else [None]:
         sized = copy.deepcopy(config)
         if size is not None:
             sized.data.image_size = size
-        loaders.append(
-            loader.build_eval_loader(
-                sized, dataset, process_index=jax.process_index(), process_count=jax.process_count()
-            )
-        )
+        loaders.append(loader.build_eval_loader(sized, dataset, num_devices=mesh.size, **process))
     batches = zip(*(each.batches() for each in loaders), strict=True)
     for views in track(batches, "evaluating", loaders[0].num_batches):
         found = []

@@ -16,6 +16,7 @@ import scipy.stats
 from ml_collections import ConfigDict
 
 from instseg_jax.models.denoising import make_denoising_queries
+from instseg_jax.sharding import make_mesh, put_batch, split_over_batch
 from instseg_jax.training.criterion import (
     LossSettings,
     PointDraws,
@@ -28,7 +29,6 @@ from instseg_jax.training.criterion import (
     sum_terms,
 )
 from instseg_jax.training.matching import TermWeights, assign
-from instseg_jax.training.sharding import make_mesh, put_batch, split_over_batch
 from instseg_jax.types import Predictions, Targets, TrainingOutputs
 
 WEIGHTS = TermWeights(class_=4.0, box_l1=5.0, box_giou=2.0, mask_bce=5.0, mask_dice=5.0)

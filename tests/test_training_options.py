@@ -14,7 +14,8 @@ from test_training import TINY, write_subset
 
 from instseg_jax.config import load_config
 from instseg_jax.data import loader
-from instseg_jax.training import loop, workdir
+from instseg_jax.data.source import build_dataset
+from instseg_jax.training import workdir
 from instseg_jax.training.workdir import read_rows
 from instseg_jax.weights import checkpoint
 
@@ -41,7 +42,7 @@ def train(data: pathlib.Path, folder: pathlib.Path, compiled: pathlib.Path, **ov
 def test_each_size_is_compiled_once_and_kept(data, tmp_path):
     """Sizes are drawn from (seed, step) alone, so every process of several draws the same."""
     config = load_config("configs/quickstart.py", TINY | {"data.dir": str(data), "data.train_sizes": "(64, 96)"})
-    batches = loader.build_train_loader(config, loop.read_split(config.data, "train")).batches()
+    batches = loader.build_train_loader(config, build_dataset(config.data, "train")).batches()
     drawn = {next(batches).images.shape[1] for _ in range(8)}
     batches.close()
     assert drawn == {64, 96}

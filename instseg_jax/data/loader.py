@@ -80,14 +80,17 @@ def build_eval_loader(
     dataset: coco.CocoDataset,
     *,
     use_targets: bool = False,
+    num_devices: int = 1,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
     """Build the evaluation loader of a config: every image once, in order.
 
-    Targets are empty ([B, 0, ...]) unless `use_targets`; they then leave out crowds, as in training.
+    Targets are empty ([B, 0, ...]) unless `use_targets`; they then leave out crowds, as in training. The batch size
+    is that of the config, raised to the next multiple of `num_devices`.
     """
     data = config.data
+    batch_size = -(-config.eval.batch_size // num_devices) * num_devices
     counters: collections.Counter[str] = collections.Counter()
     if use_targets:
         shown = coco.select_trainable(dataset, keep_empty=True)
@@ -97,7 +100,7 @@ def build_eval_loader(
     def batches() -> Batches:
         return eval_batches(
             shown,
-            batch_size=config.eval.batch_size,
+            batch_size=batch_size,
             size=_as_size(data.image_size, data.mask_stride),
             interpolation=data.eval_interpolation,
             layout=_build_layout(config, data.max_instances if use_targets else 0),
@@ -110,7 +113,7 @@ def build_eval_loader(
         )
 
     batches()
-    return Loader(dataset, math.ceil(len(dataset) / config.eval.batch_size), counters, batches)
+    return Loader(dataset, math.ceil(len(dataset) / batch_size), counters, batches)
 
 
 def train_batches(

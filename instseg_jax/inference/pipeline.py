@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from instseg_jax.bands import build_bands
@@ -27,6 +26,7 @@ from instseg_jax.inference.results import Result
 from instseg_jax.inference.sources import Source, find_sources, with_bands
 from instseg_jax.inference.streaming import Feeding, Found, stream_instances
 from instseg_jax.models.variants import canonical_name
+from instseg_jax.sharding import make_mesh, put_batch, put_replicated
 from instseg_jax.types import Detections
 
 DEFAULT_WEIGHTS = "output"  # where a training leaves its weights when it is not told otherwise
@@ -243,13 +243,12 @@ def build_pipeline(
         devices = devices[:1]
     if batch_size < 1 or batch_size % len(devices):
         raise ValueError(f"batch_size is {batch_size}, it must be a multiple of the number of devices, {len(devices)}")
-    mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    variables = jax.device_put(model.variables, NamedSharding(mesh, PartitionSpec()))
+    mesh = make_mesh(devices)
+    variables = put_replicated(model.variables, mesh)
     predict = predictor.make_predict(model.model, num_detections=model.config.eval.num_detections)
     data = model.config.data
     return Pipeline(
-        run=lambda images: predict(variables, jax.device_put(images, split)),
+        run=lambda images: predict(variables, put_batch(images, mesh)),
         feeding=Feeding((data.image_size, data.image_size), data.resize, data.eval_interpolation, build_bands(data)),
         class_names=model.class_names,
         category_ids=model.category_ids,

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import cast
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
 from instseg_jax.config import add_missing_fields, load_config
 from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, abstract_variables, build_model
+from instseg_jax.sharding import split_over_batch
 from instseg_jax.types import Detections, Outputs
 from instseg_jax.weights import Weights, checkpoint
 
@@ -33,15 +35,17 @@ class LoadedModel:
     thresholds: dict | None = None  # of scores, stored by an evaluation: {"overall": 0.4, "classes": {name: 0.3}}
 
 
-def make_predict(model: MaskRTDETR, *, num_detections: int) -> Predict:
-    """A compiled function (variables, images [B, H, W, 3]) -> `Detections`; one compilation a shape."""
+def make_predict(model: MaskRTDETR, *, num_detections: int, mesh: Mesh | None = None) -> Predict:
+    """A compiled function (variables, images [B, H, W, 3]) -> `Detections`; one compilation a shape.
 
-    @jax.jit
+    With a mesh over which the images are split, each device keeps the detections of its own.
+    """
+
     def predict(variables: dict, images: jax.Array) -> Detections:
         outputs = cast(Outputs, model.apply(variables, images))
         return select_detections(outputs, num_detections=num_detections)
 
-    return predict
+    return jax.jit(predict, out_shardings=None if mesh is None else split_over_batch(mesh))
 
 
 def load_model(source: str | os.PathLike[str] | Weights, config: ConfigDict | None = None) -> LoadedModel:

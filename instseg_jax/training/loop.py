@@ -17,13 +17,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from instseg_jax import sharding
 from instseg_jax import weights as weights_room
 from instseg_jax.data import coco, loader
 from instseg_jax.data.source import build_dataset, with_channel_ranges
 from instseg_jax.devices import select_devices
 from instseg_jax.files import write_json
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, build_model, count_parameters, initial_variables
-from instseg_jax.training import sharding
 from instseg_jax.training.curves import draw_training
 from instseg_jax.training.metrics import MetricsFile, TrainingProgress, check_tensorboard, open_log
 from instseg_jax.training.optimizer import build_optimizer, build_schedule
@@ -138,7 +138,7 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     sharding.check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.micro_batches)
     if config.log.tensorboard:
         check_tensorboard()
-    splits = {split: read_split(config.data, split) for split in ("train", "val")}
+    splits = {split: build_dataset(config.data, split) for split in ("train", "val")}
     for dataset in splits.values():
         coco.check_images(dataset)
     coco.check_same_categories(splits["train"], splits["val"])
@@ -180,14 +180,6 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     run = Run(config, workdir, mesh, model, train_loader, score, total_steps, logger)
     step_function = build_train_step(config, model, optimizer, schedule, multipliers, mesh)
     return run, sharding.put_replicated(state, mesh), step_function
-
-
-def read_split(data: ConfigDict, split: str) -> coco.CocoDataset:
-    """One split of the data set that a config's section `data` names.
-
-    Raises: what `data.source.build_dataset` raises.
-    """
-    return build_dataset(data, split)
 
 
 def _run_steps(run: Run, step_function, state: TrainState, manager, history: History) -> tuple[TrainState, str]:

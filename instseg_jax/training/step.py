@@ -21,9 +21,9 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from instseg_jax import sharding
 from instseg_jax.models.denoising import make_denoising_queries
 from instseg_jax.models.mask_rtdetr import MaskRTDETR
-from instseg_jax.training import sharding
 from instseg_jax.training.criterion import (
     LossSettings,
     PointDraws,

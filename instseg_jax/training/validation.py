@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import jax
 
+from instseg_jax import sharding
 from instseg_jax.data import coco, loader
 from instseg_jax.evaluation.coco import coco_metrics, collect_results, write_evaluation
 from instseg_jax.evaluation.processes import gather_results
 from instseg_jax.inference.predictor import make_predict
 from instseg_jax.models.mask_rtdetr import MaskRTDETR
-from instseg_jax.training import sharding
 from instseg_jax.training.workdir import VALIDATION, keep_rows, read_rows
 from instseg_jax.weights import checkpoint
 
@@ -24,13 +24,11 @@ def build_score(config, model: MaskRTDETR, dataset: coco.CocoDataset, mesh: jax.
 
     A batch is filled up to a multiple of the number of devices. Every process gets the same numbers.
     """
-    config = config.copy_and_resolve_references()
-    config.eval.batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
     num_detections = config.eval.num_detections
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    val_loader = loader.build_eval_loader(config, dataset, **process)
+    val_loader = loader.build_eval_loader(config, dataset, num_devices=mesh.size, **process)
     ground_truth = coco.to_coco(dataset)
-    predict = jax.jit(make_predict(model, num_detections=num_detections), out_shardings=sharding.split_over_batch(mesh))
+    predict = make_predict(model, num_detections=num_detections, mesh=mesh)
 
     def score(variables: dict) -> tuple[dict[str, float | None], list[dict]]:
         pairs = ((predict(variables, sharding.put_batch(b.images, mesh)), b) for b in val_loader.batches())
