@@ -44,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     about = "check the embedded pictures, train size N on them, evaluate, predict: about 8 minutes on two cores"
     sub = add("quickstart", about, "configs/quickstart.py")
     sub.add_argument("--threshold", type=float, default=0.3, help="lowest score that is drawn (%(default)s)")
+    about = "start from the weights that come with the package instead of from nothing"
+    sub.add_argument("--from_pretrained", action="store_true", help=about)
     about = "look at every picture and annotation; what passes can be trained on"
     sub = add("check_dataset", about, "configs/mask_rtdetr.py:l")
     sub.add_argument("--fix", action="store_true", help="write repaired copies of the annotation files")
@@ -105,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add("export_weights", "write a checkpoint's weights for the official tools", None)
     sub.add_argument("--weights", metavar="PATH", help="workdir of a run or checkpoint (default: workdir)")
     sub.add_argument("--format", choices=("pdparams", "safetensors"), default="pdparams", help="(%(default)s)")
+    sub.add_argument("--half", action="store_true", help="of safetensors: store float16, half the size")
     return parser
 
 

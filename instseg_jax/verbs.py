@@ -15,7 +15,7 @@ from rich.progress import track
 from instseg_jax.data import coco
 from instseg_jax.data.source import build_dataset
 from instseg_jax.inference.pipeline_config import load_pipeline_config
-from instseg_jax.inference.predictor import load_model
+from instseg_jax.inference.predictor import describe, load_model
 from instseg_jax.inference.saving import save_results
 from instseg_jax.training import loop
 from instseg_jax.verbs_benchmark import benchmark as benchmark
@@ -30,13 +30,15 @@ from instseg_jax.verbs_pipeline import build_from
 from instseg_jax.verbs_pipeline import get_pipeline_config as get_pipeline_config
 from instseg_jax.verbs_pipeline import predict as predict
 from instseg_jax.verbs_pipeline import serve as serve
-from instseg_jax.weights import checkpoint
+from instseg_jax.weights import PRETRAINED, checkpoint
 
 
 def quickstart(config: ConfigDict, options: argparse.Namespace) -> int:
     """Check the data, train, evaluate, predict on the validation images."""
     started = time.monotonic()
     workdir = pathlib.Path(options.workdir)
+    if options.from_pretrained:
+        config.model.weights = config.model.weights or PRETRAINED
     print("1/4  data")
     splits = {split: build_dataset(config.data, split) for split in ("train", "val")}
     for name, dataset in splits.items():
@@ -93,5 +95,7 @@ def export_weights(config: ConfigDict | dict[str, str], options: argparse.Namesp
 
     model = load_with_overrides(config, options.weights or options.workdir)
     path = pathlib.Path(options.workdir) / f"{model.config.model.name}.{options.format}"
-    print(f"weights: {write_weights(path, model.variables, format=options.format)}")
+    metadata = describe(model)
+    write_weights(path, model.variables, format=options.format, metadata=metadata, half=options.half)
+    print(f"weights: {path}")
     return 0

@@ -28,6 +28,7 @@ from instseg_jax.inference.streaming import Feeding, Found, stream_instances
 from instseg_jax.models.variants import canonical_name
 from instseg_jax.sharding import make_mesh, put_batch, put_replicated
 from instseg_jax.types import Detections
+from instseg_jax.weights import PACKAGED_WEIGHTS, PRETRAINED
 
 DEFAULT_WEIGHTS = "output"  # where a training leaves its weights when it is not told otherwise
 DEFAULT_THRESHOLD = 0.5  # where neither call nor weights nor YAML say one
@@ -177,19 +178,24 @@ def load_pipeline_model(
     *,
     default: str = DEFAULT_WEIGHTS,
 ) -> predictor.LoadedModel:
-    """Load the weights that the call or the YAML names, else those of the last training in `default`."""
+    """Load the weights that the call or the YAML names, else those of the last training in `default`, else the
+    pretrained size N of the package, which is told as a warning.
+    """
     from instseg_jax.weights.checkpoint import is_checkpoint  # Orbax is slow to import
 
     source = weights or settings.model_dir
-    if source is None:
-        if not is_checkpoint(default):
-            raise FileNotFoundError(
-                f"no weights: there is no trained model in {Path(default).resolve()}; train one "
-                "(`python run.py quickstart` takes minutes) or name weights (a run's workdir, a checkpoint, a "
-                ".pdparams file) with weights=... or --weights=..."
-            )
+    if source is None and is_checkpoint(default):
         source = default
-    if model_config is None and not is_checkpoint(source):
+    elif source is None:
+        source = PRETRAINED
+        log.warning(
+            "there is no trained model in %s: using the small one that comes with the package (%s). For your own "
+            "classes train one (`python run.py quickstart` takes minutes), or name weights (a run's workdir, a "
+            "checkpoint, a .pdparams file) with weights=... or --weights=...",
+            Path(default).resolve(),
+            PRETRAINED,
+        )
+    if model_config is None and str(source) not in PACKAGED_WEIGHTS and not is_checkpoint(source):
         model_config = _official_config(settings.model_name or Path(source).name)
     model = predictor.load_model(source, model_config)
     if settings.model_name is not None and canonical_name(settings.model_name) != canonical_name(

@@ -88,6 +88,19 @@ def merge_configs(config: ConfigDict, saved: ConfigDict) -> ConfigDict:
     return merged
 
 
+def describe(model: LoadedModel) -> dict:
+    """What a file of these weights needs to say about itself, as JSON values: config, classes, ids, thresholds."""
+    kept = {name: model.metadata[name] for name in ("step", "score") if name in model.metadata}
+    return {
+        "config": json.loads(model.config.to_json_best_effort()),
+        "class_names": list(model.class_names),
+        "category_ids": list(model.category_ids),
+        "thresholds": model.thresholds,
+        "versions": checkpoint.library_versions(),
+        **kept,
+    }
+
+
 def import_checkpoint(config: ConfigDict, source: str, folder: str | os.PathLike[str]) -> str:
     """Turn official weights into a self-describing checkpoint at `folder`; returns what was loaded, to print.
 
@@ -96,14 +109,6 @@ def import_checkpoint(config: ConfigDict, source: str, folder: str | os.PathLike
     """
     found = weights_room.read_weights(source)
     model = load_model(found, config)
-    metadata = {
-        "config": json.loads(config.to_json_best_effort()),
-        "class_names": list(model.class_names),
-        "category_ids": list(model.category_ids),
-        "step": 0,
-        "score": None,
-        "source": str(source),
-        "versions": checkpoint.library_versions(),
-    }
+    metadata = {"step": 0, "score": None} | describe(model) | {"source": str(source)}
     checkpoint.save_inference_checkpoint(folder, model.variables, metadata)
     return model.summary
