@@ -26,6 +26,7 @@ from instseg_jax.verbs_data import prepare as prepare
 from instseg_jax.verbs_data import split as split
 from instseg_jax.verbs_evaluation import evaluate as evaluate
 from instseg_jax.verbs_evaluation import load_with_overrides, print_metrics, score_model, write_outcome
+from instseg_jax.verbs_export import export as export
 from instseg_jax.verbs_pipeline import build_from
 from instseg_jax.verbs_pipeline import get_pipeline_config as get_pipeline_config
 from instseg_jax.verbs_pipeline import predict as predict
@@ -92,6 +93,7 @@ def export_weights(config: ConfigDict | dict[str, str], options: argparse.Namesp
     from instseg_jax.weights.export import export_weights as write_weights
 
     model = load_with_overrides(config, options.weights or options.workdir)
+    _ = model.network  # an export has no weights to write
     path = pathlib.Path(options.workdir) / f"{model.config.model.name}.{options.format}"
     print(f"weights: {write_weights(path, model.variables, format=options.format)}")
     return 0

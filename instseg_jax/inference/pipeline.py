@@ -23,10 +23,11 @@ from instseg_jax.devices import select_devices
 from instseg_jax.inference import predictor, tiling
 from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_config
 from instseg_jax.inference.results import Result
+from instseg_jax.inference.runtimes import find_export
 from instseg_jax.inference.sources import Source, find_sources, with_bands
 from instseg_jax.inference.streaming import Feeding, Found, stream_instances
 from instseg_jax.models.variants import canonical_name
-from instseg_jax.sharding import make_mesh, put_batch, put_replicated
+from instseg_jax.sharding import make_mesh
 from instseg_jax.types import Detections
 
 DEFAULT_WEIGHTS = "output"  # where a training leaves its weights when it is not told otherwise
@@ -182,14 +183,14 @@ def load_pipeline_model(
 
     source = weights or settings.model_dir
     if source is None:
-        if not is_checkpoint(default):
+        if not is_checkpoint(default) and not find_export(default):
             raise FileNotFoundError(
                 f"no weights: there is no trained model in {Path(default).resolve()}; train one "
                 "(`python run.py quickstart` takes minutes) or name weights (a run's workdir, a checkpoint, a "
                 ".pdparams file) with weights=... or --weights=..."
             )
         source = default
-    if model_config is None and not is_checkpoint(source):
+    if model_config is None and not find_export(source) and not is_checkpoint(source):
         model_config = _official_config(settings.model_name or Path(source).name)
     model = predictor.load_model(source, model_config)
     if settings.model_name is not None and canonical_name(settings.model_name) != canonical_name(
@@ -243,12 +244,9 @@ def build_pipeline(
         devices = devices[:1]
     if batch_size < 1 or batch_size % len(devices):
         raise ValueError(f"batch_size is {batch_size}, it must be a multiple of the number of devices, {len(devices)}")
-    mesh = make_mesh(devices)
-    variables = put_replicated(model.variables, mesh)
-    predict = predictor.make_predict(model.model, num_detections=model.config.eval.num_detections)
     data = model.config.data
     return Pipeline(
-        run=lambda images: predict(variables, put_batch(images, mesh)),
+        run=predictor.bind(model, make_mesh(devices), device=device),
         feeding=Feeding((data.image_size, data.image_size), data.resize, data.eval_interpolation, build_bands(data)),
         class_names=model.class_names,
         category_ids=model.category_ids,
