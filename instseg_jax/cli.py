@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add("train", "train a model; the same command again resumes", "configs/mask_rtdetr.py:l")
     _add_processes(sub)
     sub = add("evaluate", "COCO metrics and a report of a model on the validation images, or of a results file", None)
-    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint or .pdparams (default: workdir)")
+    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint, export or .pdparams")
     sub.add_argument("--save_thresholds", action="store_true", help="store the scores with the best F1 in the weights")
     sub.add_argument("--tta", metavar="flip,scales", help="look at each picture mirrored, at several sizes, or both")
     _add_tiles(sub)
@@ -122,11 +122,13 @@ def _add_pipeline(sub: argparse.ArgumentParser) -> None:
     """The options of verbs that run a pipeline."""
     default = "instance_segmentation"
     sub.add_argument("--pipeline", metavar="NAME|FILE", default=default, help="name or YAML file (%(default)s)")
-    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint or .pdparams (default: workdir)")
+    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint, export or .pdparams")
     about = "lowest score that counts (default: as stored with the weights, else 0.5)"
     sub.add_argument("--threshold", type=float, help=about)
     sub.add_argument("--batch_size", type=int, metavar="N", help="images a call of the network (default: 1)")
     sub.add_argument("--device", metavar="NAME", help="auto, cpu, gpu, gpu:0,1 or tpu (default: auto)")
+    about = "take the quickest runtime that is installed; a checkpoint is exported once"
+    sub.add_argument("--use_hpip", action="store_true", help=about)
 
 
 def _add_tiles(sub: argparse.ArgumentParser) -> None:
@@ -145,9 +147,7 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch", type=int, metavar="N", default=1, help="images a call (%(default)s)")
     sub.add_argument("--size", type=int, metavar="PIXELS", help="of the square input (default: as trained)")
     sub.add_argument("--dynamic_batch", action="store_true", help="any number of images a call")
-    sub.add_argument(
-        "--half", action="store_true", help="16-bit numbers; see the README for what each format makes of it"
-    )
+    sub.add_argument("--half", action="store_true", help="16-bit numbers (of what, says the README)")
     sub.add_argument("--int8", action="store_true", help="8-bit convolutions, calibrated on pictures")
     about = "folder of pictures or data set to calibrate --int8 on (default: the training images of the run)"
     sub.add_argument("--calibration", metavar="DIR", help=about)

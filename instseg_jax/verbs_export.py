@@ -54,6 +54,18 @@ def export(config: ConfigDict | dict[str, str], options: argparse.Namespace) -> 
     return 0
 
 
+def check_best_export(config: ConfigDict) -> None:
+    """Raise ValueError, before a training, when `checkpoint.export` names no format, and ImportError without its extra."""
+    from instseg_jax.deploy.export import FORMATS
+    from instseg_jax.deploy.writers import require
+
+    name = config.checkpoint.export
+    if name and name not in FORMATS:
+        raise ValueError(f"checkpoint.export is {name!r}, it must be empty or one of {', '.join(FORMATS)}")
+    if name:
+        require(name)
+
+
 def export_best(workdir: str | os.PathLike[str], format: str, say: Callable[[str], None] = print) -> Path:
     """Export the best model of a run into best_model/inference, as `checkpoint.export` asks for."""
     from instseg_jax.deploy.export import Request, export_model
@@ -75,8 +87,9 @@ def print_report(report: dict, folder: Path) -> None:
     if largest["scores"] is not None:
         print(
             f"     {report['matched_share']:.1%} of {report['compared']} detections found again; "
-            f"mask IoU {report['mask_iou_mean']:.4f} (least {report['mask_iou_min']:.3f}); largest difference of scores "
-            f"{largest['scores']:.2g}, boxes {largest['boxes_xyxy']:.2g}, mask logits {largest['mask_logits']:.2g}"
+            f"mask IoU {report['mask_iou_mean']:.4f} (least {report['mask_iou_min']:.3f}); "
+            f"largest difference of scores {largest['scores']:.2g}, boxes {largest['boxes_xyxy']:.2g}, "
+            f"mask logits {largest['mask_logits']:.2g}"
         )
     if report["ap"]:
         for name, before in report["ap"]["checkpoint"].items():
@@ -116,12 +129,10 @@ def calibration_images(model: LoadedModel, size: int, folder: str | None) -> lis
         chosen = [listed[i] for i in _evenly(len(listed), CALIBRATION_IMAGES)]
         pictures = [(with_bands(source, bands=bands) if bands else source).read() for source in chosen]
         return [_prepare(picture, model, size) for picture in pictures]
-    if folder is not None:
-        model = _with_data(model, folder)
     try:
-        dataset = build_dataset(model.config.data, "train")
+        dataset = build_dataset((_with_data(model, folder) if folder else model).config.data, "train")
         return _network_inputs(dataset, model, size, CALIBRATION_IMAGES)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"--int8 has no pictures to calibrate on ({error}); name some with --calibration") from error
 
 

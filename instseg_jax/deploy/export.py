@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from instseg_jax.deploy import parity, writers
@@ -149,7 +150,8 @@ def _compare(
     """What parity.json says."""
     say(f"comparing with the checkpoint on {len(images)} images")
     sized = _with_size(model, request.size)
-    exported = load_exported(read_export(folder))
+    export = read_export(folder)
+    exported = load_exported(export)
     count = model.config.eval.num_detections
     predict = make_predict(model.network, num_detections=count)
     report: dict[str, Any] = {
@@ -157,8 +159,8 @@ def _compare(
         "precision": request.precision_name,
         "images": len(images),
         **parity.compare_runs(
-            lambda batch: predict(model.variables, batch),
-            open_export(exported.exported, device="auto", num_detections=count),
+            lambda batch: predict(model.variables, jnp.asarray(batch)),
+            open_export(export, device="auto", num_detections=count),
             images,
         ),
         "ap": None,
@@ -167,8 +169,8 @@ def _compare(
     if score is not None:
         say("scoring the checkpoint and the export")
         before, after = score(sized), score(exported)
-        aps = before["segm/AP"], after["segm/AP"]
-        loss = None if None in aps else aps[0] - aps[1]
+        ap, ap_after = before["segm/AP"], after["segm/AP"]
+        loss = None if ap is None or ap_after is None else ap - ap_after
         report["ap"] = {"checkpoint": before, "export": after, "loss": loss}
     report["warnings"] = parity.find_warnings(report, request.precision_name)
     return report

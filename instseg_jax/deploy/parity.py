@@ -4,9 +4,11 @@ Detections come by falling score, so nearly equal ones may change places: they a
 anything is compared.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from instseg_jax.boxes import box_iou
@@ -26,6 +28,16 @@ BOUNDS = {
     "float16": {"matched_share": 0.98, "mask_iou_mean": 0.98, "ap_loss": 0.005},
     "int8": {"matched_share": 0.85, "mask_iou_mean": 0.90, "ap_loss": 0.01},
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The detections of one image in numpy, by falling score."""
+
+    scores: np.ndarray  # [T]
+    labels: np.ndarray  # [T]
+    boxes_xyxy: np.ndarray  # [T, 4] normalised
+    mask_logits: np.ndarray  # [T, h, w]
 
 
 def compare_runs(reference: Run, exported: Run, images: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -60,23 +72,18 @@ def compare_runs(reference: Run, exported: Run, images: Sequence[np.ndarray]) ->
     }
 
 
-def pair_detections(one: Detections, other: Detections, count: int) -> list[tuple[int, int]]:
+def pair_detections(one: Found, other: Found, count: int) -> list[tuple[int, int]]:
     """Pairs (index in `one`, index in `other`) for the first `count` of one image's detections, nearest first.
 
     Near are detections of the same class with like score and box; each goes into one pair.
     """
-    iou = np.array(box_iou(np.asarray(one.boxes_xyxy)[:count, None], np.asarray(other.boxes_xyxy)[None]))
-    same = np.asarray(one.labels)[:count, None] == np.asarray(other.labels)[None]
-    distance = 1 - iou + np.abs(np.asarray(one.scores)[:count, None] - np.asarray(other.scores)[None])
+    iou = np.array(box_iou(jnp.asarray(one.boxes_xyxy[:count, None]), jnp.asarray(other.boxes_xyxy[None])))
+    same = one.labels[:count, None] == other.labels[None]
+    distance = 1 - iou + np.abs(one.scores[:count, None] - other.scores[None])
     distance[~same | (iou < PAIR_IOU)] = np.inf
     pairs = []
-    for position in np.argsort(distance, axis=None, kind="stable"):
-        i, j = np.unravel_index(position, distance.shape)
-        if not np.isfinite(distance[i, j]):
-            # A taken row or column is infinite as well: only when the rest is, nothing is left.
-            if not np.isfinite(distance).any():
-                break
-            continue
+    while distance.size and np.isfinite(distance.min()):
+        i, j = np.unravel_index(distance.argmin(), distance.shape)
         pairs.append((int(i), int(j)))
         distance[i], distance[:, j] = np.inf, np.inf
     return pairs
@@ -97,10 +104,10 @@ def find_warnings(report: dict[str, Any], precision: str) -> list[str]:
     return warnings
 
 
-def _of_first(detections: Detections) -> Detections:
-    """The detections of the first image of a batch, in numpy."""
-    fields = ("scores", "labels", "boxes_xyxy", "mask_logits")
-    return Detections(**{name: np.asarray(getattr(detections, name))[0] for name in fields})
+def _of_first(detections: Detections) -> Found:
+    """The detections of the first image of a batch."""
+    fields = (detections.scores, detections.labels, detections.boxes_xyxy, detections.mask_logits)
+    return Found(*(np.asarray(field)[0] for field in fields))
 
 
 def _mask_iou(one: np.ndarray, other: np.ndarray) -> float:

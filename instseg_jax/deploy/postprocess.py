@@ -49,8 +49,8 @@ def read_image(path, config: dict) -> np.ndarray:
         try:
             from PIL import Image, ImageOps
 
-            with Image.open(path) as image:
-                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            with Image.open(path) as opened:
+                return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
         except ImportError:
             import cv2
 
@@ -231,10 +231,10 @@ def _read_raw(path: Path) -> np.ndarray:
     except ImportError:
         from PIL import Image
 
-        with Image.open(path) as image:
-            if image.mode not in ("L", "I;16", "I;16B", "I;16L"):  # others lose bits or channels
+        with Image.open(path) as opened:
+            if opened.mode not in ("L", "I;16", "I;16B", "I;16L"):  # others lose bits or channels
                 raise ValueError(f"{path} needs OpenCV to be read whole; or give it as .npy") from None
-            return np.asarray(image)
+            return np.asarray(opened)
 
 
 def _open_onnx(path: Path, config: dict, threads: int) -> Callable:
@@ -266,7 +266,7 @@ def _open_stablehlo(path: Path, config: dict, threads: int) -> Callable:
     import jax
     import jax.export
 
-    call = jax.jit(jax.export.deserialize(path.read_bytes()).call)
+    call = jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
     return lambda images: jax.device_get(call(np.asarray(images, np.float32)))
 
 

@@ -8,7 +8,7 @@ nothing that could get lost or mixed up, and compilers fold what follows from th
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.export
@@ -18,6 +18,7 @@ import numpy as np
 from instseg_jax.files import write_bytes
 from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.models.mask_rtdetr import MaskRTDETR
+from instseg_jax.types import Outputs
 
 PLATFORMS = ("cpu", "cuda")  # that a StableHLO file runs on
 OUTPUTS = ("scores", "labels", "boxes_xyxy", "mask_logits")
@@ -61,13 +62,14 @@ def write_stablehlo(path: Path, model: MaskRTDETR, variables: dict, shape: Shape
 
     def detect(images: jax.Array) -> tuple[jax.Array, ...]:
         restored = jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32), variables) if half else variables
-        found = select_detections(model.apply(restored, images), num_detections=shape.num_detections)
+        outputs = cast(Outputs, model.apply(restored, images))
+        found = select_detections(outputs, num_detections=shape.num_detections)
         return tuple(getattr(found, name).astype(_TYPES[name]) for name in OUTPUTS)
 
     batch = jax.export.symbolic_shape("b")[0] if shape.dynamic_batch else shape.batch
     images = jax.ShapeDtypeStruct((batch, shape.size, shape.size, shape.channels), jnp.float32)
     exported = jax.export.export(jax.jit(detect), platforms=PLATFORMS)(images)
-    write_bytes(path, exported.serialize())
+    write_bytes(path, bytes(exported.serialize()))
     outputs = [(name, aval.shape, aval.dtype) for name, aval in zip(OUTPUTS, exported.out_avals, strict=True)]
     return {
         "inputs": [_describe("images", images.shape, images.dtype)],

@@ -36,6 +36,7 @@ class LoadedModel:
     summary: str  # how many tensors were loaded
     thresholds: dict | None = None  # of scores, stored by an evaluation: {"overall": 0.4, "classes": {name: 0.3}}
     exported: Export | None = None  # an exported model in place of network and variables
+    source: str = ""  # where it was loaded from
 
     @property
     def network(self) -> MaskRTDETR:
@@ -108,7 +109,15 @@ def load_model(source: str | os.PathLike[str] | Weights, config: ConfigDict | No
     )
     ids = tuple(category_ids)
     return LoadedModel(
-        model, variables, config, class_names, ids, found.metadata, str(summary), thresholds=found.thresholds
+        model,
+        variables,
+        config,
+        class_names,
+        ids,
+        found.metadata,
+        str(summary),
+        thresholds=found.thresholds,
+        source=str(source),
     )
 
 
@@ -129,6 +138,7 @@ def load_exported(export: Export, config: ConfigDict | None = None) -> LoadedMod
         summary,
         thresholds=settings["stored_thresholds"],
         exported=export,
+        source=str(export.folder),
     )
 
 
