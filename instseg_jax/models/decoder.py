@@ -31,7 +31,7 @@ from instseg_jax.models.layers import (
     zero_kernel,
 )
 from instseg_jax.models.query_selection import make_anchors, masks_to_boxes, take_rows
-from instseg_jax.types import DenoisingQueries, Outputs, Predictions, TrainingOutputs
+from instseg_jax.types import DenoisingQueries, FactoredOutputs, Outputs, Predictions, TrainingOutputs
 
 PRIOR_BIAS = -math.log(99)  # a score of 0.01 before training
 
@@ -117,6 +117,7 @@ class MaskRTDETRTransformer(nn.Module):
     mask_enhanced: bool
     rectangular: str
     remat: bool = False
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     def setup(self):
@@ -132,7 +133,7 @@ class MaskRTDETRTransformer(nn.Module):
         self.decoder = Decoder(
             self.num_layers, self.num_heads, self.num_points, self.ffn_dim, self.remat, dtype=self.dtype
         )
-        self.input_proj = [LevelProjection(dim, dtype=self.dtype) for _ in range(3)]
+        self.input_proj = [LevelProjection(dim, self.folded, dtype=self.dtype) for _ in range(3)]
 
     def __call__(
         self,
@@ -143,7 +144,7 @@ class MaskRTDETRTransformer(nn.Module):
         denoising: DenoisingQueries | None,
         selected_index: Array | None,
         reference_boxes: Array | None,
-    ) -> Outputs | TrainingOutputs:
+    ) -> Outputs | FactoredOutputs | TrainingOutputs:
         mask_features = _wide(mask_features)
         memory, spatial_shapes = self._memory(maps, train)
         target, encoder_boxes = self._select(memory, spatial_shapes, selected_index)
@@ -169,7 +170,8 @@ class MaskRTDETRTransformer(nn.Module):
         layer_sets = self._decode(queries, reference_boxes, memory, spatial_shapes, attention_mask, train)
         if not train:
             class_logits, mask_queries, boxes = layer_sets[-1]
-            return Outputs(class_logits, boxes, jnp.einsum("bqp,bhwp->bqhw", mask_queries, mask_features))
+            outputs = FactoredOutputs(class_logits, boxes, mask_queries, mask_features)
+            return outputs if self.folded else Outputs(class_logits, boxes, outputs.mask_logits)
         return _training_outputs(encoder_set, initial_set, layer_sets, denoising, mask_features)
 
     @nn.nowrap
@@ -261,11 +263,15 @@ class LevelProjection(nn.Module):
     """1x1 convolution and batch norm from a neck map to the decoder's width."""
 
     features: int
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        x = Conv(self.features, 1, kernel_init=xavier_uniform, dtype=self.dtype, name="conv")(x)
+        conv = Conv(self.features, 1, use_bias=self.folded, kernel_init=xavier_uniform, dtype=self.dtype, name="conv")
+        x = conv(x)
+        if self.folded:
+            return x
         return BatchNorm(dtype=self.dtype, name="norm")(x, train=train)
 
 

@@ -280,7 +280,10 @@ class BatchNorm(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Conv (no bias), batch norm, activation; parameters under `conv` and `bn`."""
+    """Conv (no bias), batch norm, activation; parameters under `conv` and `bn`.
+
+    With `folded` the norm is part of the convolution, which then has a bias, see `inference/optimize.py`.
+    """
 
     features: int
     kernel_size: int
@@ -289,6 +292,7 @@ class ConvNorm(nn.Module):
     activation: Activation = None
     frozen_norm: bool = False
     kernel_init: Callable[[int, int], Initializer] = lambda fan_in, fan_out: kaiming_normal(fan_in)
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
@@ -298,11 +302,13 @@ class ConvNorm(nn.Module):
             self.kernel_size,
             self.stride,
             self.depthwise,
+            use_bias=self.folded,
             kernel_init=self.kernel_init,
             dtype=self.dtype,
             name="conv",
         )(x)
-        x = BatchNorm(self.frozen_norm, dtype=self.dtype, name="bn")(x, train=train)
+        if not self.folded:
+            x = BatchNorm(self.frozen_norm, dtype=self.dtype, name="bn")(x, train=train)
         return x if self.activation is None else self.activation(x)
 
 

@@ -13,7 +13,7 @@ from instseg_jax.models.hgnetv2 import HGNetV2
 from instseg_jax.models.hybrid_encoder import MaskHybridEncoder
 from instseg_jax.models.layers import recorded_initializers
 from instseg_jax.models.variants import VARIANTS, Variant, canonical_name
-from instseg_jax.types import DenoisingQueries, Outputs, TrainingOutputs
+from instseg_jax.types import DenoisingQueries, FactoredOutputs, Outputs, TrainingOutputs
 
 SIZE_DIVISOR = 32  # the coarsest stride
 
@@ -31,6 +31,8 @@ class MaskRTDETR(nn.Module):
       frozen_backbone_norm: backbone batch norms keep their running statistics in training.
       remat: recompute decoder layers in the backward pass instead of keeping their activations.
       dtype: type to compute in; None for that of images and parameters.
+      folded: the form for inference, with variables that `inference/optimize.py` makes: no batch norms, and
+        `FactoredOutputs`.
     """
 
     variant: Variant
@@ -41,6 +43,7 @@ class MaskRTDETR(nn.Module):
     frozen_backbone_norm: bool
     remat: bool
     dtype: jnp.dtype | None
+    folded: bool = False
 
     @nn.compact
     def __call__(
@@ -51,7 +54,7 @@ class MaskRTDETR(nn.Module):
         denoising: DenoisingQueries | None = None,
         selected_index: Array | None = None,
         reference_boxes: Array | None = None,
-    ) -> Outputs | TrainingOutputs:
+    ) -> Outputs | FactoredOutputs | TrainingOutputs:
         """Segment images.
 
         Args:
@@ -62,13 +65,13 @@ class MaskRTDETR(nn.Module):
           reference_boxes: [B, Q, 4] initial reference boxes (normalised cxcywh) to use instead of the model's.
 
         Returns: `Outputs` with class_logits [B, Q, K], boxes [B, Q, 4] normalised cxcywh and
-          mask_logits [B, Q, H/4, W/4]; `TrainingOutputs` when `train`.
+          mask_logits [B, Q, H/4, W/4]; `FactoredOutputs` with the same when `folded`; `TrainingOutputs` when `train`.
 
         Raises: ValueError when the images' shape is not as above.
         """
         _check_images(images)
         v, dtype = self.variant, self.dtype
-        backbone = HGNetV2(v.stem_channels, v.stages, self.frozen_backbone_norm, dtype=dtype, name="backbone")
+        backbone = HGNetV2(v.stem_channels, v.stages, self.frozen_backbone_norm, self.folded, dtype=dtype, name="backbone")
         neck = MaskHybridEncoder(
             features=v.neck_dim,
             attention_level=v.attention_level,
@@ -80,6 +83,7 @@ class MaskRTDETR(nn.Module):
             mask_channels=v.mask_channels,
             num_prototypes=v.num_prototypes,
             rectangular=self.rectangular,
+            folded=self.folded,
             dtype=dtype,
             name="neck",
         )
@@ -95,6 +99,7 @@ class MaskRTDETR(nn.Module):
             mask_enhanced=self.mask_enhanced,
             rectangular=self.rectangular,
             remat=self.remat,
+            folded=self.folded,
             dtype=dtype,
             name="transformer",
         )
