@@ -32,9 +32,10 @@ def sweep(overrides: dict[str, str], options: argparse.Namespace) -> int:
     if options.sweep_list:
         _print_list(plan, workdir)
         return 0
-    _check_before_start(plan, workdir)
+    _check_folders(plan, workdir)
     if options.sweep_table:
         return _finish(plan, workdir)
+    _check_variants(plan)
     selected = list(plan.runs)
     if options.sweep_index is not None:
         if not 0 <= options.sweep_index < len(plan.runs):
@@ -43,11 +44,14 @@ def sweep(overrides: dict[str, str], options: argparse.Namespace) -> int:
     finished = [run for run in selected if read_state(workdir / run.name).status == "finished"]
     open_runs = [run for run in selected if run not in finished]
     devices = assign_devices(plan.base.config.device, options.jobs)
-    print(f"{len(plan.runs)} runs of {len(plan.variants)} variants in {workdir}; {len(finished)} are finished already"
-          if len(selected) > 1 else f"run {options.sweep_index or 0}: {selected[0].name}")  # fmt: skip
+    if options.sweep_index is not None:
+        print(f"run {options.sweep_index} of {len(plan.runs)}: {selected[0].name}")
+    else:
+        done = f"{len(finished)} are finished already"
+        print(f"{len(plan.runs)} runs of {len(plan.variants)} variants in {workdir}; {done}")
     is_whole = True
     if open_runs:
-        with _Progress(plan, workdir, len(finished), len(selected), options.jobs) as progress:
+        with _Progress(plan, workdir, len(finished), len(selected)) as progress:
             is_whole = launch(
                 open_runs,
                 workdir,
@@ -66,8 +70,8 @@ def _print_list(plan: Plan, workdir: Path) -> None:
         print(f"     {shown_command(command_of(plan.spec, run.overrides, workdir / run.name))}")
 
 
-def _check_before_start(plan: Plan, workdir: Path) -> None:
-    """Raise ValueError or OSError for what would break runs and can be known now, in moments."""
+def _check_variants(plan: Plan) -> None:
+    """Raise ValueError or OSError for what would break runs and can be known in moments."""
     for variant in plan.variants:
         data = variant.config.data
         build_model(variant.config.model, variant.config.model.num_classes or 1)
@@ -76,6 +80,10 @@ def _check_before_start(plan: Plan, workdir: Path) -> None:
         if data.source == "folder":
             for split in ("train", "val"):
                 coco.find_split(data.dir, split, data[f"{split}_annotations"], data[f"{split}_images"])
+
+
+def _check_folders(plan: Plan, workdir: Path) -> None:
+    """Raise ValueError where a run's folder holds a run with another config."""
     for run in plan.runs:
         folder = workdir / run.name
         if (folder / checkpoint.CHECKPOINTS).is_dir() or read_state(folder).status == "finished":
@@ -98,8 +106,8 @@ def _finish(plan: Plan, workdir: Path, selected: list[Run] | None = None) -> int
 class _Progress:
     """Says which run starts, how far it is and how it ends: a bar in a terminal, else lines; keeps the tables fresh."""
 
-    def __init__(self, plan: Plan, workdir: Path, num_finished: int, num_runs: int, num_jobs: int):
-        self._plan, self._workdir, self._num_jobs = plan, workdir, num_jobs
+    def __init__(self, plan: Plan, workdir: Path, num_finished: int, num_runs: int):
+        self._plan, self._workdir = plan, workdir
         self._total, self._done, self._num_ended = num_runs, num_finished, 0
         self._started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
