@@ -1,6 +1,7 @@
 """Results in other tools' forms, and the files of a run: read back by what reads them."""
 
 import json
+import sys
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ from instseg_jax.inference.formats import to_coco_dataset
 from instseg_jax.inference.polygons import rle_to_polygons
 from instseg_jax.inference.results import Result
 from instseg_jax.inference.saving import check_formats, save_results
+from instseg_jax.inference.video import VideoFile
 from instseg_jax.masks import decode_rle, encode_mask, rasterize_polygons
 
 SIZE = (60, 80)
@@ -141,7 +143,12 @@ def test_inputs_that_share_a_name_do_not_overwrite_each_other(tmp_path, pipe):
     assert len({json.loads(path.read_text())["res"]["input_path"] for path in files}) == summary.files == 4
 
 
-def test_a_video_gives_a_video(tmp_path, pipe):
+@pytest.mark.parametrize("has_pyav", [True, False])
+def test_a_video_gives_a_video(tmp_path, pipe, monkeypatch, caplog, has_pyav):
+    if has_pyav:
+        pytest.importorskip("av")
+    else:
+        monkeypatch.setitem(sys.modules, "av", None)
     writer = cv2.VideoWriter(str(tmp_path / "clip.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 12.5, (64, 64))
     for i in range(6):
         writer.write(picture((0, 8 * i, 16, 8 * i + 16, 40))[..., ::-1])
@@ -154,8 +161,26 @@ def test_a_video_gives_a_video(tmp_path, pipe):
     assert all(frame["boxes"][0]["label"] == "red" and len(frame["masks"]) == 1 for frame in content["frames"])
     capture = cv2.VideoCapture(str(tmp_path / "out" / "clip_res.mp4"))
     assert int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) == 6 and capture.get(cv2.CAP_PROP_FPS) == pytest.approx(12.5)
+    assert int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little") == (b"h264" if has_pyav else b"FMP4")
+    assert ("browsers will not play" in caplog.text) != has_pyav
     is_read, frame = capture.read()
     assert is_read and frame.shape == (64, 64, 3)
+    red = frame[16:40, 4:12, 2].mean() - frame[16:40, 4:12, :2].mean()
+    assert red > 60 > abs(float(frame[48:, 32:, 2].mean()) - float(frame[48:, 32:, 1].mean())), "drawn, in RGB"
+
+
+def test_a_video_of_odd_sides(tmp_path):
+    av = pytest.importorskip("av")
+    frames = [np.full((33, 51, 3), (200, 40, 10 * i), np.uint8) for i in range(5)]
+    file = VideoFile("unknown.avi", tmp_path / "odd.mp4", None)
+    for frame in frames:
+        file.add(Result.failed("unknown.avi", "only drawn"), frame, "rle")
+    assert file.close(whole=True) == 1
+    with av.open(str(tmp_path / "odd.mp4")) as video:
+        read = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+        assert video.streams.video[0].average_rate == 25
+    assert len(read) == 5 and read[0].shape == (34, 52, 3)
+    np.testing.assert_allclose(np.mean(read, axis=(1, 2)), [frame[0, 0] for frame in frames], atol=6)
 
 
 def test_a_video_that_is_cut_short_leaves_nothing(tmp_path, pipe):

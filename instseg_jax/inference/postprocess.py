@@ -188,8 +188,8 @@ def _sampling(side: str, cells: int, input_length: int, content_length: int, pix
 def _interpolate(grid: np.ndarray, sampling: _Sampling) -> np.ndarray:
     """Sample [cells, m] along its first axis: [pixels, m] float32.
 
-    Products of each end with its own weight, not end + difference * weight: ends that are both not positive
-    then give a result that is not positive, without exception from rounding, so skipping them changes nothing.
+    Products of each end with its own weight, not end + difference * weight: ends that are both positive (or both
+    not) then give a result that is so too, without exception from rounding, so skipping them changes nothing.
     """
     values = grid.take(sampling.lower, axis=0)
     values *= (1 - sampling.weight)[:, None]
@@ -218,16 +218,45 @@ def _mask_edges(logits: np.ndarray, rows: _Sampling, columns: _Sampling) -> np.n
     left, right = _support(np.any(positive, axis=0), columns)
     if top >= bottom or left >= right:
         return np.zeros(0, np.intp)
-    # Columns first in memory: that is the order of an RLE.
-    by_row = np.ascontiguousarray(_interpolate(logits, rows[top:bottom]).T)
+    first, last = int(columns.lower[left]), int(columns.upper[right - 1])
+    # Columns first in memory: that is the order of an RLE. A background pixel after each column closes its runs.
+    step = bottom - top + 1
+    grid = np.zeros((last - first + 1, step), np.float32)
+    grid[:, :-1] = _interpolate(logits[:, first : last + 1], rows[top:bottom]).T
+    is_inside = grid > 0
+    crossings = np.flatnonzero(is_inside[1:] != is_inside[:-1])
     edges = []
-    block = max(1, BLOCK_PIXELS // (bottom - top))
+    block = max(1, BLOCK_PIXELS // step)
     for start in range(left, right, block):
-        stop = min(start + block, right)
-        # A background pixel after each column (and before the first) closes its runs.
-        mask = np.zeros(1 + (stop - start) * (bottom - top + 1), bool)
-        inside = mask[1:].reshape(stop - start, bottom - top + 1)[:, :-1]
-        np.greater(_interpolate(by_row, columns[start:stop]), 0, out=inside)
-        column, row = np.divmod(np.flatnonzero(mask[1:] != mask[:-1]), bottom - top + 1)
+        part = columns[start : min(start + block, right)]
+        mask = np.zeros(1 + len(part.lower) * step, bool)  # with a background pixel before the first column, too
+        # Between two columns of the grid that are both inside, or both outside, so is every pixel: `_interpolate`
+        # says why. Only where they differ is there anything to compute.
+        np.take(is_inside, part.lower - first, axis=0, out=mask[1:].reshape(-1, step))
+        pixels, inside = _sample_crossings(grid, crossings, part, first)
+        mask[1:][pixels] = inside
+        column, row = np.divmod(np.flatnonzero(mask[1:] != mask[:-1]), step)
         edges.append((column + start) * height + (row + top))
     return np.concatenate(edges)
+
+
+def _sample_crossings(
+    grid: np.ndarray, crossings: np.ndarray, columns: _Sampling, first: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels of the given columns that lie between positions of `grid` of different sign.
+
+    `grid` [cells, step] begins with the network's column `first`; `crossings` are the flat positions in it whose
+    successor in the next column is on the other side of 0.
+
+    Returns: flat positions in [columns, step], and whether they are inside.
+    """
+    step = grid.shape[1]
+    begins = np.searchsorted(columns.lower, np.arange(first, first + len(grid)))
+    cell, row = np.divmod(crossings, step)
+    counts = begins[cell + 1] - begins[cell]
+    at = np.repeat(crossings, counts)
+    column = np.arange(len(at)) + np.repeat(begins[cell] - (np.cumsum(counts) - counts), counts)
+    weight = columns.weight[column]
+    values = grid.reshape(-1)
+    inside = values[at] * (1 - weight) + values[at + step] * weight > 0
+    return column * step + np.repeat(row, counts), inside
