@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.postprocess import select_detections
+from instseg_jax.models.mask_rtdetr import MaskRTDETR
 
 if TYPE_CHECKING:
     import onnx
@@ -39,12 +40,14 @@ def build_onnx(
     `size` is (height, width) of the images, multiples of 32. With `dynamic_batch` the graph takes any number of
     images, and `batch` is ignored. Weights are inside the graph.
 
-    Raises: ImportError that names the extra where jax2onnx is missing.
+    Raises: ImportError that names the extra where onnx is missing.
     """
     try:
-        import jax2onnx
+        from instseg_jax.deploy.onnx_translate import translate
     except ImportError as error:
-        raise ImportError('ONNX files are made by jax2onnx: pip install "instseg_jax[export]".') from error
+        raise ImportError('ONNX files are made with onnx: pip install "instseg_jax[export]".') from error
+    if isinstance(model, MaskRTDETR):
+        model = model.clone(dtype=None)  # half precision is for the runtime to choose
     model, variables = optimize_for_inference(model, variables)
     variables = jax.tree.map(jnp.asarray, variables)
 
@@ -52,11 +55,5 @@ def build_onnx(
         found = select_detections(model.apply(variables, images), num_detections=num_detections)
         return tuple(getattr(found, name) for name in OUTPUTS)
 
-    return jax2onnx.to_onnx(
-        detect,
-        inputs=[("B" if dynamic_batch else batch, *size, 3)],
-        model_name="mask_rtdetr",
-        opset=OPSET,
-        input_names=[INPUT],
-        output_names=list(OUTPUTS),
-    )
+    shape = (None if dynamic_batch else batch, *size, 3)
+    return translate(detect, shape, input_name=INPUT, output_names=OUTPUTS, opset=OPSET)

@@ -50,7 +50,9 @@ def _norm_behind(name: str, stats: dict) -> str | None:
 
 def _fold_norm(kernel: Any, norm: dict, stats: dict) -> dict:
     """A convolution with bias that does what convolution and batch norm do: kernel [k, k, I, O], norm of O."""
-    scale, bias, mean, var = (np.asarray(x, np.float64) for x in (norm["scale"], norm["bias"], stats["mean"], stats["var"]))
+    scale, bias, mean, var = (
+        np.asarray(x, np.float64) for x in (norm["scale"], norm["bias"], stats["mean"], stats["var"])
+    )
     factor = scale / np.sqrt(var + NORM_EPS)
     dtype = np.asarray(kernel).dtype
     return {

@@ -5,6 +5,7 @@ official state dict, so that weights map one to one.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -12,6 +13,7 @@ from instseg_jax.models.layers import ConvNorm
 from instseg_jax.models.variants import Stage
 
 
+@jax.jit
 def max_pool_2x2_same(x: Array) -> Array:
     """2x2 maximum at stride 1, padded by one row below and one column right: four shifted slices."""
     padded = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=-jnp.inf)

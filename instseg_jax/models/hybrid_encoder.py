@@ -17,6 +17,7 @@ from instseg_jax.models.layers import (
     LayerNorm,
     MultiHeadAttention,
     fan_in_uniform,
+    gelu,
     linear_default,
     upsample_bilinear_2x,
     upsample_nearest_2x,
@@ -70,7 +71,7 @@ class EncoderLayer(nn.Module):
         attention = MultiHeadAttention(self.num_heads, dtype=self.dtype, name="self_attn")
         x = LayerNorm(dtype=self.dtype, name="norm1")(x + attention(q, q, x))
         y = Dense(self.ffn_dim, linear_default, dtype=self.dtype, name="linear1")(x)
-        y = nn.gelu(y, approximate=False)
+        y = gelu(y)
         y = Dense(x.shape[-1], linear_default, dtype=self.dtype, name="linear2")(y)
         return LayerNorm(dtype=self.dtype, name="norm2")(x + y)
 
@@ -198,7 +199,9 @@ class MaskHybridEncoder(nn.Module):
 
     @nn.nowrap
     def _csp(self, name: str) -> CSPRepLayer:
-        return CSPRepLayer(self.features, self.csp_expansion, self.num_csp_blocks, self.folded, dtype=self.dtype, name=name)
+        return CSPRepLayer(
+            self.features, self.csp_expansion, self.num_csp_blocks, self.folded, dtype=self.dtype, name=name
+        )
 
     @nn.nowrap
     def _fpn(self, maps: list[Array], train: bool) -> list[Array]:

@@ -315,6 +315,30 @@ class ConvNorm(nn.Module):
 # --- transformer pieces ---------------------------------------------------------------------------
 
 
+# Under `jax.jit` these keep their names in the traced program, where `deploy/onnx_translate.py` looks for them.
+
+
+@jax.jit
+def layer_norm(x: Array, scale: Array, bias: Array) -> Array:
+    """Over the last axis, statistics in at least float32."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + NORM_EPS)
+    return (centred * inverse).astype(x.dtype) * scale + bias
+
+
+@jax.jit
+def softmax(x: Array) -> Array:
+    """Over the last axis."""
+    return jax.nn.softmax(x, axis=-1)
+
+
+@jax.jit
+def gelu(x: Array) -> Array:
+    """x times the normal distribution function of x, exact."""
+    return jax.nn.gelu(x, approximate=False)
+
+
 class LayerNorm(nn.Module):
     """Layer norm over the last axis, statistics in at least float32."""
 
@@ -325,11 +349,7 @@ class LayerNorm(nn.Module):
         channels = (x.shape[-1],)
         scale = declare(self, "scale", constant(1.0), channels)
         bias = declare(self, "bias", constant(0.0), channels)
-        x, scale, bias = nn.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centred = wide - wide.mean(axis=-1, keepdims=True)
-        inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + NORM_EPS)
-        return (centred * inverse).astype(x.dtype) * scale + bias
+        return layer_norm(*nn.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype))
 
 
 class MultiHeadAttention(nn.Module):
@@ -357,7 +377,7 @@ class MultiHeadAttention(nn.Module):
         scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
         if attention_mask is not None:
             scores = jnp.where(attention_mask, scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        weights = softmax(scores).astype(v.dtype)
         x = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(query.shape)
         return Dense(channels, bias_init=zero_bias, dtype=self.dtype, name="out_proj")(x)
 
@@ -365,6 +385,7 @@ class MultiHeadAttention(nn.Module):
 # --- resizing -------------------------------------------------------------------------------------
 
 
+@jax.jit
 def upsample_nearest_2x(x: Array) -> Array:
     """[B, H, W, C] -> [B, 2H, 2W, C], every value repeated."""
     batch, height, width, channels = x.shape
@@ -381,6 +402,7 @@ def _double_axis(x: Array, axis: int) -> Array:
     return doubled.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
 
 
+@jax.jit
 def upsample_bilinear_2x(x: Array) -> Array:
     """[B, H, W, C] -> [B, 2H, 2W, C], bilinear with half-pixel centres, by slices: the weights are 1/4, 3/4."""
     return _double_axis(_double_axis(x, 1), 2)

@@ -71,7 +71,9 @@ class MaskRTDETR(nn.Module):
         """
         _check_images(images)
         v, dtype = self.variant, self.dtype
-        backbone = HGNetV2(v.stem_channels, v.stages, self.frozen_backbone_norm, self.folded, dtype=dtype, name="backbone")
+        backbone = HGNetV2(
+            v.stem_channels, v.stages, self.frozen_backbone_norm, self.folded, dtype=dtype, name="backbone"
+        )
         neck = MaskHybridEncoder(
             features=v.neck_dim,
             attention_level=v.attention_level,
