@@ -64,7 +64,7 @@ def _time_model(config: ConfigDict, options: argparse.Namespace, batch_sizes: li
     coco.check_images(dataset)
     if options.weights:
         loaded = load_model(options.weights, config)
-        model, variables, config = loaded.model, loaded.variables, loaded.config
+        model, variables, config = loaded.network, loaded.variables, loaded.config
     else:
         model = build_model(config.model, len(dataset.categories))
         variables = initial_variables(model, seed=config.seed, channels=config.data.channels)
