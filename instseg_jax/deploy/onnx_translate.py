@@ -556,8 +556,8 @@ def _convolve(
 
 def _depthwise(graph: Graph, equation: Any, x: Value, kernel: Value) -> Value:
     """The window is read off the shifted products that JAX sees: padding, then slices with a stride."""
-    padding = next(e for e in _equations(equation.params["call_jaxpr"].jaxpr) if e.primitive.name == "pad")
-    window = next(e for e in _equations(equation.params["call_jaxpr"].jaxpr) if e.primitive.name == "slice")
+    padding = next(e for e in _equations(equation.params["jaxpr"].jaxpr) if e.primitive.name == "pad")
+    window = next(e for e in _equations(equation.params["jaxpr"].jaxpr) if e.primitive.name == "slice")
     _, rows, columns, _ = padding.params["padding_config"]
     stride = (window.params["strides"] or (1, 1))[1]
     weights = kernel.constant
