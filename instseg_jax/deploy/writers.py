@@ -32,9 +32,9 @@ OUTPUTS = ("scores", "labels", "boxes_xyxy", "mask_logits")
 
 REQUIRED: dict[str, tuple[str, ...]] = {  # modules that write a format
     "stablehlo": (),
-    "onnx": ("jax2onnx", "onnx", "onnxruntime"),
-    "ort": ("jax2onnx", "onnx", "onnxruntime"),
-    "openvino": ("jax2onnx", "onnx", "openvino"),
+    "onnx": ("onnx", "onnxruntime"),
+    "ort": ("onnx", "onnxruntime"),
+    "openvino": ("onnx", "openvino"),
     "litert": ("tensorflow", "ai_edge_litert"),
 }
 EXTRAS = {"litert": "litert"}
@@ -221,7 +221,7 @@ def write_openvino(path: Path, graph: "onnx.ModelProto", *, precision: str, cali
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "plain.onnx"
         onnx.save(graph, str(plain))
-        network = openvino.convert_model(str(plain))
+        network = openvino.Core().read_model(str(plain))  # convert_model would report home
         if precision == "int8":
             import nncf
 
