@@ -9,7 +9,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from export_case import CATEGORY_IDS, CLASS_NAMES, DETECTIONS, QUERIES, SIZE, make_run
+from export_case import CATEGORY_IDS, CLASS_NAMES, DETECTIONS, QUERIES, SIZE, keep_compiled, make_run
 
 from instseg_jax.cli import main
 from instseg_jax.config import load_config
@@ -22,6 +22,12 @@ from instseg_jax.inference.runtimes import find_export, open_export, read_export
 from instseg_jax.types import Detections
 from instseg_jax.verbs_export import check_best_export, comparison_images, export_best
 from instseg_jax.weights import checkpoint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    with keep_compiled(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")
