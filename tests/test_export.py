@@ -210,7 +210,7 @@ def test_a_folder_of_something_else_is_not_replaced(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         export_model(model, tmp_path / "file", Request("stablehlo", 1, SIZE), source="", images=[])
-    with pytest.raises(OSError, match="can't write an export to .*inside"):
+    with pytest.raises(OSError, match=r"can't write an export to .*inside"):
         export_model(model, tmp_path / "file" / "inside", Request("stablehlo", 1, SIZE), source="", images=[])
 
 

@@ -1,5 +1,6 @@
 """Exports where a checkpoint is expected: the same instances, thresholds, classes and ids, from every runtime."""
 
+import functools
 import json
 import logging
 import subprocess
@@ -154,13 +155,14 @@ def test_verbs_take_an_export(exports, run, tmp_path):
         source = coco.data_root(coco.EMBEDDED) / "images"
         picture = sorted(source.glob("*.jpg"))[0]
         assert main(["predict", *common, f"--input={picture}", "--formats=json"]) == 0
-    scores = [
-        json.loads((tmp_path / name / "evaluate_result.json").read_text())["metrics"]["AP"] for name in ("export", "checkpoint")
-    ]
+    scores, labels = [], []
+    for name in ("export", "checkpoint"):
+        evaluated = json.loads((tmp_path / name / "evaluate_result.json").read_text(encoding="utf-8"))
+        scores.append(evaluated["metrics"]["AP"])
+        (file,) = (tmp_path / name / "predictions").glob("*_res.json")
+        labels.append([box["label"] for box in json.loads(file.read_text(encoding="utf-8"))["res"]["boxes"]])
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
-    files = [next((tmp_path / name / "predictions").glob("*_res.json")).read_text() for name in ("export", "checkpoint")]
-    boxes = [json.loads(file)["res"]["boxes"] for file in files]
-    assert [box["label"] for box in boxes[0]] == [box["label"] for box in boxes[1]] and boxes[0]
+    assert labels[0] == labels[1] and labels[0]
 
 
 def test_thresholds_are_stored_in_an_export(run, tmp_path):
@@ -247,7 +249,8 @@ def test_the_quickest_runtime_is_taken_and_remembered(run, wanted, pictures, mon
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(accelerate_room, "RUNTIMES", ("onnxruntime",))
     for seconds, quickest in ((0.1, "onnxruntime"), (0.3, "xla")):
-        monkeypatch.setattr(accelerate_room, "_time", lambda run, images, s=iter((0.2, seconds)): next(s))
+        times = iter((0.2, seconds))
+        monkeypatch.setattr(accelerate_room, "_time", functools.partial(lambda times, *_: next(times), times))
         for _ in range(2):  # the second time nothing is exported and nothing timed
             caplog.clear()
             pipeline = instseg_jax.create_pipeline(weights=run, device="cpu", use_hpip=True)
@@ -270,13 +273,19 @@ def test_a_named_runtime_is_taken(run, wanted, pictures, monkeypatch):
 
 def test_hpi_config_says_what_it_understands():
     assert parse_hpi_config(None) == runtimes.HighPerformance()
-    both = {"backend": "openvino", "backend_config": {"onnxruntime": {"cpu_num_threads": 2}, "openvino": {"cpu_num_threads": 4}}}
+    both = {
+        "backend": "openvino",
+        "backend_config": {"onnxruntime": {"cpu_num_threads": 2}, "openvino": {"cpu_num_threads": 4}},
+    }
     assert parse_hpi_config(both) == runtimes.HighPerformance("openvino", 4)
     assert parse_hpi_config({"auto_config": True, "backend_config": {"cpu_num_threads": 3}}).num_threads == 3
     for wrong, message in (
         ({"auto_paddle2onnx": True}, r"hpi_config\.auto_paddle2onnx means nothing here"),
         ({"backend": "tensorrt"}, r"hpi_config\.backend is 'tensorrt', it must be one of onnxruntime"),
-        ({"backend": "onnxruntime", "backend_config": {"precision": "fp16"}}, r"backend_config\.precision means nothing"),
+        (
+            {"backend": "onnxruntime", "backend_config": {"precision": "fp16"}},
+            r"\.precision means nothing",
+        ),
         ({"backend_config": {"cpu_num_threads": 0}}, "cpu_num_threads is 0"),
         ({"auto_config": False}, "auto_config is off"),
         ({"backend": "xla", "backend_config": {"cpu_num_threads": 2}}, "can't be set for xla"),
