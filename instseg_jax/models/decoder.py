@@ -169,6 +169,7 @@ class MaskRTDETRTransformer(nn.Module):
         layer_sets = self._decode(queries, reference_boxes, memory, spatial_shapes, attention_mask, train)
         if not train:
             class_logits, mask_queries, boxes = layer_sets[-1]
+            self.sow("intermediates", "mask_queries", mask_queries)
             return Outputs(class_logits, boxes, jnp.einsum("bqp,bhwp->bqhw", mask_queries, mask_features))
         return _training_outputs(encoder_set, initial_set, layer_sets, denoising, mask_features)
 
