@@ -64,6 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--save_path", metavar="DIR", required=True, help="folder of the prepared data set")
     sub = add("train", "train a model; the same command again resumes", "configs/mask_rtdetr.py:l")
     _add_processes(sub)
+    about = "train variants of a config, each a run of its own, and compare them; the same command again resumes"
+    _add_sweep(add("sweep", about, "configs/finetune.py:l"))
     sub = add("evaluate", "COCO metrics and a report of a model on the validation images, or of a results file", None)
     sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint or .pdparams (default: workdir)")
     sub.add_argument("--save_thresholds", action="store_true", help="store the scores with the best F1 in the weights")
@@ -114,6 +116,20 @@ def _add_processes(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--coordinator", metavar="HOST:PORT", help="elsewhere: where the first process listens")
     sub.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
     sub.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
+
+
+def _add_sweep(sub: argparse.ArgumentParser) -> None:
+    about = "a field and its values (default: the variants of the config's function sweep(add))"
+    sub.add_argument("--axis", action="append", metavar="FIELD=A,B,C", default=[], help=about)
+    about = "vary one axis while the other fields stay as they are, or take all combinations (%(default)s)"
+    sub.add_argument("--mode", choices=("one_at_a_time", "grid"), default="one_at_a_time", help=about)
+    about = "runs of each variant, with the config's seed and the ones after it (%(default)s)"
+    sub.add_argument("--seeds", type=int, metavar="N", default=1, help=about)
+    about = "runs at the same time, on a device each (%(default)s)"
+    sub.add_argument("--jobs", type=int, metavar="N", default=1, help=about)
+    sub.add_argument("--sweep_list", action="store_true", help="list the runs, how far they are, and their commands")
+    sub.add_argument("--sweep_index", type=int, metavar="I", help="only run number I of the list, for array jobs")
+    sub.add_argument("--sweep_table", action="store_true", help="only write the tables of what is there so far")
 
 
 def _add_pipeline(sub: argparse.ArgumentParser) -> None:
@@ -206,6 +222,8 @@ def run_verb(options: argparse.Namespace, overrides: dict[str, str]) -> int | No
     processes = [getattr(options, name, None) for name in ("coordinator", "num_processes", "process_id")]
     if getattr(options, "distributed", False) or processes != [None] * 3:
         join_processes(*processes)
+    if options.verb == "sweep":  # starts processes that load the config with more overrides
+        return verbs.sweep(overrides, options)
     config = load_config(options.config, overrides) if options.config else None
     keep_compiled_programs(pathlib.Path(options.workdir) / "compiled")
     if config is None and options.verb in ("evaluate", "predict", "serve", "export_weights"):
@@ -231,3 +249,7 @@ def _relaunch_with_huge_pages() -> None:
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, HUGE_PAGES]))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+if __name__ == "__main__":  # python -m instseg_jax.cli
+    raise SystemExit(main())

@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import pathlib
 import sys
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -31,6 +32,11 @@ def load_config(spec: str, overrides: dict[str, str] | None = None) -> ConfigDic
     for field, text in (overrides or {}).items():
         override(config, field, text)
     return config.lock()
+
+
+def load_function(spec: str, name: str) -> Callable | None:
+    """Another function of the config file that `spec` names, such as `sweep`; None where it has none."""
+    return getattr(_load_module(find_config(spec.partition(":")[0])), name, None)
 
 
 def add_missing_fields(config: ConfigDict, defaults: ConfigDict) -> ConfigDict:

@@ -30,6 +30,7 @@ from instseg_jax.verbs_pipeline import build_from
 from instseg_jax.verbs_pipeline import get_pipeline_config as get_pipeline_config
 from instseg_jax.verbs_pipeline import predict as predict
 from instseg_jax.verbs_pipeline import serve as serve
+from instseg_jax.verbs_sweep import sweep as sweep
 from instseg_jax.weights import checkpoint
 
 

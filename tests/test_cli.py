@@ -36,6 +36,7 @@ def test_help_lists_every_verb(capsys):
     for verb in (
         "quickstart",
         "train",
+        "sweep",
         "evaluate",
         "predict",
         "get_pipeline_config",

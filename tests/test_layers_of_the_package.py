@@ -15,6 +15,7 @@ ALLOWED = {
     "inference": {"inference", "models", "weights"},
     "deploy": {"deploy", "inference", "evaluation", "models", "weights"},
     "training": {"training", "models", "evaluation", "inference", "data", "weights"},
+    "sweeps": {"sweeps", "training.workdir"},
 }
 ONLY_IN = {
     "optax": "training/",
