@@ -49,7 +49,7 @@ def show_pictures(
     for i, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axis.axis("off")
         if i < len(pictures):
-            axis.imshow(pictures[i], cmap="gray", aspect="auto")
+            axis.imshow(pictures[i], cmap="gray")
             axis.set_title("" if titles is None else titles[i], fontsize=9, pad=3)
     return figure
 
