@@ -213,6 +213,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 1
 
 
+def call(*arguments: str) -> int:
+    """Run one verb in this process, as a notebook does: `call("split", "--config.data.dir=my_data", ...)`.
+
+    Errors are raised, not printed. Returns the exit code of a verb that ended.
+    """
+    rest, overrides = split_overrides(list(arguments))
+    return run_verb(build_parser().parse_args(rest), overrides) or 0
+
+
 def run_verb(options: argparse.Namespace, overrides: dict[str, str]) -> int | None:
     """Load the config and call the verb's function."""
     from instseg_jax import verbs
