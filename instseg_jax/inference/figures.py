@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Color = tuple[int, int, int]
 
 PIXELS_PER_INCH = 100
-TITLE_INCHES = 0.3
+TITLE_INCHES = 0.23
 SIGNED_COLORS = np.array([(33, 102, 172), (247, 247, 247), (178, 24, 43)], np.float64)  # of -1, 0 and 1
 SUBPIXEL_BITS = 4  # OpenCV draws to a sixteenth of a pixel
 NEGLIGIBLE = 1e-12  # a spread below this is none
