@@ -14,7 +14,6 @@ import instseg_jax
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 HUGE_PAGES_SWITCH = "INSTSEG_HUGE_PAGES"
-COMPILED_SWITCH = "INSTSEG_COMPILED"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -235,11 +234,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 1
 
 
+def call(*arguments: str) -> int:
+    """Run one verb in this process, as a notebook does: `call("split", "--config.data.dir=my_data", ...)`.
+
+    Errors are raised, not printed. Returns the exit code of a verb that ended.
+    """
+    rest, overrides = split_overrides(list(arguments))
+    return run_verb(build_parser().parse_args(rest), overrides) or 0
+
+
 def run_verb(options: argparse.Namespace, overrides: dict[str, str]) -> int | None:
     """Load the config and call the verb's function."""
     from instseg_jax import verbs
     from instseg_jax.config import load_config
-    from instseg_jax.devices import join_processes
+    from instseg_jax.devices import join_processes, keep_compiled_programs
 
     processes = [getattr(options, name, None) for name in ("coordinator", "num_processes", "process_id")]
     if getattr(options, "distributed", False) or processes != [None] * 3:
@@ -247,24 +255,11 @@ def run_verb(options: argparse.Namespace, overrides: dict[str, str]) -> int | No
     if options.verb == "sweep":  # starts processes that load the config with more overrides
         return verbs.sweep(overrides, options)
     config = load_config(options.config, overrides) if options.config else None
-    _keep_compiled_programs(options.workdir)
+    keep_compiled_programs(pathlib.Path(options.workdir) / "compiled")
     if config is None and options.verb in ("evaluate", "predict", "serve", "export", "export_weights"):
         # The config of the checkpoint is used; overrides apply to it.
         return getattr(verbs, options.verb)(overrides, options)
     return getattr(verbs, options.verb)(config, options)
-
-
-def _keep_compiled_programs(workdir: str) -> None:
-    """Have XLA keep what it compiles, so that a resumed run or a second prediction starts at once.
-
-    INSTSEG_COMPILED names a folder to share between workdirs; empty switches it off.
-    """
-    folder = os.environ.get(COMPILED_SWITCH, str(pathlib.Path(workdir) / "compiled"))
-    if folder:
-        import jax
-
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).resolve()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
 
 
 def _one_line(error: Exception) -> str:

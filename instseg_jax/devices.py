@@ -1,8 +1,12 @@
 """Which devices a text names, and the processes of several hosts. How batches lie on them: `sharding.py`."""
 
+import os
 import re
+from pathlib import Path
 
 import jax
+
+COMPILED_SWITCH = "INSTSEG_COMPILED"
 
 
 def select_devices(device: str) -> list[jax.Device]:
@@ -48,3 +52,14 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the other processes were not found ({' '.join(str(error).split())})") from error
+
+
+def keep_compiled_programs(folder: str | os.PathLike[str]) -> None:
+    """Have XLA keep in `folder` what it compiles, so that a resumed run or a second prediction starts at once.
+
+    INSTSEG_COMPILED names another folder, to share between workdirs; empty switches it off.
+    """
+    chosen = os.environ.get(COMPILED_SWITCH, os.fspath(folder))
+    if chosen:
+        jax.config.update("jax_compilation_cache_dir", str(Path(chosen).resolve()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)

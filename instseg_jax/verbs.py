@@ -10,13 +10,13 @@ import time
 
 import jax
 from ml_collections import ConfigDict
-from rich.progress import track
 
 from instseg_jax.data import coco
 from instseg_jax.data.source import build_dataset
 from instseg_jax.inference.pipeline_config import load_pipeline_config
 from instseg_jax.inference.predictor import describe, load_model
 from instseg_jax.inference.saving import save_results
+from instseg_jax.progress import track
 from instseg_jax.training import loop
 from instseg_jax.verbs_benchmark import benchmark as benchmark
 from instseg_jax.verbs_comparison import compare as compare

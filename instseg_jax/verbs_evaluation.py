@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from rich.progress import track
 
 from instseg_jax import sharding
 from instseg_jax.bands import show_bands
@@ -36,6 +35,7 @@ from instseg_jax.inference.predictor import LoadedModel, bind, load_model
 from instseg_jax.inference.runtimes import find_export, read_export, save_export_thresholds
 from instseg_jax.inference.tiling import Tiles
 from instseg_jax.inference.visualize import draw_instances
+from instseg_jax.progress import track
 from instseg_jax.types import Batch, Detections
 from instseg_jax.weights import checkpoint
 

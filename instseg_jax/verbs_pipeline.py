@@ -6,7 +6,6 @@ import pathlib
 import time
 
 from ml_collections import ConfigDict
-from rich.progress import track
 
 from instseg_jax.config import override
 from instseg_jax.deploy.accelerate import accelerate
@@ -21,6 +20,7 @@ from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_
 from instseg_jax.inference.predictor import LoadedModel
 from instseg_jax.inference.saving import check_formats, save_results
 from instseg_jax.inference.sources import find_sources
+from instseg_jax.progress import track
 
 
 def predict(config: ConfigDict | dict[str, str], options: argparse.Namespace) -> int:

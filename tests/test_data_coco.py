@@ -301,3 +301,13 @@ def test_byte_order_mark_and_non_ascii_names(tmp_path):
     file.write_bytes(b"\xff\xfe{}")
     with pytest.raises(ValueError, match="not a UTF-8 text file"):
         coco.read_coco(file, tmp_path)
+
+
+def test_taken_images_keep_their_objects_and_order():
+    whole = coco.read_split(coco.EMBEDDED, "train")
+    taken = coco.take_images(whole, [5, 0, 5])
+    assert [image.id for image in taken.images] == [whole.images[i].id for i in (5, 0, 5)]
+    assert taken.annotations == (whole.annotations[5], whole.annotations[0], whole.annotations[5])
+    assert taken.categories == whole.categories and whole.annotations[5] != whole.annotations[0]
+    with pytest.raises(IndexError, match="83 images; there is none at position 83"):
+        coco.take_images(whole, [0, 83])

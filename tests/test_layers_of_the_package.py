@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "instseg_jax"
-NEUTRAL = {"types", "boxes", "masks", "files", "images", "bands", "config", "devices", "sharding"}
+NEUTRAL = {"types", "boxes", "masks", "files", "images", "bands", "config", "devices", "sharding", "progress"}
 ALLOWED = {
     "models": {"models"},
     "data": {"data"},

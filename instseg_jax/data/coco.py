@@ -211,6 +211,21 @@ def select_trainable(dataset: CocoDataset, *, keep_empty: bool) -> CocoDataset:
     return dataclasses.replace(dataset, images=tuple(records), annotations=tuple(annotations), skipped=tuple(skipped))
 
 
+def take_images(dataset: CocoDataset, positions: Sequence[int]) -> CocoDataset:
+    """Keep the images at the given positions, in that order, with their objects.
+
+    Raises IndexError that names the first position that is not in 0..len(dataset) - 1.
+    """
+    for position in positions:
+        if not 0 <= position < len(dataset):
+            raise IndexError(f"{dataset.name} has {len(dataset)} images; there is none at position {position}.")
+    return dataclasses.replace(
+        dataset,
+        images=tuple(dataset.images[i] for i in positions),
+        annotations=tuple(dataset.annotations[i] for i in positions),
+    )
+
+
 def training_box_xyxy_px(annotation: Annotation) -> tuple[float, float, float, float]:
     """Corners of an annotation's box in pixels, rounded to 3 decimals as the reference does."""
     x, y, w, h = annotation.box_xywh_px

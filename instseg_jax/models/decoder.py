@@ -170,6 +170,7 @@ class MaskRTDETRTransformer(nn.Module):
         layer_sets = self._decode(queries, reference_boxes, memory, spatial_shapes, attention_mask, train)
         if not train:
             class_logits, mask_queries, boxes = layer_sets[-1]
+            self.sow("intermediates", "mask_queries", mask_queries)
             outputs = FactoredOutputs(class_logits, boxes, mask_queries, mask_features)
             return outputs if self.folded else Outputs(class_logits, boxes, outputs.mask_logits)
         return _training_outputs(encoder_set, initial_set, layer_sets, denoising, mask_features)

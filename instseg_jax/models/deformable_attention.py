@@ -113,9 +113,12 @@ class DeformableAttention(nn.Module):
         weights = softmax(scores.astype(wide).reshape(batch, queries, heads, levels * points))
         reference = reference_boxes.astype(wide)[:, :, None, None, None, :]
         locations = reference[..., :2] + offsets / points * reference[..., 2:] * 0.5
+        weights = weights.reshape(batch, queries, heads, levels, points)
+        self.sow("intermediates", "sampling_locations", locations)
+        self.sow("intermediates", "sampling_weights", weights)
         sampled = _on_each_device(lambda v, at, w: sample_levels(v, spatial_shapes, at, w))(
             value.reshape(*value.shape[:2], heads, channels // heads),
             locations,
-            weights.reshape(batch, queries, heads, levels, points),
+            weights,
         )
         return dense("output_proj", channels, sampled.reshape(query.shape))

@@ -382,6 +382,7 @@ class MultiHeadAttention(nn.Module):
         if attention_mask is not None:
             scores = jnp.where(attention_mask, scores, -jnp.inf)
         weights = softmax(scores).astype(v.dtype)
+        self.sow("intermediates", "attention_weights", weights)
         x = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(query.shape)
         return Dense(channels, bias_init=zero_bias, dtype=self.dtype, name="out_proj")(x)
 
