@@ -14,6 +14,7 @@ coordinates are (x, y).
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
@@ -54,6 +55,31 @@ class Outputs:
     class_logits: Array  # [B, Q, K]
     boxes: Array  # [B, Q, 4] normalised cxcywh
     mask_logits: Array  # [B, Q, h, w]
+
+    def masks_of(self, query: Array) -> jax.Array:
+        """Mask logits [B, T, h, w] of chosen queries [B, T]."""
+        return jnp.take_along_axis(jnp.asarray(self.mask_logits), jnp.asarray(query)[..., None, None], axis=1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FactoredOutputs:
+    """`Outputs` whose masks are products still to be made: of the queries that are kept, not of all."""
+
+    class_logits: Array  # [B, Q, K]
+    boxes: Array  # [B, Q, 4] normalised cxcywh
+    mask_queries: Array  # [B, Q, P]
+    mask_features: Array  # [B, h, w, P]
+
+    @property
+    def mask_logits(self) -> jax.Array:
+        """[B, Q, h, w]"""
+        return jnp.einsum("bqp,bhwp->bqhw", self.mask_queries, self.mask_features)
+
+    def masks_of(self, query: Array) -> jax.Array:
+        """Mask logits [B, T, h, w] of chosen queries [B, T]."""
+        chosen = jnp.take_along_axis(jnp.asarray(self.mask_queries), jnp.asarray(query)[..., None], axis=1)
+        return jnp.einsum("bqp,bhwp->bqhw", chosen, self.mask_features)
 
 
 @jax.tree_util.register_dataclass
