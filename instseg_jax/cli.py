@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--repeats", type=int, default=5, help="timed repetitions after a warm-up (%(default)s)")
     sub.add_argument("--parts", default="inference,training", help="what is timed (%(default)s)")
     sub.add_argument("--batch_sizes", default="1", metavar="N,N", help="of inference (%(default)s)")
-    sub.add_argument("--sizes", metavar="n,s,l", help="of the model, for inference (default: the config's)")
+    sub.add_argument("--sizes", metavar="n,s,l", help="of the model (default: the config's)")
     sub.add_argument("--weights", metavar="PATH", help="of inference: a trained model's masks encode faster than fresh")
     sub = add("import_weights", "turn official weights into a checkpoint", "configs/mask_rtdetr.py:l")
     sub.add_argument("--weights", metavar="FILE|URL|NAME", required=True, help="e.g. mask_rtdetr_l_coco")
