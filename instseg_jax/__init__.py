@@ -74,7 +74,7 @@ def train(config: "ConfigDict", workdir: str | os.PathLike[str]) -> dict:
     """Train as the verb `train` does; see `instseg_jax.training.loop.train`."""
     from instseg_jax.training.loop import train as run
 
-    return run(config, workdir)
+    return run(config, os.fspath(workdir))
 
 
 def evaluate(config: "ConfigDict", weights: str | os.PathLike[str]) -> dict:

@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--repeats", type=int, default=5, help="timed repetitions after a warm-up (%(default)s)")
     sub.add_argument("--parts", default="inference,training", help="what is timed (%(default)s)")
     sub.add_argument("--batch_sizes", default="1", metavar="N,N", help="of inference (%(default)s)")
-    sub.add_argument("--sizes", metavar="n,s,l", help="of the model, for inference (default: the config's)")
+    sub.add_argument("--sizes", metavar="n,s,l", help="of the model (default: the config's)")
     sub.add_argument("--weights", metavar="PATH", help="of inference: a trained model's masks encode faster than fresh")
     _add_export(add("export", "write the model for other runtimes, with proof that it finds the same", None))
     sub = add("import_weights", "turn official weights into a checkpoint", "configs/mask_rtdetr.py:l")
@@ -203,8 +203,8 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
             continue
         field, equals, value = argument.removeprefix("--config.").partition("=")
         if not equals:
-            value = next(iterator, None)
-            if value is None or value.startswith("--"):
+            value = next(iterator, "--")
+            if value.startswith("--"):
                 raise ValueError(f"--config.{field} has no value; write --config.{field}=VALUE")
         overrides[field] = value
     return rest, overrides

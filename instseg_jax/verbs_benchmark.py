@@ -48,7 +48,7 @@ def benchmark(config: ConfigDict, options: argparse.Namespace) -> int:
     if "training" in parts:
         from instseg_jax.training.benchmark import run_benchmark
 
-        table |= run_benchmark(config, repeats=options.repeats)
+        table["training"] = [run_benchmark(each, repeats=options.repeats) for each in configs]
     if "inference" in parts:
         table["inference"] = [_time_model(each, options, batch_sizes) for each in configs]
         table["encoding"] = measure_encoding(repeats=options.repeats)
