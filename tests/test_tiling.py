@@ -130,6 +130,20 @@ def test_windows_go_through_the_same_program():
     assert model.model.traced == [(4, 64, 64, 3)]
 
 
+def test_windows_tell_how_far_they_are(pipe):
+    image, seen = picture((0, 100, 20, 130, 50), size=(90, 200)), []
+
+    def watched(found, number):
+        for place, one in enumerate(found, start=1):
+            seen.append((place, number))
+            yield one
+
+    (shown,), (plain,) = pipe.predict(image, tile=64, progress=watched), pipe.predict(image, tile=64)
+    number = len(windows_of((90, 200), Tiles(64, 0.2, True))) + 1
+    assert number == 9 and seen == [(place, 9) for place in range(1, 10)], "the whole image is one more"
+    assert shown.json == plain.json and len(shown) == 1
+
+
 def test_files_among_many(pipe, tmp_path):
     Image.fromarray(picture((0, 100, 20, 130, 50), size=(90, 200))).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"broken")

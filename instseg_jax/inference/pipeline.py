@@ -58,6 +58,7 @@ class Pipeline:
         tile: int | None = None,
         overlap: float = 0.2,
         whole_image: bool = True,
+        progress: tiling.Progress | None = None,
     ) -> Iterator[Result]:
         """Segment images, one result after another in the order of the input.
 
@@ -70,6 +71,7 @@ class Pipeline:
           tile: side in pixels of the windows in which larger images are worked on; None: as a whole.
           overlap: of neighbouring windows, as a part of their side.
           whole_image: look for objects that are larger than the overlap in the whole image, scaled down, too.
+          progress: called with the windows of each large image and their number; it yields them on and may show that.
 
         A file among several that can't be read gives a result with `error` and no instances at its place; one alone
         raises. Raises FileNotFoundError or ValueError at once for an input that is not there, or wrong arguments.
@@ -78,7 +80,7 @@ class Pipeline:
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"batch_size is {batch_size!r}, it must be a whole number of at least 1")
         thresholds = thresholds_by_class(threshold, self.class_names, self.thresholds)
-        tiles = None if tile is None else tiling.Tiles(tile, overlap, whole_image)
+        tiles = None if tile is None else tiling.Tiles(tile, overlap, whole_image, progress)
         sources, count = find_sources(x, channels=channels)
         if self.feeding.bands is not None:
             sources = map(functools.partial(with_bands, bands=self.feeding.bands), sources)
