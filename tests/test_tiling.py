@@ -194,6 +194,13 @@ def test_what_every_window_cuts_is_joined():
     assert found == [(0, 0.9, [20, 10, 150, 30], 80 * 20 + 50 * 19)]
 
 
+def test_boxes_end_with_their_windows():
+    """What a network guesses beyond the left window is not in it: single pictures have their boxes clipped as well."""
+    guessed = instances((0, 0.9, (40, 10, 100, 30)))
+    guessed.boxes_xyxy_px[:] = [[-3, 8, 131, 33]]
+    assert merge(guessed, instances()) == [(0, 0.9, [0, 8, 100, 33], 60 * 20)]
+
+
 def test_little_in_common_is_not_one_object():
     """Both cross the overlap, at different heights, and share a third of it."""
     left, right = instances((0, 0.9, (20, 10, 100, 40))), instances((0, 0.6, (0, 30, 70, 60)))

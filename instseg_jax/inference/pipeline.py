@@ -179,7 +179,10 @@ def load_pipeline_model(
     *,
     default: str = DEFAULT_WEIGHTS,
 ) -> predictor.LoadedModel:
-    """Load the weights that the call or the YAML names, else those of the last training in `default`."""
+    """Load the weights that the call or the YAML names, else those of the last training in `default`.
+
+    Raises FileNotFoundError without weights, ValueError for weights of another model than the YAML's `model_name`.
+    """
     from instseg_jax.weights.checkpoint import is_checkpoint  # Orbax is slow to import
 
     source = weights or settings.model_dir
@@ -222,7 +225,10 @@ def pick_threshold(threshold: Threshold | None, model: predictor.LoadedModel, se
 
 
 def thresholds_by_class(threshold: Threshold | None, class_names: Sequence[str], default: np.ndarray) -> np.ndarray:
-    """Thresholds [K] of the classes: one number for all, or by class name with `default` [K] for the others."""
+    """Thresholds [K] of the classes: one number for all, or by class name with `default` [K] for the others.
+
+    Raises ValueError for a score outside 0..1, or a class that is not there.
+    """
     chosen = np.array(default, np.float64)
     given = threshold if isinstance(threshold, Mapping) else dict.fromkeys(class_names, threshold)
     for name, value in given.items():

@@ -57,15 +57,17 @@ class Tiles:
 
     @property
     def stride(self) -> int:
+        """Pixels from the start of a window to that of the next."""
         return max(1, self.side - self.overlap_px)
 
     @property
     def overlap_px(self) -> int:
+        """Pixels that neighbouring windows have in common."""
         return round(self.side * self.overlap)
 
 
 class ArrayImage:
-    """Windows of an image that is in memory."""
+    """Windows of an image [height, width, 3] uint8 RGB that is in memory; see `Image` for its methods."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = pixels
