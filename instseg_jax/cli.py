@@ -5,6 +5,7 @@ Errors that a user can mend are one sentence and exit code 1; `--debug` shows wh
 """
 
 import argparse
+import difflib
 import os
 import pathlib
 import sys
@@ -193,6 +194,17 @@ def _add_server(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--token", metavar="TOKEN", help=about)
 
 
+def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """The options of a verb. Raises ValueError that names the option nearest to an unknown one."""
+    options, unknown = parser.parse_known_args(arguments)
+    if not unknown:
+        return options
+    names = [f"--{name}" for name in vars(options) if name not in ("verb", "runs")]
+    nearest = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ";"
+    raise ValueError(f"unknown: {' '.join(unknown)}{hint} `{parser.prog} {options.verb} --help` explains")
+
+
 def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     """Part `--config.field=value` (or `--config.field value`) from the other arguments."""
     rest, overrides = [], {}
@@ -216,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         arguments, overrides = split_overrides(arguments)
-        options = build_parser().parse_args(arguments)
+        options = parse_arguments(build_parser(), arguments)
         _relaunch_with_huge_pages()
         return run_verb(options, overrides) or 0
     except KeyboardInterrupt:

@@ -4,8 +4,11 @@ import argparse
 import os
 import pathlib
 import time
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
+from rich.progress import Progress
 
 from instseg_jax.config import override
 from instseg_jax.deploy.accelerate import accelerate
@@ -20,7 +23,6 @@ from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_
 from instseg_jax.inference.predictor import LoadedModel
 from instseg_jax.inference.saving import check_formats, save_results
 from instseg_jax.inference.sources import find_sources
-from instseg_jax.progress import track
 
 
 def predict(config: ConfigDict | dict[str, str], options: argparse.Namespace) -> int:
@@ -32,22 +34,33 @@ def predict(config: ConfigDict | dict[str, str], options: argparse.Namespace) ->
     pipeline = _pipeline(config, options)
     folder = pathlib.Path(options.save_path or pathlib.Path(options.workdir) / "predictions")
     tiles = {"tile": options.tile, "overlap": options.overlap, "whole_image": options.whole_image}
-    results = pipeline.predict(options.input, **tiles)
-    started = time.monotonic()
-    pipeline.warm_up()
-    ready = time.monotonic()
-    summary = save_results(
-        track(results, "predicting", count), folder, formats=formats, masks_format=options.masks_format
-    )
-    seconds = time.monotonic() - ready
-    pictures = f"{summary.images} {'frames' if summary.frames else 'pictures'}"
-    print(f"{pictures}, {summary.instances} instances, {summary.files} files in {folder}")
+    with Progress(transient=False) as bars:
+
+        def windows(found: Iterable[Any], number: int) -> Iterator[Any]:
+            bar = bars.add_task("windows", total=number)
+            yield from bars.track(found, task_id=bar)
+            bars.remove_task(bar)
+
+        results = pipeline.predict(options.input, **tiles, progress=windows)
+        started = time.monotonic()
+        pipeline.warm_up()
+        ready = time.monotonic()
+        shown = bars.track(results, total=count, description="predicting")
+        summary = save_results(shown, folder, formats=formats, masks_format=options.masks_format)
+        seconds = time.monotonic() - ready
+    pictures = _count(summary.images, "frame" if summary.frames else "picture")
+    instances, files = _count(summary.instances, "instance"), _count(summary.files, "file")
+    print(f"{pictures}, {instances}, {files} in {folder}")
     if summary.images:
         pace = f"{seconds / summary.images:.2f} s each, {summary.images / seconds:.1f} a second"
         print(f"{seconds:.1f} s, {pace}; before that {ready - started:.1f} s to get ready")
     for name, error in summary.failed:
         print(f"failed: {name}: {error}")
     return 1 if summary.failed else 0
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def serve(config: ConfigDict | dict[str, str], options: argparse.Namespace) -> int:

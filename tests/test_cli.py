@@ -86,6 +86,8 @@ def test_overrides_are_parted_from_options():
         (["serve", "--queue_size=0"], "queue_size is 0" if HAS_SERVER else 'pip install "instseg_jax[serve]"'),
         (["get_pipeline_config", "--save_path={folder}", "--pipeline=OCR"], "'OCR'"),
         (["benchmark", "--repeats=0"], "--repeats is 0"),
+        (["predict", "--input={picture}", "--thresold=0.2"], "--thresold=0.2; did you mean --threshold? `"),
+        (["train", "--qqq"], "unknown: --qqq; `"),
     ],
 )
 def test_bad_input_is_one_sentence(capsys, tmp_path, arguments, message):

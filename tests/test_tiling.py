@@ -19,9 +19,10 @@ from instseg_jax.inference.pipeline import build_pipeline
 from instseg_jax.inference.postprocess import Instances
 from instseg_jax.inference.tiling import Tiles, windows_of
 from instseg_jax.inference.windows import Window, fill_up, view_size
-from instseg_jax.masks import decode_rle, encode_mask
+from instseg_jax.masks import decode_rle, encode_mask, rasterize_polygons
 from instseg_jax.verbs_evaluation import score_model
 
+EMBEDDED = Path(__file__).parent.parent / "instseg_jax" / "data" / "embedded"
 TILES = Tiles(64, 0.25, False)
 
 
@@ -130,6 +131,20 @@ def test_windows_go_through_the_same_program():
     assert model.model.traced == [(4, 64, 64, 3)]
 
 
+def test_windows_tell_how_far_they_are(pipe):
+    image, seen = picture((0, 100, 20, 130, 50), size=(90, 200)), []
+
+    def watched(found, number):
+        for place, one in enumerate(found, start=1):
+            seen.append((place, number))
+            yield one
+
+    (shown,), (plain,) = pipe.predict(image, tile=64, progress=watched), pipe.predict(image, tile=64)
+    number = len(windows_of((90, 200), Tiles(64, 0.2, True))) + 1
+    assert number == 9 and seen == [(place, 9) for place in range(1, 10)], "the whole image is one more"
+    assert shown.json == plain.json and len(shown) == 1
+
+
 def test_files_among_many(pipe, tmp_path):
     Image.fromarray(picture((0, 100, 20, 130, 50), size=(90, 200))).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"broken")
@@ -180,6 +195,13 @@ def test_what_every_window_cuts_is_joined():
     assert found == [(0, 0.9, [20, 10, 150, 30], 80 * 20 + 50 * 19)]
 
 
+def test_boxes_end_with_their_windows():
+    """What a network guesses beyond the left window is not in it: single pictures have their boxes clipped as well."""
+    guessed = instances((0, 0.9, (40, 10, 100, 30)))
+    guessed.boxes_xyxy_px[:] = [[-3, 8, 131, 33]]
+    assert merge(guessed, instances()) == [(0, 0.9, [0, 8, 100, 33], 60 * 20)]
+
+
 def test_little_in_common_is_not_one_object():
     """Both cross the overlap, at different heights, and share a third of it."""
     left, right = instances((0, 0.9, (20, 10, 100, 40))), instances((0, 0.6, (0, 30, 70, 60)))
@@ -197,6 +219,38 @@ def test_one_window_may_find_several():
     neighbours = instances((0, 0.9, (82, 10, 90, 40)), (0, 0.8, (91, 10, 97, 40)))
     same = instances((0, 0.7, (2, 10, 10, 40)), (0, 0.6, (11, 10, 17, 40)))
     assert [score for _, score, *_ in merge(neighbours, same)] == [0.9, 0.8]
+
+
+@pytest.mark.parametrize(("side", "overlap"), [(320, 0.2), (250, 0.25), (200, 0.5)])
+def test_real_objects_are_found_once_and_whole(side, overlap):
+    """Facades that touch each other, in a mosaic: true masks cut by windows merge to the true masks."""
+    truth = json.loads((EMBEDDED / "annotations" / "instance_val.json").read_text(encoding="utf-8"))
+    height, width = size = (960, 1064)
+    masks = []
+    for place, image in enumerate(truth["images"][:12]):
+        y, x = 320 * (place // 4), 266 * (place % 4)
+        for annotation in truth["annotations"]:
+            if annotation["image_id"] == image["id"]:
+                polygons = [np.reshape(polygon, (-1, 2)) + np.array([x, y]) for polygon in annotation["segmentation"]]
+                masks.append(rasterize_polygons(polygons, height, width))
+    windows = windows_of(size, Tiles(side, overlap, False))
+    parts, num_cut = [], 0
+    for window in windows:
+        seen = [mask[window.y : window.y + side, window.x : window.x + side] for mask in masks]
+        shares = [part.sum() / mask.sum() for part, mask in zip(seen, masks, strict=True)]
+        shown = [i for i, share in enumerate(shares) if share > 0.02]  # slivers are overlooked
+        num_cut += sum(shares[i] < 1 for i in shown)
+        whole = Window(0, 0, side, side).box
+        found = Instances(
+            scores=np.array([0.9 - 0.4 * shares[i] for i in shown], np.float32),  # surer of parts
+            labels=np.zeros(len(shown), np.int32),
+            boxes_xyxy_px=np.array([whole] * len(shown), np.float32).reshape(-1, 4),
+            masks=[encode_mask(seen[i]) for i in shown],
+        )
+        parts.append(WindowInstances(window, found))
+    merged = merge_windows(parts, None, size=size, overlap_px=0)
+    assert len(masks) > 20 and num_cut > 15
+    assert sorted(rle["counts"] for rle in merged.masks) == sorted(encode_mask(mask)["counts"] for mask in masks)
 
 
 def test_a_tiny_whole_thing_does_not_hide_a_large_cut_one():

@@ -47,10 +47,12 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
+        """How many items wait for a batch."""
         return self._queue.qsize()
 
     @property
     def is_alive(self) -> bool:
+        """Whether items are taken and every thread runs."""
         return self._is_open and all(worker.is_alive() for worker in self._workers)
 
     def submit(self, item: Any) -> Future:

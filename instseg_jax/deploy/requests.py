@@ -51,7 +51,10 @@ def check_image(data: bytes, max_pixels: int) -> None:
 
 
 async def read_body(request: Any, limit: int) -> bytes:
-    """The body. One that is too large is read on for a while and dropped: a client that is still sending hears why."""
+    """The body, at most `limit` bytes. Raises Refused (413) for a larger one.
+
+    That is read on for a while and dropped, so that a client which is still sending hears why.
+    """
     length = request.headers.get("content-length", "")
     is_too_large = length.isdecimal() and int(length) > limit
     if is_too_large and int(length) > DRAINED * limit:
@@ -72,7 +75,10 @@ async def read_body(request: Any, limit: int) -> bytes:
 
 
 async def parse_request(request: Any, body: bytes) -> tuple[schema.SegmentationRequest, bytes | None]:
-    """What is asked for, and the bytes of an image that came as a file (None: it is in the request)."""
+    """What is asked for, and the bytes of an image that came as a file (None: it is in the request).
+
+    Raises Refused (422) for a body that is neither the official JSON, nor a form with a file, nor a picture.
+    """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     data = None
     try:

@@ -45,6 +45,8 @@ class Segmentation(BaseModel):
 
 
 class Instance(BaseModel):
+    """An object in the image, in pixels of it; `mask` is of its rounded box, `segmentation` of the whole image."""
+
     bbox: list[float] = Field(description="[x1, y1, x2, y2] in pixels.")
     categoryId: int
     categoryName: str
@@ -54,6 +56,8 @@ class Instance(BaseModel):
 
 
 class SegmentationResult(BaseModel):
+    """What was found in an image, by falling score."""
+
     instances: list[Instance]
     image: str | None = Field(None, description="The drawn image as base64 JPEG; absent when it was not asked for.")
 
@@ -67,14 +71,18 @@ class Answer(BaseModel):
 
 
 class SegmentationAnswer(Answer):
+    """The answer to a request that succeeded."""
+
     result: SegmentationResult
 
 
 def new_log_id() -> str:
+    """An identifier (UUID) for a request that brings none."""
     return str(uuid.uuid4())
 
 
 def error_answer(log_id: str | None, code: int, message: str) -> dict[str, Any]:
+    """The official answer to a request that failed; `code` is the HTTP status."""
     return {"logId": log_id or new_log_id(), "errorCode": code, "errorMsg": message}
 
 

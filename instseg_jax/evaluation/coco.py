@@ -35,7 +35,7 @@ def coco_results(
     `dataset_image_ids[i]` is the COCO id of the i-th image of the data set (`batch.image_index`),
     `category_ids[k]` that of class index k, None for a class to leave out. Images that only pad the batch are
     skipped. Entries hold image_id, category_id, bbox (x, y, width, height in pixels of the original image, not
-    clipped), score and segmentation (RLE of the original size).
+    clipped), score and segmentation (RLE of the original size). Raises ValueError for a class without a category id.
     """
     results = []
     for i in np.flatnonzero(np.asarray(batch.image_valid)):
@@ -172,7 +172,11 @@ def class_names(categories: Sequence[dict]) -> dict[int, str]:
 
 
 def truth_entries(dataset: dict, iou_type: str) -> list[dict]:
-    """Copy the ground truth with what pycocotools relies on: area, iscrowd, and ids from 1 (0 is its 'no match')."""
+    """Copy the ground truth with what pycocotools relies on: area, iscrowd, and ids from 1 (0 is its 'no match').
+
+    Entries hold, by `iou_type`, bbox (x, y, width, height in pixels) or segmentation (RLE, counts as bytes). Raises
+    ValueError that names the annotation which lacks its image or what is scored.
+    """
     sizes = {image["id"]: (image.get("height"), image.get("width")) for image in dataset["images"]}
     entries = []
     for number, annotation in enumerate(dataset.get("annotations", ()), start=1):
@@ -212,7 +216,10 @@ def _to_rle(segmentation: Any, size: tuple[int, int], where: str) -> dict:
 
 
 def result_entries(dataset: dict, results: Sequence[dict], iou_type: str) -> list[dict]:
-    """Copy the results with what pycocotools relies on, of the kind that is evaluated only."""
+    """Copy the results with what pycocotools relies on, of the kind that is evaluated only; see `truth_entries`.
+
+    Raises ValueError that names the result which lacks something, or belongs to no image or class of `dataset`.
+    """
     key = "bbox" if iou_type == "bbox" else "segmentation"
     sizes = {image["id"]: (image.get("height"), image.get("width")) for image in dataset["images"]}
     category_ids = {category["id"] for category in dataset["categories"]}

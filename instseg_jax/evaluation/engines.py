@@ -34,6 +34,7 @@ def count_matches(
 
     Axes: IoU thresholds 0.5 .. 0.95, recalls 0 .. 1, classes by rising id, `AREAS`, `detection_limits`. Entries are
     those of `coco.truth_entries` and `coco.result_entries`. `iou_type` is bbox, segm, or boundary (pycocotools alone).
+    Raises ValueError for an unknown engine, and for one that is not installed, with the extra that brings it.
     """
     if engine not in ENGINES:
         raise ValueError(f"The evaluation engine must be one of {', '.join(ENGINES)}, got {engine!r}.")

@@ -71,6 +71,7 @@ def merge_windows(
 def _pieces(number: int, part: WindowInstances, size: tuple[int, int]) -> Iterator[_Piece]:
     window, found = part.window, part.instances
     # Sides of the window that are not sides of the image: there an object may go on.
+    reach = np.array([window.width, window.height] * 2, np.float32)
     inner = (window.x > 0, window.y > 0, window.x + window.width < size[1], window.y + window.height < size[0])
     for i in range(len(found)):
         rle = compress_rle(found.masks[i])
@@ -83,7 +84,8 @@ def _pieces(number: int, part: WindowInstances, size: tuple[int, int]) -> Iterat
             window=number,
             label=int(found.labels[i]),
             score=float(found.scores[i]),
-            box=found.boxes_xyxy_px[i] + np.array([window.x, window.y] * 2, np.float32),
+            # A window knows nothing beyond itself: its boxes end at its sides, as those of an image do.
+            box=np.clip(found.boxes_xyxy_px[i], 0, reach) + np.array([window.x, window.y] * 2, np.float32),
             mask=mask,
             extent=rle_box_xyxy_px(mask),
             area=rle_area(mask),

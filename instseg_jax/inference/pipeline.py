@@ -61,6 +61,7 @@ class Pipeline:
         tile: int | None = None,
         overlap: float = 0.2,
         whole_image: bool = True,
+        progress: tiling.Progress | None = None,
     ) -> Iterator[Result]:
         """Segment images, one result after another in the order of the input.
 
@@ -73,6 +74,7 @@ class Pipeline:
           tile: side in pixels of the windows in which larger images are worked on; None: as a whole.
           overlap: of neighbouring windows, as a part of their side.
           whole_image: look for objects that are larger than the overlap in the whole image, scaled down, too.
+          progress: called with the windows of each large image and their number; it yields them on and may show that.
 
         A file among several that can't be read gives a result with `error` and no instances at its place; one alone
         raises. Raises FileNotFoundError or ValueError at once for an input that is not there, or wrong arguments.
@@ -81,7 +83,7 @@ class Pipeline:
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"batch_size is {batch_size!r}, it must be a whole number of at least 1")
         thresholds = thresholds_by_class(threshold, self.class_names, self.thresholds)
-        tiles = None if tile is None else tiling.Tiles(tile, overlap, whole_image)
+        tiles = None if tile is None else tiling.Tiles(tile, overlap, whole_image, progress)
         sources, count = find_sources(x, channels=channels)
         if self.feeding.bands is not None:
             sources = map(functools.partial(with_bands, bands=self.feeding.bands), sources)
@@ -214,6 +216,9 @@ def load_pipeline_model(
 ) -> predictor.LoadedModel:
     """Load the weights that the call or the YAML names, else those of the last training in `default`, else the
     pretrained size N of the package, which is told as a warning.
+
+    Raises FileNotFoundError for weights that are not there, ValueError for weights of another model than the YAML's
+    `model_name`.
     """
     from instseg_jax.weights.checkpoint import is_checkpoint  # Orbax is slow to import
 
@@ -261,7 +266,10 @@ def pick_threshold(threshold: Threshold | None, model: predictor.LoadedModel, se
 
 
 def thresholds_by_class(threshold: Threshold | None, class_names: Sequence[str], default: np.ndarray) -> np.ndarray:
-    """Thresholds [K] of the classes: one number for all, or by class name with `default` [K] for the others."""
+    """Thresholds [K] of the classes: one number for all, or by class name with `default` [K] for the others.
+
+    Raises ValueError for a score outside 0..1, or a class that is not there.
+    """
     chosen = np.array(default, np.float64)
     given = threshold if isinstance(threshold, Mapping) else dict.fromkeys(class_names, threshold)
     for name, value in given.items():

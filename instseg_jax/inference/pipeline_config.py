@@ -71,6 +71,7 @@ def write_pipeline_config(save_path: str | Path, *, pipeline: str, model_dir: st
 
 
 def default_path(pipeline: str) -> Path:
+    """The YAML file that comes with the package for a pipeline's name. Raises FileNotFoundError."""
     return find_config(f"configs/{pipeline}.yaml")
 
 

@@ -53,7 +53,8 @@ def select_detections(outputs: Outputs | FactoredOutputs, *, num_detections: int
     """Keep the best (query, class) pairs of each image, by falling score.
 
     A query can appear several times, with different classes. T = min(num_detections, Q * K). Boxes become
-    normalised corners that are not clipped. Source: PaddleDetection, DETRMaskPostProcess.
+    normalised corners that are not clipped. Raises ValueError for fewer than one. Source: PaddleDetection,
+    DETRMaskPostProcess.
     """
     if num_detections < 1:
         raise ValueError(f"num_detections must be at least 1, got {num_detections}.")

@@ -93,6 +93,7 @@ class RasterImage:
             self._range = low, np.maximum(high - low, 1e-12)
 
     def close(self) -> None:
+        """Close the file; also done when nobody holds the raster any more."""
         with contextlib.suppress(Exception):
             self._file.close()
 

@@ -7,8 +7,8 @@ What was found in them becomes the instances of the image in `mask_merging.py`. 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -22,6 +22,7 @@ OVERVIEW_SIDE = 2048  # pixels of the longer side of the view in which large obj
 MAX_PIXELS = 2**32 - 1  # pycocotools counts in 32 bits
 
 Stream = Callable[[Iterator[Source], int, np.ndarray], Iterator[Found]]
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]  # (items, how many) -> the items, shown as they pass
 
 
 class Image(Protocol):
@@ -46,6 +47,7 @@ class Tiles:
     side: int
     overlap: float
     whole_image: bool
+    progress: Progress | None = None  # of the windows of an image
 
     def __post_init__(self) -> None:
         if not isinstance(self.side, int) or self.side < 32:
@@ -55,15 +57,17 @@ class Tiles:
 
     @property
     def stride(self) -> int:
+        """Pixels from the start of a window to that of the next."""
         return max(1, self.side - self.overlap_px)
 
     @property
     def overlap_px(self) -> int:
+        """Pixels that neighbouring windows have in common."""
         return round(self.side * self.overlap)
 
 
 class ArrayImage:
-    """Windows of an image that is in memory."""
+    """Windows of an image [height, width, 3] uint8 RGB that is in memory; see `Image` for its methods."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = pixels
@@ -97,15 +101,16 @@ def stream_tiled(
         if max(image.size) <= tiles.side:
             yield from stream(iter([dataclasses.replace(source, read=image.picture)]), batch_size, thresholds)
             continue
+        windows = windows_of(image.size, tiles)
+        results: Iterable[Found] = stream(_window_sources(source, image, tiles), batch_size, thresholds)
+        if tiles.progress is not None:
+            results = tiles.progress(results, len(windows) + tiles.whole_image)
         # Without their pixels: all windows together would be more than the image.
-        found = [
-            (one.instances, one.error) for one in stream(_window_sources(source, image, tiles), batch_size, thresholds)
-        ]
+        found = [(one.instances, one.error) for one in results]
         failed = [error for _, error in found if error is not None]
         if failed:
             yield Found(source, None, None, failed[0])
             continue
-        windows = windows_of(image.size, tiles)
         parts = [
             WindowInstances(window, instances)
             for window, (instances, _) in zip(windows, found, strict=False)

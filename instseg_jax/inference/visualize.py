@@ -50,7 +50,7 @@ def draw_instances(
     Everything else is per instance and of one length: boxes [n, 4] in pixels, class indices (they choose the
     colours), class names, scores (None to leave them out), and masks of the whole image, as COCO RLE or binary
     [H, W]. Where labels would hide objects or each other, the least certain are shortened or left out, and a legend
-    counts the classes.
+    counts the classes. Raises ValueError for another kind of image, masks of another size, or unequal lengths.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(
