@@ -25,6 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Declare every verb with its options; `parse_args` raises ValueError for arguments that are wrong."""
     parser = _Parser(
         prog="instseg" if pathlib.Path(sys.argv[0]).name == "instseg" else "run.py",
         description="Instance segmentation in JAX with Mask-RT-DETR.",

@@ -111,6 +111,7 @@ def load_with_overrides(config: ConfigDict | dict[str, str], weights: str | os.P
 
 
 def print_metrics(metrics: dict[str, float | None]) -> None:
+    """Print the main metrics of masks, boxes and edges, 0..1, without those of single classes."""
     for name, value in metrics.items():
         if name.split("/")[-1] in SHOWN_METRICS and name.count("/") == 1:
             print(f"     {name:13s} {'no objects' if value is None else f'{value:.3f}'}")

@@ -47,10 +47,12 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
+        """Items that are queued and in no batch yet."""
         return self._queue.qsize()
 
     @property
     def is_alive(self) -> bool:
+        """Whether it takes items and no thread of it has died."""
         return self._is_open and all(worker.is_alive() for worker in self._workers)
 
     def submit(self, item: Any) -> Future:

@@ -59,6 +59,7 @@ def decode_mask(segmentation: dict[str, Any]) -> np.ndarray:
 
 
 def main() -> int:
+    """Send a picture and print what was found, a line an instance; returns the exit code."""
     parser = argparse.ArgumentParser(description="Segment a picture with a server.")
     parser.add_argument("server", help="e.g. http://127.0.0.1:8080")
     parser.add_argument("picture")

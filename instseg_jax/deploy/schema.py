@@ -45,6 +45,8 @@ class Segmentation(BaseModel):
 
 
 class Instance(BaseModel):
+    """An object with its box, its class and its mask, in the image and in the box."""
+
     bbox: list[float] = Field(description="[x1, y1, x2, y2] in pixels.")
     categoryId: int
     categoryName: str
@@ -54,6 +56,8 @@ class Instance(BaseModel):
 
 
 class SegmentationResult(BaseModel):
+    """What was found in a picture, by falling score."""
+
     instances: list[Instance]
     image: str | None = Field(None, description="The drawn image as base64 JPEG; absent when it was not asked for.")
 
@@ -67,14 +71,18 @@ class Answer(BaseModel):
 
 
 class SegmentationAnswer(Answer):
+    """The answer to a request that worked."""
+
     result: SegmentationResult
 
 
 def new_log_id() -> str:
+    """Draw an id for a request that brings none (a UUID)."""
     return str(uuid.uuid4())
 
 
 def error_answer(log_id: str | None, code: int, message: str) -> dict[str, Any]:
+    """The body of an answer with the HTTP status `code`; without `log_id` it gets a new one."""
     return {"logId": log_id or new_log_id(), "errorCode": code, "errorMsg": message}
 
 

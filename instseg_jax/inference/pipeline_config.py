@@ -71,6 +71,7 @@ def write_pipeline_config(save_path: str | Path, *, pipeline: str, model_dir: st
 
 
 def default_path(pipeline: str) -> Path:
+    """The YAML file of a pipeline that comes with the project."""
     return find_config(f"configs/{pipeline}.yaml")
 
 

@@ -69,6 +69,7 @@ class RasterImage:
             self._range = low, np.maximum(high - low, 1e-12)
 
     def close(self) -> None:
+        """Close the file; closing again is harmless, reading afterwards fails."""
         with contextlib.suppress(Exception):
             self._file.close()
 

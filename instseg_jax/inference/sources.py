@@ -85,6 +85,7 @@ def find_files(source: str | pathlib.Path) -> list[pathlib.Path]:
 
 
 def is_video(path: str | pathlib.Path) -> bool:
+    """Whether a file is one by its suffix; it is not opened."""
     return pathlib.PurePath(path).suffix.lower() in VIDEO_SUFFIXES
 
 

@@ -16,6 +16,7 @@ class Window:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
+        """(x1, y1, x2, y2) in pixels, x2 and y2 exclusive."""
         return self.x, self.y, self.x + self.width, self.y + self.height
 
 

@@ -191,7 +191,15 @@ def run_backward(
     settings: LossSettings,
     mesh: Mesh | None,
 ) -> tuple[dict, Array, dict[str, Array]]:
-    """Score the matches: (gradients of the parameters, loss, its terms by name)."""
+    """Score the matches and differentiate.
+
+    Args:
+      query_index: [S, B, N] from `matching.assign`.
+      draws: points of the mask losses.
+      num_objects: [] in the whole batch, of which this may be a part.
+
+    Returns: gradients of the parameters (zeros for frozen ones), the loss [], and its terms by name.
+    """
 
     def score(outputs: TrainingOutputs) -> tuple[Array, dict[str, Array]]:
         return compute_losses(
