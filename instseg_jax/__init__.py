@@ -83,7 +83,7 @@ def train(config: "ConfigDict", workdir: str | os.PathLike[str]) -> dict:
     """
     from instseg_jax.training.loop import train as run
 
-    return run(config, workdir)
+    return run(config, os.fspath(workdir))
 
 
 def evaluate(config: "ConfigDict", weights: str | os.PathLike[str]) -> dict:

@@ -205,8 +205,8 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
             continue
         field, equals, value = argument.removeprefix("--config.").partition("=")
         if not equals:
-            value = next(iterator, None)
-            if value is None or value.startswith("--"):
+            value = next(iterator, "--")
+            if value.startswith("--"):
                 raise ValueError(f"--config.{field} has no value; write --config.{field}=VALUE")
         overrides[field] = value
     return rest, overrides

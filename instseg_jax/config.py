@@ -76,6 +76,8 @@ def _load_module(path: pathlib.Path):
     else:
         folders = folders[:1]
     spec = importlib.util.spec_from_file_location(f"instseg_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{str(path)!r} is no config: its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
     before, known = list(sys.path), set(sys.modules)
     sys.path[:0] = folders

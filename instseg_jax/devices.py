@@ -42,7 +42,7 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
         raise ValueError(f"{' and '.join(missing)} must be given too: all three, or --distributed alone")
-    if num_processes is not None and not 0 <= process_id < num_processes:
+    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ValueError(f"--process_id is {process_id}; it must be between 0 and {num_processes - 1}")
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)

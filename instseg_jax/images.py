@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-UNIT = np.float32(1 / 255)  # of 8-bit pixels
+UNIT = 1 / 255  # of 8-bit pixels
 GROUP = 4  # channels that all functions of OpenCV work on at once
 INTERPOLATIONS = {
     "nearest": cv2.INTER_NEAREST,

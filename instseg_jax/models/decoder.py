@@ -178,7 +178,7 @@ class MaskRTDETRTransformer(nn.Module):
     def _memory(self, maps: list[Array], train: bool) -> tuple[Array, tuple[tuple[int, int], ...]]:
         """Project the maps to the decoder's width and join their tokens: [B, tokens, C]."""
         maps = [project(x, train=train) for project, x in zip(self.input_proj, maps, strict=True)]
-        spatial_shapes = tuple(x.shape[1:3] for x in maps)
+        spatial_shapes = tuple((x.shape[1], x.shape[2]) for x in maps)
         memory = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in maps], axis=1)
         self.sow("intermediates", "memory", memory)
         return memory, spatial_shapes
@@ -188,14 +188,14 @@ class MaskRTDETRTransformer(nn.Module):
         self, memory: Array, spatial_shapes: tuple[tuple[int, int], ...], selected_index: Array | None
     ) -> tuple[Array, Array]:
         """The best-scoring tokens: (content [B, Q, C], boxes [B, Q, 4])."""
-        anchors_unact, valid = make_anchors(spatial_shapes, self.rectangular)
+        anchors, valid = make_anchors(spatial_shapes, self.rectangular)
         tokens = self.enc_output_1(self.enc_output_0(jnp.where(valid[:, None], memory, 0)))
         scores = _wide(self.score_head(tokens)).max(axis=-1)
         if selected_index is None:
             count = min(self.num_queries, scores.shape[1])
             _, selected_index = jax.lax.top_k(scores, count)
         target = take_rows(tokens, selected_index)
-        anchors_unact = jnp.asarray(anchors_unact, jnp.promote_types(target.dtype, jnp.float32))
+        anchors_unact = jnp.asarray(anchors, jnp.promote_types(target.dtype, jnp.float32))
         boxes = jax.nn.sigmoid(_wide(self.bbox_head(target)) + anchors_unact[selected_index])
         for name, value in (("enc_output", tokens), ("enc_score_max", scores), ("selected_index", selected_index)):
             self.sow("intermediates", name, value)
@@ -288,9 +288,13 @@ def _training_outputs(
         class_logits, mask_queries, boxes = (jnp.stack(part) for part in zip(*sets, strict=True))
         return Predictions(class_logits, boxes, mask_queries)
 
-    if denoising is None:
+    def part(one_set: tuple[Array, Array, Array], own: slice) -> tuple[Array, Array, Array]:
+        class_logits, mask_queries, boxes = one_set
+        return class_logits[:, own], mask_queries[:, own], boxes[:, own]
+
+    if denoising is None or initial_set is None:  # both or neither
         return TrainingOutputs(stack([encoder_set, *layer_sets]), None, mask_features)
     slots = denoising.labels.shape[1]
     later = [initial_set, *layer_sets]
-    matching = stack([encoder_set, *([part[:, slots:] for part in one] for one in later)])
-    return TrainingOutputs(matching, stack([[part[:, :slots] for part in one] for one in later]), mask_features)
+    matching = stack([encoder_set, *(part(one, slice(slots, None)) for one in later)])
+    return TrainingOutputs(matching, stack([part(one, slice(slots)) for one in later]), mask_features)

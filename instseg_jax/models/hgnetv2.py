@@ -4,6 +4,8 @@ Source: PaddleDetection at 666f597fd0, ppdet/modeling/backbones/hgnet_v2.py. Mod
 official state dict, so that weights map one to one.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -63,7 +65,7 @@ class LightConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        shared = {"frozen_norm": self.frozen_norm, "folded": self.folded, "dtype": self.dtype}
+        shared: dict[str, Any] = {"frozen_norm": self.frozen_norm, "folded": self.folded, "dtype": self.dtype}
         x = ConvNorm(self.features, 1, **shared, name="conv1")(x, train=train)
         depthwise = ConvNorm(
             self.features, self.kernel_size, depthwise=True, activation=nn.relu, **shared, name="conv2"
@@ -82,9 +84,11 @@ class HGBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        stage, shared = self.stage, {"frozen_norm": self.frozen_norm, "folded": self.folded, "dtype": self.dtype}
+        stage = self.stage
+        shared: dict[str, Any] = {"frozen_norm": self.frozen_norm, "folded": self.folded, "dtype": self.dtype}
         features = [x]
         for i in range(stage.num_layers):
+            layer: LightConv | ConvNorm
             if stage.light:
                 layer = LightConv(stage.mid_channels, stage.kernel_size, **shared, name=f"layers_{i}")
             else:

@@ -4,6 +4,8 @@ Source: PaddleDetection at 666f597fd0, ppdet/modeling/transformers/mask_rtdetr_t
 hybrid_encoder.py. Module names follow the official state dict.
 """
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -88,9 +90,8 @@ class AttentionEncoder(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         batch, height, width, channels = x.shape
-        position = sine_position_embedding(height, width, channels, self.rectangular)
         tokens = x.reshape(batch, height * width, channels)
-        position = jnp.asarray(position, tokens.dtype)
+        position = jnp.asarray(sine_position_embedding(height, width, channels, self.rectangular), tokens.dtype)
         for i in range(self.num_layers):
             layer = EncoderLayer(self.num_heads, self.ffn_dim, dtype=self.dtype, name=f"layers_{i}")
             tokens = layer(tokens, position)
@@ -145,15 +146,15 @@ class MaskFeatureFPN(nn.Module):
 
     @nn.compact
     def __call__(self, maps: list[Array], *, train: bool) -> Array:
-        total = None
+        heads = []
         for level, x in enumerate(maps):
             for i in range(max(1, level)):
                 conv = _base_conv(self, self.mid_channels, 3, f"scale_heads_{level}_{2 * i}_0")
                 x = conv(x, train=train)
                 if level > 0:
                     x = upsample_bilinear_2x(x)
-            total = x if total is None else total + x
-        return _base_conv(self, self.out_channels, 3, "output_conv")(total, train=train)
+            heads.append(x)
+        return _base_conv(self, self.out_channels, 3, "output_conv")(functools.reduce(jnp.add, heads), train=train)
 
 
 class MaskHybridEncoder(nn.Module):

@@ -46,13 +46,17 @@ class Initializer:
             return self.scale * jax.random.normal(key, shape, dtype)
         if self.kind == "uniform":
             return jax.random.uniform(key, shape, dtype, -self.scale, self.scale)
-        return jnp.asarray(self.sample(None, shape), dtype)
+        return jnp.asarray(self._fixed(shape), dtype)
 
-    def sample(self, rng: np.random.Generator | None, shape: tuple[int, ...]) -> np.ndarray:
+    def sample(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         if self.kind == "normal":
             return (self.scale * rng.standard_normal(shape)).astype(np.float32)
         if self.kind == "uniform":
             return rng.uniform(-self.scale, self.scale, shape).astype(np.float32)
+        return self._fixed(shape)
+
+    def _fixed(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Values that no chance has a part in."""
         if self.values is not None:
             return np.asarray(self.values(), np.float32).reshape(shape)
         return np.full(shape, self.scale, np.float32)
@@ -180,7 +184,7 @@ def depthwise_conv(x: Array, kernel: Array, stride: int, padding: tuple[int, int
     of the k x k products, a quarter of all that a training step of size L remembers.
     """
     windows = _shifted_windows(x, kernel.shape[0], stride, padding)
-    return sum(window * weight for window, weight in zip(windows, _taps(kernel), strict=True))
+    return functools.reduce(jnp.add, (window * tap for window, tap in zip(windows, _taps(kernel), strict=True)))
 
 
 def _taps(kernel: Array) -> list[Array]:

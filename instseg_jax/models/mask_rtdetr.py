@@ -1,6 +1,7 @@
 """Mask-RT-DETR whole: backbone, neck, transformer; and its initial values."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -148,17 +149,17 @@ def make_model(
     """
     variant = VARIANTS[canonical_name(name)]
     counts = {"num_classes": num_classes, "num_queries": num_queries}
-    changes = {"num_decoder_layers": num_decoder_layers, "num_prototypes": num_prototypes}
-    changes = {key: value for key, value in changes.items() if value is not None}
+    given = {"num_decoder_layers": num_decoder_layers, "num_prototypes": num_prototypes}
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for key, value in (counts | changes).items():
         if not isinstance(value, (int, np.integer)) or value < 1:
             raise ValueError(f"{key} is {value!r}, it must be a whole number of at least 1")
-    for key, value, allowed in (
+    for key, choice, allowed in (
         ("rectangular", rectangular, ("corrected", "official")),
         ("dtype", dtype, ("float32", "bfloat16")),
     ):
-        if value not in allowed:
-            raise ValueError(f"{key} is {value!r}, it must be one of {', '.join(allowed)}")
+        if choice not in allowed:
+            raise ValueError(f"{key} is {choice!r}, it must be one of {', '.join(allowed)}")
     return MaskRTDETR(
         variant=dataclasses.replace(variant, **changes),
         num_classes=int(num_classes),

@@ -95,8 +95,9 @@ class TrainingProgress:
         console = Console()
         self._bar = None
         if console.is_terminal and jax.process_index() == 0:
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            columns += (TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+            times = TimeElapsedColumn(), TimeRemainingColumn()
+            text = TextColumn("{task.fields[text]}")
+            columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), *times, text
             self._bar = Progress(*columns, console=console)
             self._task = self._bar.add_task("training", total=total_steps, completed=start_step, text="")
             self._bar.start()

@@ -36,7 +36,7 @@ from instseg_jax.training.criterion import (
 from instseg_jax.training.matching import assign
 from instseg_jax.training.optimizer import ema_decay, gradient_norm, update_ema
 from instseg_jax.training.state import TrainState
-from instseg_jax.types import Array, Batch, DenoisingQueries, Targets, TrainingOutputs
+from instseg_jax.types import Array, Batch, DenoisingQueries, HostOrDeviceArray, Targets, TrainingOutputs
 
 TrainStep = Callable[[TrainState, Sequence[Batch]], tuple[TrainState, dict[str, Array]]]
 
@@ -81,11 +81,11 @@ def build_train_step(
 
         return run
 
-    def random_keys(step: Array, part: Array) -> Array:
+    def random_keys(step: HostOrDeviceArray, part: int) -> Array:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         return jax.random.split(jax.random.fold_in(key, part), 3)  # of the noise, of both kinds of points
 
-    def forward(params: dict, batch_stats: dict, step: Array, part: Array, batch: Batch) -> Forward:
+    def forward(params: dict, batch_stats: dict, step: HostOrDeviceArray, part: int, batch: Batch) -> Forward:
         noise_key, match_key, _ = random_keys(step, part)
         denoising = make_denoising_queries(
             batch.targets, num_classes=model.num_classes, num_queries=model.num_queries, rng=noise_key, **noise
@@ -103,7 +103,7 @@ def build_train_step(
         )
 
     def backward(
-        forward: Forward, targets: Targets, query_index: Array, num_objects: Array, step: Array, part: Array
+        forward: Forward, targets: Targets, query_index: Array, num_objects: Array, step: HostOrDeviceArray, part: int
     ) -> tuple[dict, Array, dict[str, Array]]:
         draws = draw_points(random_keys(step, part)[2], settings, forward.outputs)
         return run_backward(forward, targets, query_index, draws, num_objects, settings=settings, mesh=mesh)
@@ -138,6 +138,8 @@ def build_train_step(
             found = backward(ahead, batch.targets, query_index, num_objects, state.step, part)
             del ahead  # frees what the backward pass has read
             sums = found if sums is None else add(sums, found)
+        if sums is None:
+            raise ValueError("a step needs at least one micro-batch")
         gradients, loss, terms = sums
         state, metrics = update(state, gradients, batch_stats, loss, terms)
         return state, {**metrics, "objects": num_objects}
