@@ -196,7 +196,10 @@ def _add_server(sub: argparse.ArgumentParser) -> None:
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Part `--config.field=value` (or `--config.field value`) from the other arguments."""
+    """Part `--config.field=value` (or `--config.field value`) from the other arguments.
+
+    Raises: ValueError for a field without a value.
+    """
     rest, overrides = [], {}
     iterator = iter(arguments)
     for argument in iterator:

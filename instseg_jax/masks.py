@@ -15,7 +15,10 @@ Segmentation = tuple[np.ndarray, ...] | dict[str, Any]
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """Encode a binary mask [H, W] as a COCO RLE {"size": [H, W], "counts": str}, ready for JSON."""
+    """Encode a binary mask [H, W] as a COCO RLE {"size": [H, W], "counts": str}, ready for JSON.
+
+    Raises: ValueError for an array that is not of two dimensions.
+    """
     if mask.ndim != 2:
         raise ValueError(f"A mask must have shape [height, width], got {list(mask.shape)}.")
     rle = coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8))

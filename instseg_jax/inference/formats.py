@@ -27,6 +27,8 @@ def masks_to_json(result: "Result", masks_format: str) -> list[Any]:
     "rle": COCO RLE of the whole image. "crop": nested lists of 0 and 1 of the box rounded to pixels, as the official
     pipeline has them (large). "polygon": the parts as GeoJSON's MultiPolygon has them, [[outer, hole, ...], ...] with
     rings of [x, y] in pixels that are not closed.
+
+    Raises: ValueError for another format.
     """
     if masks_format == "rle":
         return [dict(mask) for mask in result.masks]

@@ -54,6 +54,8 @@ def select_detections(outputs: Outputs | FactoredOutputs, *, num_detections: int
 
     A query can appear several times, with different classes. T = min(num_detections, Q * K). Boxes become
     normalised corners that are not clipped. Source: PaddleDetection, DETRMaskPostProcess.
+
+    Raises: ValueError for a num_detections below one.
     """
     if num_detections < 1:
         raise ValueError(f"num_detections must be at least 1, got {num_detections}.")

@@ -69,7 +69,10 @@ class Result:
         category_ids: Sequence[int] | None = None,
         georeference: Any = None,
     ) -> "Result":
-        """Build a result from post-processed instances and the names (and ids) of the classes, by class index."""
+        """Build a result from post-processed instances and the names (and ids) of the classes, by class index.
+
+        Raises: ValueError for a class index without a name.
+        """
         height, width = (int(side) for side in size)
         if len(instances) and not 0 <= instances.labels.min() <= instances.labels.max() < len(class_names):
             raise ValueError(

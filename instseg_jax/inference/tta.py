@@ -17,7 +17,10 @@ MERGE_IOU = 0.6  # boxes of one class that overlap by this in two views are one 
 
 
 def parse_views(text: str | None) -> tuple[str, ...]:
-    """The kinds of views that a text like "flip,scales" names; none for no text."""
+    """The kinds of views that a text like "flip,scales" names; none for no text.
+
+    Raises: ValueError for another kind.
+    """
     names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
     unknown = [name for name in names if name not in VIEWS]
     if unknown:

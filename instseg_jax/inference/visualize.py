@@ -51,6 +51,8 @@ def draw_instances(
     colours), class names, scores (None to leave them out), and masks of the whole image, as COCO RLE or binary
     [H, W]. Where labels would hide objects or each other, the least certain are shortened or left out, and a legend
     counts the classes.
+
+    Raises: ValueError for lists of several lengths, and for an image or a mask of another shape.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(

@@ -67,6 +67,8 @@ def build_train_step(
 
     It consumes the state that it is given. All micro-batches have the same size; losses are divided by the number
     of objects in all of them, so that their gradients add up to the whole batch's.
+
+    Raises: ValueError for a loss that `build_loss_settings` refuses; the step itself, when it is given no micro-batch.
     """
     settings = build_loss_settings(config.loss)
     noise = dict(config.denoising)
