@@ -25,6 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Declare every verb with its options; `parse_args` raises ValueError for arguments that are wrong."""
     parser = _Parser(
         prog="instseg" if pathlib.Path(sys.argv[0]).name == "instseg" else "run.py",
         description="Instance segmentation in JAX with Mask-RT-DETR.",
@@ -206,7 +207,10 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> ar
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Part `--config.field=value` (or `--config.field value`) from the other arguments."""
+    """Part `--config.field=value` (or `--config.field value`) from the other arguments.
+
+    Raises: ValueError for a field without a value.
+    """
     rest, overrides = [], {}
     iterator = iter(arguments)
     for argument in iterator:

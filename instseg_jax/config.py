@@ -51,6 +51,10 @@ def add_missing_fields(config: ConfigDict, defaults: ConfigDict) -> ConfigDict:
 
 
 def find_config(name: str) -> pathlib.Path:
+    """Return the config file that `name` means: that path, else a file of this name in the project's `configs`.
+
+    Raises: FileNotFoundError that lists the files of the project.
+    """
     path = pathlib.Path(name)
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     candidates = [path, *(root.joinpath(*parts) for root in (CHECKOUT, PACKAGED))]

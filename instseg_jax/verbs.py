@@ -78,6 +78,7 @@ def quickstart(config: ConfigDict, options: argparse.Namespace) -> int:
 
 
 def train(config: ConfigDict, options: argparse.Namespace) -> int:
+    """Train, or go on with the run in the workdir; the first process says how it ended and exports."""
     check_best_export(config)
     result = loop.train(config, options.workdir)
     if jax.process_index() != 0:
@@ -91,6 +92,7 @@ def train(config: ConfigDict, options: argparse.Namespace) -> int:
 
 
 def import_weights(config: ConfigDict, options: argparse.Namespace) -> int:
+    """Turn official weights into the best model of a workdir, and say what became of each tensor."""
     from instseg_jax.inference.predictor import import_checkpoint
 
     summary = import_checkpoint(config, options.weights, pathlib.Path(options.workdir) / checkpoint.BEST_MODEL)
@@ -100,6 +102,10 @@ def import_weights(config: ConfigDict, options: argparse.Namespace) -> int:
 
 
 def export_weights(config: ConfigDict | dict[str, str], options: argparse.Namespace) -> int:
+    """Write a checkpoint's weights to one file in the workdir, under the official names.
+
+    Raises: ValueError for an export, which has no weights to write.
+    """
     from instseg_jax.weights.export import export_weights as write_weights
 
     model = load_with_overrides(config, options.weights or options.workdir)

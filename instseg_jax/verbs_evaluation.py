@@ -254,6 +254,8 @@ def detect(model: LoadedModel, dataset: coco.CocoDataset, tta: Sequence[str]) ->
     """Detections of a data set with their batches, computed on all devices of the config.
 
     A batch is filled up to a multiple of the number of devices; of several processes each yields its own part.
+
+    Raises: ValueError for views of other sizes of an export, which has one size.
     """
     config = model.config
     mesh = sharding.make_mesh(select_devices(config.device))

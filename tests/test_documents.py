@@ -6,6 +6,7 @@ import re
 import shlex
 
 import pytest
+from ml_collections import ConfigDict
 
 from instseg_jax.cli import build_parser, split_overrides
 from instseg_jax.config import load_config, override
@@ -33,7 +34,7 @@ def find_commands(text: str) -> list[tuple[int, str]]:
                 continue
             for part in begun.split("&&"):
                 _, found, rest = part.partition("python run.py ")
-                if found and not rest.startswith("VERB"):
+                if found and not PLACEHOLDER.fullmatch(rest.split()[0]):
                     commands.append((first, rest))
             begun = ""
     return commands
@@ -83,10 +84,36 @@ def test_commands_are_found_wherever_they_stand():
         "    --workdir=SHARED",
         "run.py serve",
         "```",
-        "python run.py nothing",
+        "python run.py nothing, `python run.py VERB --help`",
     ])  # fmt: skip
     found = [(1, "predict --input=a"), (3, "quickstart  # minutes"), (4, "train --distributed --workdir=SHARED")]
     assert find_commands(text) == found
+
+
+def test_files_of_tests_that_the_documents_name_are_there():
+    texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
+    named = {name for text in texts for name in re.findall(r"tests/[\w*/]+\.py", text)}
+    assert len(named) > 10
+    assert not [name for name in named if not list(ROOT.glob(name))]
+
+
+def test_fields_that_the_readme_names_are_there():
+    config = load_config(EVERY_FIELD)
+    sections = [name for name, value in config.items() if isinstance(value, ConfigDict)]
+    pattern = rf"`(?:--config\.)?((?:{'|'.join(sections)})\.[a-z0-9_.]+)"
+    named = set(re.findall(pattern, (ROOT / "README.md").read_text(encoding="utf-8")))
+    named = {name for name in named if not name.endswith((".log", ".yaml", ".json"))}
+    assert len(named) > 10
+    assert "unknown field" in str(error_of(config, "train.epoch"))
+    assert not [name for name in named if "unknown field" in str(error_of(config, name))]
+
+
+def error_of(config: ConfigDict, field: str) -> ValueError | None:
+    try:
+        override(config, field, "None")
+    except ValueError as error:
+        return error
+    return None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -69,3 +70,9 @@ def test_no_function_has_hidden_recipe_defaults():
     """Only the tops of verbs and `build_*` functions see a config; `config.get(name, default)` is nowhere."""
     for path in FILES:
         assert "config.get(" not in path.read_text(encoding="utf-8"), path
+
+
+def test_the_table_for_contributors_is_the_one_above():
+    text = (PACKAGE.parent / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (`.+`) \|$", text, re.MULTILINE))
+    assert {room: set(re.findall("`([^`]+)`", cell)) for room, cell in rows.items()} == ALLOWED

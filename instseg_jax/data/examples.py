@@ -93,6 +93,8 @@ def finish(
     The picture is written to `out` [H, W, 3] float32 where that is given.
 
     For evaluation that is all there is to do: stretched with "cubic" it is the reference's preprocessing.
+
+    Raises: ValueError when `size` is no multiple of the mask stride.
     """
     if size[0] % layout.mask_stride or size[1] % layout.mask_stride:
         raise ValueError(f"The size {size[0]}x{size[1]} is not a multiple of data.mask_stride {layout.mask_stride}.")

@@ -82,6 +82,7 @@ class Request:
 
     @property
     def precision_name(self) -> str:
+        """What the weights are stored as, by format: float32, float16, bfloat16 or int8."""
         return PRECISIONS[self.format][self.precision] if self.precision else "float32"
 
 

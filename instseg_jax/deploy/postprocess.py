@@ -284,6 +284,7 @@ def _open_litert(path: Path, config: dict, threads: int) -> Callable:
 
 
 def main() -> int:
+    """Print the instances of some pictures as JSON; returns the exit code."""
     parser = argparse.ArgumentParser(description="Find the instances in pictures; prints JSON.")
     parser.add_argument("pictures", nargs="+", metavar="PICTURE")
     parser.add_argument("--threshold", type=float, help="lowest score (default: those of config.json)")

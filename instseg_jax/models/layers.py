@@ -63,14 +63,17 @@ class Initializer:
 
 
 def normal(std: float) -> Initializer:
+    """Normal around 0 with the given standard deviation."""
     return Initializer("normal", std)
 
 
 def uniform(limit: float) -> Initializer:
+    """Uniform within +-limit."""
     return Initializer("uniform", limit)
 
 
 def constant(value: float) -> Initializer:
+    """The same value everywhere."""
     return Initializer("constant", value)
 
 
@@ -85,6 +88,7 @@ def fan_in_uniform(fan_in: int) -> Initializer:
 
 
 def xavier_uniform(fan_in: int, fan_out: int) -> Initializer:
+    """Uniform within +-sqrt(6 / (fan_in + fan_out))."""
     return uniform(math.sqrt(6.0 / (fan_in + fan_out)))
 
 
@@ -136,11 +140,13 @@ def linear_default(fan_in: int, fan_out: int) -> Initializer:
 
 
 def zero_kernel(fan_in: int, fan_out: int) -> Initializer:
+    """A kernel of zeros, for heads that the reference starts at zero."""
     del fan_in, fan_out
     return constant(0.0)
 
 
 def zero_bias(fan_in: int) -> Initializer:
+    """A bias of zeros."""
     del fan_in
     return constant(0.0)
 

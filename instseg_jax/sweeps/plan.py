@@ -21,12 +21,16 @@ MAX_NAME = 100  # letters of a folder's name; longer ones are cut and told apart
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
+    """A field that is varied, with its values."""
+
     field: str  # dotted
     texts: tuple[str, ...]  # the values, as on the command line
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # a plan has each once
 class Variant:
+    """A config that differs from the base in some fields."""
+
     name: str  # of its runs' folders: what it changes of the base
     overrides: dict[str, str]  # all fields to set, those of the command line included
     config: ConfigDict  # with the first seed
@@ -34,6 +38,8 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # a plan has each once
 class Run:
+    """A variant with a seed: one training in one folder."""
+
     name: str  # of its folder
     variant: Variant
     seed: int
@@ -51,12 +57,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
+    """A result to tell: a heading and a line for each value."""
+
     title: str
     rows: tuple[Row, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
+    """All runs of a sweep, and what is to be told of them."""
+
     name: str  # of the files that tell the result
     spec: str  # of the config
     base: Variant  # not necessarily among the variants
@@ -66,6 +76,7 @@ class Plan:
     mode: str
 
     def runs_of(self, row: Row) -> list[Run]:
+        """The runs, of all seeds, that a line of a table sums up."""
         return [run for run in self.runs if run.variant in row.variants]
 
 

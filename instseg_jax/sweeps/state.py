@@ -14,6 +14,8 @@ TAIL = 8192  # bytes at the end of metrics.jsonl, in which its last row is looke
 
 @dataclasses.dataclass(frozen=True)
 class State:
+    """How far a run is and, once it is finished, how good."""
+
     status: str  # finished, failed, stopped, running, waiting
     reason: str = ""  # of a failed run
     scores: dict[str, float | None] = dataclasses.field(default_factory=dict)  # of the best evaluation; 0..1

@@ -33,6 +33,8 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Winner:
+    """The best variant, and the run of it whose weights to take."""
+
     variant: Variant
     run: Run  # the best of its runs
     score: Summary
@@ -40,6 +42,7 @@ class Winner:
 
 
 def summarise(values: Iterable[float | None]) -> Summary:
+    """Mean and spread of the values that are there; None counts as not there."""
     known = tuple(value for value in values if value is not None)
     return Summary(
         statistics.fmean(known) if known else None,

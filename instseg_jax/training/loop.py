@@ -52,6 +52,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Batches in an epoch, the same on every process."""
         return self.train_loader.num_batches
 
     def metadata(self, step: int, best: float | None, score: float | None = None) -> dict:

@@ -70,7 +70,10 @@ def build_schedule(config: ConfigDict, total_steps: int, batch_size: int) -> opt
 def build_optimizer(
     config: ConfigDict, params: dict, schedule: optax.Schedule
 ) -> tuple[optax.GradientTransformation, dict]:
-    """The optimizer of a config's section `optimizer`, and each parameter's learning rate multiplier."""
+    """The optimizer of a config's section `optimizer`, and each parameter's learning rate multiplier.
+
+    Raises: ValueError for a pattern in `multipliers` or `frozen` that is found in no parameter's path.
+    """
     multipliers = learning_rate_multipliers(params, tuple(config.multipliers), tuple(config.frozen))
     optimizer = make_optimizer(
         schedule,

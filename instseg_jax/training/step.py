@@ -67,6 +67,8 @@ def build_train_step(
 
     It consumes the state that it is given. All micro-batches have the same size; losses are divided by the number
     of objects in all of them, so that their gradients add up to the whole batch's.
+
+    Raises: ValueError for a loss that `build_loss_settings` refuses; the step itself, when it is given no micro-batch.
     """
     settings = build_loss_settings(config.loss)
     noise = dict(config.denoising)
@@ -193,7 +195,15 @@ def run_backward(
     settings: LossSettings,
     mesh: Mesh | None,
 ) -> tuple[dict, Array, dict[str, Array]]:
-    """Score the matches: (gradients of the parameters, loss, its terms by name)."""
+    """Score the matches and differentiate.
+
+    Args:
+      query_index: [S, B, N] from `matching.assign`.
+      draws: points of the mask losses.
+      num_objects: [] in the whole batch, of which this may be a part.
+
+    Returns: gradients of the parameters (zeros for frozen ones), the loss [], and its terms by name.
+    """
 
     def score(outputs: TrainingOutputs) -> tuple[Array, dict[str, Array]]:
         return compute_losses(
