@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
-from instseg_jax.config import add_missing_fields, load_config
+from instseg_jax.config import add_missing_fields, load_config, override
 from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.inference.runtimes import Export, find_export, open_export, read_export
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, abstract_variables, build_model
@@ -80,16 +80,27 @@ def bind(model: LoadedModel, mesh: Mesh, *, device: str, split: bool = False) ->
     return lambda images: predict(variables, put_batch(images, mesh))
 
 
-def load_model(source: str | os.PathLike[str] | Weights, config: ConfigDict | None = None) -> LoadedModel:
+def load_model(
+    source: str | os.PathLike[str] | Weights,
+    config: ConfigDict | None = None,
+    overrides: Mapping[str, str] | None = None,
+) -> LoadedModel:
     """Load a run's best weights, a checkpoint, an export, or an official file; the last needs a config.
 
     A checkpoint brings its own config; the sections `model` and `data` that say how the network is built and
-    fed always come from it, the rest from `config` where one is given.
+    fed always come from it, the rest from `config` where one is given. `overrides` {field: text} change what came out
+    of that, before the network is built.
 
     Raises: FileNotFoundError or ValueError in one sentence when there are no weights or they do not fit.
     """
+    overrides = overrides or {}
     if not isinstance(source, Weights) and (folder := find_export(source)):
-        return load_exported(read_export(folder), config)
+        exported = load_exported(read_export(folder), config)
+        for field, text in overrides.items():
+            if field.startswith("model."):
+                raise ValueError(f"config.{field}={text} can't change the network of the export {folder}; export again")
+            override(exported.config, field, text)
+        return exported
     found = source if isinstance(source, Weights) else weights_room.read_weights(source)
     source = found.source
     num_classes = found.num_classes
@@ -101,6 +112,8 @@ def load_model(source: str | os.PathLike[str] | Weights, config: ConfigDict | No
         config = saved if config is None else merge_configs(config, saved)
     elif config is None:
         raise ValueError(f"{source} does not say which model it is; name one with --config=configs/mask_rtdetr.py:SIZE")
+    for field, text in overrides.items():
+        override(config, field, text)
     class_names = found.class_names or tuple(f"class {i}" for i in range(num_classes))
     category_ids = found.metadata.get("category_ids") or tuple(range(1, num_classes + 1))
     model = build_model(config.model, num_classes)
