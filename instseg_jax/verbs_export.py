@@ -55,7 +55,7 @@ def export(config: ConfigDict | dict[str, str], options: argparse.Namespace) -> 
 
 
 def check_best_export(config: ConfigDict) -> None:
-    """Raise ValueError, before a training, when `checkpoint.export` names no format, and ImportError without its extra."""
+    """Before a training: raise ValueError when `checkpoint.export` names no format, ImportError without its extra."""
     from instseg_jax.deploy.export import FORMATS
     from instseg_jax.deploy.writers import require
 

@@ -9,7 +9,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from export_case import CATEGORY_IDS, CLASS_NAMES, DETECTIONS, QUERIES, SIZE, make_run
+from export_case import CATEGORY_IDS, CLASS_NAMES, DETECTIONS, QUERIES, SIZE, keep_compiled, make_run
 
 from instseg_jax.cli import main
 from instseg_jax.config import load_config
@@ -22,6 +22,12 @@ from instseg_jax.inference.runtimes import find_export, open_export, read_export
 from instseg_jax.types import Detections
 from instseg_jax.verbs_export import check_best_export, comparison_images, export_best
 from instseg_jax.weights import checkpoint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    with keep_compiled(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +210,7 @@ def test_a_folder_of_something_else_is_not_replaced(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         export_model(model, tmp_path / "file", Request("stablehlo", 1, SIZE), source="", images=[])
-    with pytest.raises(OSError, match="can't write an export to .*inside"):
+    with pytest.raises(OSError, match=r"can't write an export to .*inside"):
         export_model(model, tmp_path / "file" / "inside", Request("stablehlo", 1, SIZE), source="", images=[])
 
 

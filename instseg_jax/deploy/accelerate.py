@@ -56,10 +56,10 @@ def accelerate(model: LoadedModel, wanted: HighPerformance, *, device: str, batc
         return model
     names = [wanted.backend] if wanted.backend else list(RUNTIMES)
     installed = [name for name in names if importlib.util.find_spec(name)]
-    if not installed or not importlib.util.find_spec("jax2onnx"):
+    if not installed or not importlib.util.find_spec("onnx"):
         missing = wanted.backend if wanted.backend and not installed else "onnxruntime"
         extras = ",".join(sorted({"export", EXTRAS[missing]}))
-        raise ImportError(f'use_hpip needs {missing} and jax2onnx: pip install "instseg_jax[{extras}]"')
+        raise ImportError(f'use_hpip needs {missing} and onnx: pip install "instseg_jax[{extras}]"')
     folder = _cache_folder(model, batch_size)
     export = _read_cached(folder, model) or _export(model, folder, batch_size)
     if export is None:

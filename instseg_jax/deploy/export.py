@@ -44,7 +44,6 @@ VERSIONED = (
     "instseg_jax",
     "jax",
     "flax",
-    "jax2onnx",
     "onnx",
     "onnxruntime",
     "openvino",

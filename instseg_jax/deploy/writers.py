@@ -8,7 +8,7 @@ nothing that could get lost or mixed up, and compilers fold what follows from th
 import dataclasses
 import importlib.util
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,9 +32,9 @@ OUTPUTS = ("scores", "labels", "boxes_xyxy", "mask_logits")
 
 REQUIRED: dict[str, tuple[str, ...]] = {  # modules that write a format
     "stablehlo": (),
-    "onnx": ("jax2onnx", "onnx", "onnxruntime"),
-    "ort": ("jax2onnx", "onnx", "onnxruntime"),
-    "openvino": ("jax2onnx", "onnx", "openvino"),
+    "onnx": ("onnx", "onnxruntime"),
+    "ort": ("onnx", "onnxruntime"),
+    "openvino": ("onnx", "openvino"),
     "litert": ("tensorflow", "ai_edge_litert"),
 }
 EXTRAS = {"litert": "litert"}
@@ -91,7 +91,7 @@ def write(
     if precision == "half":
         graph = halve_weights(graph)
     elif precision == "int8":
-        graph = quantize_onnx(graph, calibration, said["inputs"][0]["name"])
+        graph = halve_weights(quantize_onnx(graph, calibration, said["inputs"][0]["name"]))
     if format == "ort":
         write_ort(path, graph)
     else:
@@ -110,18 +110,7 @@ def require(format: str, precision: str = "") -> None:
 
 def write_stablehlo(path: Path, model: MaskRTDETR, variables: dict, shape: Shape, *, half: bool) -> dict[str, Any]:
     """Write StableHLO by `jax.export`; runs with jax alone on the CPU and with CUDA. `half`: in bfloat16."""
-    if half:
-        model = model.clone(dtype=jnp.bfloat16)
-    model, variables = optimize_for_inference(model, variables)
-    if half:
-        variables = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), variables)
-
-    def detect(images: jax.Array) -> tuple[jax.Array, ...]:
-        restored = jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32), variables) if half else variables
-        outputs = cast(Outputs, model.apply(restored, images))
-        found = select_detections(outputs, num_detections=shape.num_detections)
-        return tuple(getattr(found, name).astype(_TYPES[name]) for name in OUTPUTS)
-
+    detect = make_detect(model, variables, shape.num_detections, dtype=jnp.bfloat16 if half else None)
     batch = jax.export.symbolic_shape("b")[0] if shape.dynamic_batch else shape.batch
     images = jax.ShapeDtypeStruct((batch, shape.size, shape.size, shape.channels), jnp.float32)
     exported = jax.export.export(jax.jit(detect), platforms=PLATFORMS)(images)
@@ -135,12 +124,50 @@ def write_stablehlo(path: Path, model: MaskRTDETR, variables: dict, shape: Shape
     }
 
 
+def make_detect(
+    model: MaskRTDETR, variables: dict, num_detections: int, *, dtype: Any = None
+) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
+    """A function from images to the arrays of OUTPUTS, weights inside; with a dtype they are kept and used in it."""
+    if dtype is not None:
+        model = model.clone(dtype=dtype)
+    model, variables = optimize_for_inference(model, variables)
+    variables = jax.tree.map(lambda x: np.asarray(x, dtype or jnp.float32), variables)
+
+    def detect(images: jax.Array) -> tuple[jax.Array, ...]:
+        # Weights that are kept in fewer bits are float32 for the network, which casts where it may.
+        restored = jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32), variables)
+        outputs = cast(Outputs, model.apply(restored, images))
+        found = select_detections(outputs, num_detections=num_detections)
+        return tuple(getattr(found, name).astype(_TYPES[name]) for name in OUTPUTS)
+
+    return detect
+
+
 _TYPES = {"scores": jnp.float32, "labels": jnp.int32, "boxes_xyxy": jnp.float32, "mask_logits": jnp.float32}
 
 
 def write_litert(path: Path, model: MaskRTDETR, variables: dict, shape: Shape, *, half: bool) -> dict[str, Any]:
-    """Write LiteRT's format (TFLite), by JAX's jax2tf and TensorFlow's converter."""
-    raise NotImplementedError
+    """Write LiteRT's format (TFLite), by JAX's jax2tf and TensorFlow's converter; `half` stores float16."""
+    import tensorflow as tf
+    from jax.experimental import jax2tf
+
+    detect = make_detect(model, variables, shape.num_detections)
+    sides = (shape.batch, shape.size, shape.size, shape.channels)
+    convert = jax2tf.convert(lambda images: dict(zip(OUTPUTS, detect(images), strict=True)), with_gradient=False)
+    module = tf.Module()
+    module.detect = tf.function(convert, input_signature=[tf.TensorSpec(sides, tf.float32, "images")], autograph=False)
+    with tempfile.TemporaryDirectory() as folder:
+        tf.saved_model.save(module, folder, signatures=module.detect.get_concrete_function())
+        converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+        if half:
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+            converter.target_spec.supported_types = [tf.float16]
+        write_bytes(path, converter.convert())
+    abstract = jax.eval_shape(detect, jax.ShapeDtypeStruct(sides, jnp.float32))
+    return {
+        "inputs": [_describe("images", sides, jnp.float32)],
+        "outputs": [_describe(name, one.shape, one.dtype) for name, one in zip(OUTPUTS, abstract, strict=True)],
+    }
 
 
 def _describe(name: str, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
@@ -159,7 +186,8 @@ def halve_weights(graph: "onnx.ModelProto") -> "onnx.ModelProto":
     casts = []
     for weight in halved.graph.initializer:
         values = numpy_helper.to_array(weight)
-        if values.dtype != np.float32 or values.size < LEAST_HALVED or np.abs(values).max() > LARGEST_HALF:
+        is_weight = values.dtype == np.float32 and values.ndim > 1 and values.size >= LEAST_HALVED
+        if not is_weight or np.abs(values).max() > LARGEST_HALF:
             continue
         name = weight.name
         weight.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}_half"))
@@ -173,7 +201,7 @@ def halve_weights(graph: "onnx.ModelProto") -> "onnx.ModelProto":
 def quantize_onnx(graph: "onnx.ModelProto", images: Sequence[np.ndarray], input_name: str) -> "onnx.ModelProto":
     """The graph with 8-bit convolutions (QDQ, a scale for each output channel), calibrated on images [H, W, C].
 
-    Attention, the heads' last layers and the selection are matrix products and stay float32.
+    Attention, the heads' last layers and the selection are matrix products and stay float32 (stored as float16).
     """
     import onnx
     from onnxruntime import quantization
@@ -221,7 +249,7 @@ def write_openvino(path: Path, graph: "onnx.ModelProto", *, precision: str, cali
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "plain.onnx"
         onnx.save(graph, str(plain))
-        network = openvino.convert_model(str(plain))
+        network = openvino.Core().read_model(str(plain))  # convert_model would report home
         if precision == "int8":
             import nncf
 
