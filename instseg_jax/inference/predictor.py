@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
 from instseg_jax.config import add_missing_fields, load_config
+from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.inference.runtimes import Export, find_export, open_export, read_export
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, abstract_variables, build_model
@@ -61,7 +62,7 @@ def make_predict(model: MaskRTDETR, *, num_detections: int, mesh: Mesh | None = 
 
 
 def bind(model: LoadedModel, mesh: Mesh, *, device: str, split: bool = False) -> Callable[[np.ndarray], Detections]:
-    """A function from images [B, H, W, C] float32 to `Detections`: the network on the devices of a mesh, or the export.
+    """A function from images [B, H, W, C] float32 to `Detections`: the optimised network on a mesh, or the export.
 
     `device` is the text that named the devices; exports run on the first. `split`: see `make_predict`.
     Raises ValueError where an export does not fit what the model's config asks for.
@@ -75,8 +76,9 @@ def bind(model: LoadedModel, mesh: Mesh, *, device: str, split: bool = False) ->
                 f"{size[0]}; export again with --size={model.config.data.image_size}"
             )
         return open_export(model.exported, device=device, num_detections=count)
-    variables = put_replicated(model.variables, mesh)
-    predict = make_predict(model.network, num_detections=count, mesh=mesh if split else None)
+    network, variables = optimize_for_inference(model.network, model.variables)
+    variables = put_replicated(variables, mesh)
+    predict = make_predict(network, num_detections=count, mesh=mesh if split else None)
     return lambda images: predict(variables, put_batch(images, mesh))
 
 
