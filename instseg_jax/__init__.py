@@ -62,7 +62,12 @@ def create_pipeline(pipeline: str | os.PathLike[str] | None = None, **options: A
     """
     from instseg_jax.inference.pipeline import create_pipeline as create
 
-    return create(pipeline, **options)
+    def accelerate(*args: Any, **settings: Any) -> Any:
+        from instseg_jax.deploy.accelerate import accelerate as quickest  # only when use_hpip asks for it
+
+        return quickest(*args, **settings)
+
+    return create(pipeline, accelerate=accelerate, **options)
 
 
 def train(config: "ConfigDict", workdir: str | os.PathLike[str]) -> dict:

@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add("train", "train a model; the same command again resumes", "configs/mask_rtdetr.py:l")
     _add_processes(sub)
     sub = add("evaluate", "COCO metrics and a report of a model on the validation images, or of a results file", None)
-    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint or .pdparams (default: workdir)")
+    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint, export or .pdparams")
     sub.add_argument("--save_thresholds", action="store_true", help="store the scores with the best F1 in the weights")
     sub.add_argument("--tta", metavar="flip,scales", help="look at each picture mirrored, at several sizes, or both")
     _add_tiles(sub)
@@ -98,8 +98,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--repeats", type=int, default=5, help="timed repetitions after a warm-up (%(default)s)")
     sub.add_argument("--parts", default="inference,training", help="what is timed (%(default)s)")
     sub.add_argument("--batch_sizes", default="1", metavar="N,N", help="of inference (%(default)s)")
-    sub.add_argument("--sizes", metavar="n,s,l", help="of the model (default: the config's)")
+    sub.add_argument("--models", "--sizes", metavar="n,s,l", help="sizes (default: the config's)")
+    sub.add_argument("--runtimes", metavar="xla,onnxruntime,openvino", help="time the network alone, in each of these")
+    sub.add_argument("--peer", metavar="SIZE=FILE", help="other networks beside it, ONNX files: s=a.onnx,l=b.onnx")
     sub.add_argument("--weights", metavar="PATH", help="of inference: a trained model's masks encode faster than fresh")
+    _add_export(add("export", "write the model for other runtimes, with proof that it finds the same", None))
     sub = add("import_weights", "turn official weights into a checkpoint", "configs/mask_rtdetr.py:l")
     sub.add_argument("--weights", metavar="FILE|URL|NAME", required=True, help="e.g. mask_rtdetr_l_coco")
     sub = add("export_weights", "write a checkpoint's weights for the official tools", None)
@@ -121,11 +124,13 @@ def _add_pipeline(sub: argparse.ArgumentParser) -> None:
     """The options of verbs that run a pipeline."""
     default = "instance_segmentation"
     sub.add_argument("--pipeline", metavar="NAME|FILE", default=default, help="name or YAML file (%(default)s)")
-    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint or .pdparams (default: workdir)")
+    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint, export or .pdparams")
     about = "lowest score that counts (default: as stored with the weights, else 0.5)"
     sub.add_argument("--threshold", type=float, help=about)
     sub.add_argument("--batch_size", type=int, metavar="N", help="images a call of the network (default: 1)")
     sub.add_argument("--device", metavar="NAME", help="auto, cpu, gpu, gpu:0,1 or tpu (default: auto)")
+    about = "take the quickest runtime that is installed; a checkpoint is exported once"
+    sub.add_argument("--use_hpip", action="store_true", help=about)
 
 
 def _add_tiles(sub: argparse.ArgumentParser) -> None:
@@ -134,6 +139,21 @@ def _add_tiles(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--overlap", type=float, default=0.2, help="of neighbouring windows, part of a side (%(default)s)")
     about = "look for objects larger than the overlap in the whole image too (default: yes)"
     sub.add_argument("--whole_image", action=argparse.BooleanOptionalAction, default=True, help=about)
+
+
+def _add_export(sub: argparse.ArgumentParser) -> None:
+    """The options of an export."""
+    sub.add_argument("--weights", metavar="PATH", help="workdir of a run or checkpoint (default: workdir)")
+    formats = "stablehlo|onnx|ort|openvino|litert"
+    sub.add_argument("--format", metavar=formats, default="onnx", help="of the model file (%(default)s)")
+    sub.add_argument("--batch", type=int, metavar="N", default=1, help="images a call (%(default)s)")
+    sub.add_argument("--size", type=int, metavar="PIXELS", help="of the square input (default: as trained)")
+    sub.add_argument("--dynamic_batch", action="store_true", help="any number of images a call")
+    sub.add_argument("--half", action="store_true", help="16-bit numbers (of what, says the README)")
+    sub.add_argument("--int8", action="store_true", help="8-bit convolutions, calibrated on pictures")
+    about = "folder of pictures or data set to calibrate --int8 on (default: the training images of the run)"
+    sub.add_argument("--calibration", metavar="DIR", help=about)
+    sub.add_argument("--data", metavar="DIR", help="data set on whose validation images AP is told before and after")
 
 
 def _add_server(sub: argparse.ArgumentParser) -> None:
@@ -209,7 +229,7 @@ def run_verb(options: argparse.Namespace, overrides: dict[str, str]) -> int | No
         join_processes(*processes)
     config = load_config(options.config, overrides) if options.config else None
     _keep_compiled_programs(options.workdir)
-    if config is None and options.verb in ("evaluate", "predict", "serve", "export_weights"):
+    if config is None and options.verb in ("evaluate", "predict", "serve", "export", "export_weights"):
         # The config of the checkpoint is used; overrides apply to it.
         return getattr(verbs, options.verb)(overrides, options)
     return getattr(verbs, options.verb)(config, options)

@@ -26,6 +26,8 @@ from instseg_jax.verbs_data import prepare as prepare
 from instseg_jax.verbs_data import split as split
 from instseg_jax.verbs_evaluation import evaluate as evaluate
 from instseg_jax.verbs_evaluation import load_with_overrides, print_metrics, score_model, write_outcome
+from instseg_jax.verbs_export import check_best_export, export_best
+from instseg_jax.verbs_export import export as export
 from instseg_jax.verbs_pipeline import build_from
 from instseg_jax.verbs_pipeline import get_pipeline_config as get_pipeline_config
 from instseg_jax.verbs_pipeline import predict as predict
@@ -36,6 +38,7 @@ from instseg_jax.weights import checkpoint
 def quickstart(config: ConfigDict, options: argparse.Namespace) -> int:
     """Check the data, train, evaluate, predict on the validation images."""
     started = time.monotonic()
+    check_best_export(config)
     workdir = pathlib.Path(options.workdir)
     print("1/4  data")
     splits = {split: build_dataset(config.data, split) for split in ("train", "val")}
@@ -49,6 +52,8 @@ def quickstart(config: ConfigDict, options: argparse.Namespace) -> int:
     if not result["done_flag"]:
         print("stopped early; the same command goes on")
         return 1
+    if config.checkpoint.export:
+        export_best(workdir, config.checkpoint.export)
     print("3/4  evaluation of the best checkpoint")
     evaluated = score_model(load_with_overrides(config, workdir), str(workdir), ())
     write_outcome(workdir, evaluated)
@@ -70,12 +75,15 @@ def quickstart(config: ConfigDict, options: argparse.Namespace) -> int:
 
 
 def train(config: ConfigDict, options: argparse.Namespace) -> int:
+    check_best_export(config)
     result = loop.train(config, options.workdir)
     if jax.process_index() != 0:
         return 0
     best = result["best_score"]
     print(f"{result['steps']} of {result['total_steps']} steps in {options.workdir}")
     print(f"best {result['best_metric']}: {'none yet' if best is None else f'{best:.3f}'}")
+    if result["done_flag"] and config.checkpoint.export:
+        export_best(options.workdir, config.checkpoint.export)
     return 0
 
 
@@ -92,6 +100,7 @@ def export_weights(config: ConfigDict | dict[str, str], options: argparse.Namesp
     from instseg_jax.weights.export import export_weights as write_weights
 
     model = load_with_overrides(config, options.weights or options.workdir)
+    _ = model.network  # an export has no weights to write
     path = pathlib.Path(options.workdir) / f"{model.config.model.name}.{options.format}"
     print(f"weights: {write_weights(path, model.variables, format=options.format)}")
     return 0

@@ -7,25 +7,28 @@ from collections.abc import Callable
 from typing import cast
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
 from instseg_jax.config import add_missing_fields, load_config
+from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.postprocess import select_detections
+from instseg_jax.inference.runtimes import Export, find_export, open_export, read_export
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, abstract_variables, build_model
-from instseg_jax.sharding import split_over_batch
-from instseg_jax.types import Detections, Outputs
+from instseg_jax.sharding import put_batch, put_replicated, split_over_batch
+from instseg_jax.types import Detections, HostOrDeviceArray, Outputs
 from instseg_jax.weights import Weights, checkpoint
 
-Predict = Callable[[dict, jax.Array], Detections]
+Predict = Callable[[dict, HostOrDeviceArray], Detections]
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
     """A network with weights and what is needed to use them on pictures."""
 
-    model: MaskRTDETR
+    model: MaskRTDETR | None  # None of an export
     variables: dict
     config: ConfigDict
     class_names: tuple[str, ...]
@@ -33,6 +36,16 @@ class LoadedModel:
     metadata: dict  # of the checkpoint; empty for other files
     summary: str  # how many tensors were loaded
     thresholds: dict | None = None  # of scores, stored by an evaluation: {"overall": 0.4, "classes": {name: 0.3}}
+    exported: Export | None = None  # an exported model in place of network and variables
+    source: str = ""  # where it was loaded from
+
+    @property
+    def network(self) -> MaskRTDETR:
+        """The network. Raises ValueError where there is none that can be looked into."""
+        if self.model is None:
+            where = self.exported.folder if self.exported else "this"
+            raise ValueError(f"{where} is an exported model; name the checkpoint it was made from")
+        return self.model
 
 
 def make_predict(model: MaskRTDETR, *, num_detections: int, mesh: Mesh | None = None) -> Predict:
@@ -41,21 +54,44 @@ def make_predict(model: MaskRTDETR, *, num_detections: int, mesh: Mesh | None = 
     With a mesh over which the images are split, each device keeps the detections of its own.
     """
 
-    def predict(variables: dict, images: jax.Array) -> Detections:
+    def predict(variables: dict, images: HostOrDeviceArray) -> Detections:
         outputs = cast(Outputs, model.apply(variables, images))
         return select_detections(outputs, num_detections=num_detections)
 
     return jax.jit(predict, out_shardings=None if mesh is None else split_over_batch(mesh))
 
 
+def bind(model: LoadedModel, mesh: Mesh, *, device: str, split: bool = False) -> Callable[[np.ndarray], Detections]:
+    """A function from images [B, H, W, C] float32 to `Detections`: the optimised network on a mesh, or the export.
+
+    `device` is the text that named the devices; exports run on the first. `split`: see `make_predict`.
+    Raises ValueError where an export does not fit what the model's config asks for.
+    """
+    count = model.config.eval.num_detections
+    if model.exported is not None:
+        size = model.exported.size
+        if (model.config.data.image_size,) * 2 != size:
+            raise ValueError(
+                f"data.image_size is {model.config.data.image_size}, but {model.exported.folder} was exported with "
+                f"{size[0]}; export again with --size={model.config.data.image_size}"
+            )
+        return open_export(model.exported, device=device, num_detections=count)
+    network, variables = optimize_for_inference(model.network, model.variables)
+    variables = put_replicated(variables, mesh)
+    predict = make_predict(network, num_detections=count, mesh=mesh if split else None)
+    return lambda images: predict(variables, put_batch(images, mesh))
+
+
 def load_model(source: str | os.PathLike[str] | Weights, config: ConfigDict | None = None) -> LoadedModel:
-    """Load a run's best weights, a checkpoint, or an official file; the last needs a config.
+    """Load a run's best weights, a checkpoint, an export, or an official file; the last needs a config.
 
     A checkpoint brings its own config; the sections `model` and `data` that say how the network is built and
     fed always come from it, the rest from `config` where one is given.
 
     Raises: FileNotFoundError or ValueError in one sentence when there are no weights or they do not fit.
     """
+    if not isinstance(source, Weights) and (folder := find_export(source)):
+        return load_exported(read_export(folder), config)
     found = source if isinstance(source, Weights) else weights_room.read_weights(source)
     source = found.source
     num_classes = found.num_classes
@@ -75,7 +111,36 @@ def load_model(source: str | os.PathLike[str] | Weights, config: ConfigDict | No
     )
     ids = tuple(category_ids)
     return LoadedModel(
-        model, variables, config, class_names, ids, found.metadata, str(summary), thresholds=found.thresholds
+        model,
+        variables,
+        config,
+        class_names,
+        ids,
+        found.metadata,
+        str(summary),
+        thresholds=found.thresholds,
+        source=str(source),
+    )
+
+
+def load_exported(export: Export, config: ConfigDict | None = None) -> LoadedModel:
+    """An export as `load_model` gives a checkpoint, with the config and classes that it carries."""
+    settings = export.settings
+    saved = ConfigDict(settings["config"])
+    add_missing_fields(saved, load_config(f"configs/mask_rtdetr.py:{saved.model.name[-1]}"))
+    saved = saved if config is None else merge_configs(config, saved)
+    summary = f"{settings['format']}, {settings['precision']}, exported from {settings['source']}"
+    return LoadedModel(
+        None,
+        {},
+        saved,
+        tuple(settings["class_names"]),
+        tuple(settings["category_ids"]),
+        settings,
+        summary,
+        thresholds=settings["stored_thresholds"],
+        exported=export,
+        source=str(export.folder),
     )
 
 

@@ -170,12 +170,18 @@ class MLP(nn.Module):
 # --- convolution ----------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def depthwise_conv(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
-    """Depthwise convolution as a sum of shifted products: x [B, H, W, C], kernel [k, k, 1, C].
+    """Depthwise convolution as a sum of shifted products: x [B, H, W, C], kernel [k, k, 1, C]."""
+    return _depthwise(x, kernel, stride, padding)
 
-    For the backward pass only x and the kernel are kept: automatic differentiation keeps a shifted copy of x for each
-    of the k x k products, a quarter of all that a training step of size L remembers.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _depthwise(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
+    """For the backward pass only x and the kernel are kept.
+
+    Automatic differentiation keeps a shifted copy of x for each of the k x k products, a quarter of all that a
+    training step of size L remembers.
     """
     windows = _shifted_windows(x, kernel.shape[0], stride, padding)
     return functools.reduce(jnp.add, (window * tap for window, tap in zip(windows, _taps(kernel), strict=True)))
@@ -195,7 +201,7 @@ def _shifted_windows(x: Array, size: int, stride: int, padding: tuple[int, int])
 
 
 def _depthwise_forward(x: Array, kernel: Array, stride: int, padding: tuple[int, int]):
-    return depthwise_conv(x, kernel, stride, padding), (x, kernel)
+    return _depthwise(x, kernel, stride, padding), (x, kernel)
 
 
 def _depthwise_backward(stride: int, padding: tuple[int, int], kept: tuple[Array, Array], gradient: Array):
@@ -207,10 +213,10 @@ def _depthwise_backward(stride: int, padding: tuple[int, int], kept: tuple[Array
     unseen = [(n + sum(padding) - size) % stride for n in x.shape[1:3]]
     edges = [(size - 1 - padding[0], size - 1 - padding[1] + rest, stride - 1) for rest in unseen]
     spread = jax.lax.pad(gradient, jnp.zeros((), gradient.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
-    return depthwise_conv(spread, kernel[::-1, ::-1], 1, (0, 0)), to_kernel.reshape(kernel.shape)
+    return _depthwise(spread, kernel[::-1, ::-1], 1, (0, 0)), to_kernel.reshape(kernel.shape)
 
 
-depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def convolve(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
