@@ -77,11 +77,13 @@ def _live(nodes: list[onnx.NodeProto], outputs: Sequence[str]) -> list[onnx.Node
 def _run(graph: Graph, jaxpr: Any, constants: Sequence, arguments: list[Value]) -> list[Value]:
     values: dict[Any, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
     for variable, array in zip(jaxpr.constvars, constants, strict=True):
-        aval: Any = variable.aval  # JAX's types know no dtype of an abstract value
-        values[variable] = constant_value(np.asarray(array, aval.dtype))
+        values[variable] = constant_value(np.asarray(array, variable.aval.dtype))
 
     def read(atom: Any) -> Value:
-        return constant_value(np.asarray(atom.val, atom.aval.dtype)) if isinstance(atom, core.Literal) else values[atom]
+        if not isinstance(atom, core.Literal):
+            return values[atom]
+        aval: Any = atom.aval  # JAX's types know no dtype of an abstract value
+        return constant_value(np.asarray(atom.val, aval.dtype))
 
     for equation in jaxpr.eqns:
         results = _translate(graph, equation, [read(atom) for atom in equation.invars])
