@@ -422,7 +422,7 @@ def _softmax(graph: Graph, equation: Any, x: Value) -> Value:
     return Value(x.shape, x.order, graph.node("Softmax", x.name, axis=x.order.index(len(x.shape) - 1)))
 
 
-def _resize(**attributes: str) -> Callable:
+def _resize(**attributes: Any) -> Callable:
     def translate_it(graph: Graph, equation: Any, x: Value) -> Value:
         factors = graph.constant(np.array([1, 1, 2, 2], np.float32))
         name = graph.node("Resize", graph.stored(x, CHANNELS_FIRST), "", factors, **attributes)
@@ -449,7 +449,7 @@ NAMED: dict[str, Callable[..., Value]] = {
     "upsample_nearest_2x": _resize(mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"),
 }
 
-PRIMITIVES: dict[str, Callable[..., Any]] = {
+PRIMITIVES: dict[str, Any] = {
     "add": _add,
     "square": _square,
     "rsqrt": _rsqrt,

@@ -80,7 +80,10 @@ def _run(graph: Graph, jaxpr: Any, constants: Sequence, arguments: list[Value]) 
         values[variable] = constant_value(np.asarray(array, variable.aval.dtype))
 
     def read(atom: Any) -> Value:
-        return constant_value(np.asarray(atom.val, atom.aval.dtype)) if isinstance(atom, core.Literal) else values[atom]
+        if not isinstance(atom, core.Literal):
+            return values[atom]
+        aval: Any = atom.aval  # JAX's types know no dtype of an abstract value
+        return constant_value(np.asarray(atom.val, aval.dtype))
 
     for equation in jaxpr.eqns:
         results = _translate(graph, equation, [read(atom) for atom in equation.invars])

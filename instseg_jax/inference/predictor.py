@@ -18,10 +18,10 @@ from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.inference.runtimes import Export, find_export, open_export, read_export
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, abstract_variables, build_model
 from instseg_jax.sharding import put_batch, put_replicated, split_over_batch
-from instseg_jax.types import Detections, Outputs
+from instseg_jax.types import Detections, HostOrDeviceArray, Outputs
 from instseg_jax.weights import Weights, checkpoint
 
-Predict = Callable[[dict, jax.Array], Detections]
+Predict = Callable[[dict, HostOrDeviceArray], Detections]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def make_predict(model: MaskRTDETR, *, num_detections: int, mesh: Mesh | None = 
     With a mesh over which the images are split, each device keeps the detections of its own.
     """
 
-    def predict(variables: dict, images: jax.Array) -> Detections:
+    def predict(variables: dict, images: HostOrDeviceArray) -> Detections:
         outputs = cast(Outputs, model.apply(variables, images))
         return select_detections(outputs, num_detections=num_detections)
 
