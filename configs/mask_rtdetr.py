@@ -136,6 +136,7 @@ def get_config(size: str = "l") -> ConfigDict:
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 1000
     checkpoint.keep = 3
+    checkpoint.export = ""  # or stablehlo, onnx, ort, openvino: best_model/inference is written when training ends
 
     config.log = log = ConfigDict()
     log.every_steps = 1  # rows of metrics.jsonl

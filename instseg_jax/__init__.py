@@ -62,18 +62,41 @@ def create_pipeline(pipeline: str | os.PathLike[str] | None = None, **options: A
     """
     from instseg_jax.inference.pipeline import create_pipeline as create
 
-    return create(pipeline, **options)
+    def accelerate(*args: Any, **settings: Any) -> Any:
+        from instseg_jax.deploy.accelerate import accelerate as quickest  # only when use_hpip asks for it
+
+        return quickest(*args, **settings)
+
+    return create(pipeline, accelerate=accelerate, **options)
 
 
 def train(config: "ConfigDict", workdir: str | os.PathLike[str]) -> dict:
-    """Train as the verb `train` does; see `instseg_jax.training.loop.train`."""
+    """Train as the verb `train` does; the same call on the same workdir goes on where it stopped.
+
+    Args:
+      config: from `instseg_jax.config.load_config`.
+      workdir: folder of the run; `instseg_jax.training.loop.train` lists what is written there.
+
+    Returns: what train_result.json holds: done_flag, steps, best_score (0..1), models, seconds, and so on.
+
+    Raises: ValueError or OSError in one sentence for anything that is wrong with config, data or workdir.
+    """
     from instseg_jax.training.loop import train as run
 
-    return run(config, workdir)
+    return run(config, os.fspath(workdir))
 
 
 def evaluate(config: "ConfigDict", weights: str | os.PathLike[str]) -> dict:
-    """Metrics of `weights` on the validation images of `config`, as the verb `evaluate` computes them: 0..1."""
+    """Score weights on the validation images of a config, as the verb `evaluate` does.
+
+    Args:
+      config: from `instseg_jax.config.load_config`; how the network is built and fed comes from a checkpoint itself.
+      weights: workdir of a run, checkpoint, or official file.
+
+    Returns: metrics by name, such as segm/AP, bbox/AP50 and segm/AP/<class>, 0..1; None where there is nothing to find.
+
+    Raises: FileNotFoundError or ValueError in one sentence when there are no weights or they do not fit the data.
+    """
     from instseg_jax.verbs_evaluation import evaluate_weights
 
     metrics, _ = evaluate_weights(config, weights)

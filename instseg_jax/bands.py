@@ -44,6 +44,8 @@ def build_bands(data: ConfigDict) -> Bands | None:
     """How pictures are read: None for 8-bit colour as it is.
 
     With data.scaling=percentile the ranges must stand in data.channel_ranges, where training puts them.
+
+    Raises: ValueError for an unknown scaling, and for ranges that are not there yet.
     """
     if data.scaling not in SCALINGS:
         raise ValueError(f"data.scaling must be one of {', '.join(SCALINGS)}, got {data.scaling!r}.")
@@ -70,7 +72,10 @@ def decode_bands(data: bytes, bands: Bands, name: str) -> np.ndarray:
 
 
 def decode_raw(data: bytes, channels: int, name: str) -> np.ndarray:
-    """Decode the bytes of a file to [h, w, channels] of whatever type its pixels have; colours are RGB."""
+    """Decode the bytes of a file to [h, w, channels] of whatever type its pixels have; colours are RGB.
+
+    Raises: ValueError that says `name` for what can't be read or has another number of channels.
+    """
     if data.startswith(JPEG_MARK) and channels == 3:
         return decode_image(data, name)  # turned as its EXIF orientation says
     if data.startswith(NUMPY_MARK):
@@ -88,7 +93,10 @@ def decode_raw(data: bytes, channels: int, name: str) -> np.ndarray:
 
 
 def scale_bands(array: np.ndarray, bands: Bands, name: str) -> np.ndarray:
-    """Bring pixels [h, w, channels] to uint8: each channel's range to 0..255."""
+    """Bring pixels [h, w, channels] to uint8: each channel's range to 0..255.
+
+    Raises: ValueError that says `name` for pixels that are not uint8 where there are no ranges.
+    """
     if bands.ranges is None:
         if array.dtype != np.uint8:
             raise ValueError(f"{name!r} has pixels of {array.dtype}; set data.scaling=percentile to scale them.")

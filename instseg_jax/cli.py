@@ -15,7 +15,6 @@ import instseg_jax
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 HUGE_PAGES_SWITCH = "INSTSEG_HUGE_PAGES"
-COMPILED_SWITCH = "INSTSEG_COMPILED"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,6 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Declare every verb with its options; `parse_args` raises ValueError for arguments that are wrong."""
     parser = _Parser(
         prog="instseg" if pathlib.Path(sys.argv[0]).name == "instseg" else "run.py",
         description="Instance segmentation in JAX with Mask-RT-DETR.",
@@ -45,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     about = "check the embedded pictures, train size N on them, evaluate, predict: about 8 minutes on two cores"
     sub = add("quickstart", about, "configs/quickstart.py")
     sub.add_argument("--threshold", type=float, default=0.3, help="lowest score that is drawn (%(default)s)")
+    about = "start from the weights that come with the package instead of from nothing"
+    sub.add_argument("--from_pretrained", action="store_true", help=about)
     about = "look at every picture and annotation; what passes can be trained on"
     sub = add("check_dataset", about, "configs/mask_rtdetr.py:l")
     sub.add_argument("--fix", action="store_true", help="write repaired copies of the annotation files")
@@ -66,8 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--save_path", metavar="DIR", required=True, help="folder of the prepared data set")
     sub = add("train", "train a model; the same command again resumes", "configs/mask_rtdetr.py:l")
     _add_processes(sub)
+    about = "train variants of a config, each a run of its own, and compare them; the same command again resumes"
+    _add_sweep(add("sweep", about, "configs/finetune.py:l"))
     sub = add("evaluate", "COCO metrics and a report of a model on the validation images, or of a results file", None)
-    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint or .pdparams (default: workdir)")
+    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint, export or .pdparams")
     sub.add_argument("--save_thresholds", action="store_true", help="store the scores with the best F1 in the weights")
     sub.add_argument("--tta", metavar="flip,scales", help="look at each picture mirrored, at several sizes, or both")
     _add_tiles(sub)
@@ -99,13 +103,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--repeats", type=int, default=5, help="timed repetitions after a warm-up (%(default)s)")
     sub.add_argument("--parts", default="inference,training", help="what is timed (%(default)s)")
     sub.add_argument("--batch_sizes", default="1", metavar="N,N", help="of inference (%(default)s)")
-    sub.add_argument("--sizes", metavar="n,s,l", help="of the model, for inference (default: the config's)")
+    sub.add_argument("--sizes", metavar="n,s,l", help="of the model (default: the config's)")
     sub.add_argument("--weights", metavar="PATH", help="of inference: a trained model's masks encode faster than fresh")
+    _add_export(add("export", "write the model for other runtimes, with proof that it finds the same", None))
     sub = add("import_weights", "turn official weights into a checkpoint", "configs/mask_rtdetr.py:l")
     sub.add_argument("--weights", metavar="FILE|URL|NAME", required=True, help="e.g. mask_rtdetr_l_coco")
     sub = add("export_weights", "write a checkpoint's weights for the official tools", None)
     sub.add_argument("--weights", metavar="PATH", help="workdir of a run or checkpoint (default: workdir)")
     sub.add_argument("--format", choices=("pdparams", "safetensors"), default="pdparams", help="(%(default)s)")
+    sub.add_argument("--half", action="store_true", help="of safetensors: store float16, half the size")
     return parser
 
 
@@ -118,15 +124,31 @@ def _add_processes(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
 
 
+def _add_sweep(sub: argparse.ArgumentParser) -> None:
+    about = "a field and its values (default: the variants of the config's function sweep(add))"
+    sub.add_argument("--axis", action="append", metavar="FIELD=A,B,C", default=[], help=about)
+    about = "vary one axis while the other fields stay as they are, or take all combinations (%(default)s)"
+    sub.add_argument("--mode", choices=("one_at_a_time", "grid"), default="one_at_a_time", help=about)
+    about = "runs of each variant, with the config's seed and the ones after it (%(default)s)"
+    sub.add_argument("--seeds", type=int, metavar="N", default=1, help=about)
+    about = "runs at the same time, on a device each (%(default)s)"
+    sub.add_argument("--jobs", type=int, metavar="N", default=1, help=about)
+    sub.add_argument("--sweep_list", action="store_true", help="list the runs, how far they are, and their commands")
+    sub.add_argument("--sweep_index", type=int, metavar="I", help="only run number I of the list, for array jobs")
+    sub.add_argument("--sweep_table", action="store_true", help="only write the tables of what is there so far")
+
+
 def _add_pipeline(sub: argparse.ArgumentParser) -> None:
     """The options of verbs that run a pipeline."""
     default = "instance_segmentation"
     sub.add_argument("--pipeline", metavar="NAME|FILE", default=default, help="name or YAML file (%(default)s)")
-    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint or .pdparams (default: workdir)")
+    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint, export or .pdparams")
     about = "lowest score that counts (default: as stored with the weights, else 0.5)"
     sub.add_argument("--threshold", type=float, help=about)
     sub.add_argument("--batch_size", type=int, metavar="N", help="images a call of the network (default: 1)")
     sub.add_argument("--device", metavar="NAME", help="auto, cpu, gpu, gpu:0,1 or tpu (default: auto)")
+    about = "take the quickest runtime that is installed; a checkpoint is exported once"
+    sub.add_argument("--use_hpip", action="store_true", help=about)
 
 
 def _add_tiles(sub: argparse.ArgumentParser) -> None:
@@ -135,6 +157,21 @@ def _add_tiles(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--overlap", type=float, default=0.2, help="of neighbouring windows, part of a side (%(default)s)")
     about = "look for objects larger than the overlap in the whole image too (default: yes)"
     sub.add_argument("--whole_image", action=argparse.BooleanOptionalAction, default=True, help=about)
+
+
+def _add_export(sub: argparse.ArgumentParser) -> None:
+    """The options of an export."""
+    sub.add_argument("--weights", metavar="PATH", help="workdir of a run or checkpoint (default: workdir)")
+    formats = "stablehlo|onnx|ort|openvino|litert"
+    sub.add_argument("--format", metavar=formats, default="onnx", help="of the model file (%(default)s)")
+    sub.add_argument("--batch", type=int, metavar="N", default=1, help="images a call (%(default)s)")
+    sub.add_argument("--size", type=int, metavar="PIXELS", help="of the square input (default: as trained)")
+    sub.add_argument("--dynamic_batch", action="store_true", help="any number of images a call")
+    sub.add_argument("--half", action="store_true", help="16-bit numbers (of what, says the README)")
+    sub.add_argument("--int8", action="store_true", help="8-bit convolutions, calibrated on pictures")
+    about = "folder of pictures or data set to calibrate --int8 on (default: the training images of the run)"
+    sub.add_argument("--calibration", metavar="DIR", help=about)
+    sub.add_argument("--data", metavar="DIR", help="data set on whose validation images AP is told before and after")
 
 
 def _add_server(sub: argparse.ArgumentParser) -> None:
@@ -170,7 +207,10 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> ar
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Part `--config.field=value` (or `--config.field value`) from the other arguments."""
+    """Part `--config.field=value` (or `--config.field value`) from the other arguments.
+
+    Raises: ValueError for a field without a value.
+    """
     rest, overrides = [], {}
     iterator = iter(arguments)
     for argument in iterator:
@@ -179,8 +219,8 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
             continue
         field, equals, value = argument.removeprefix("--config.").partition("=")
         if not equals:
-            value = next(iterator, None)
-            if value is None or value.startswith("--"):
+            value = next(iterator, "--")
+            if value.startswith("--"):
                 raise ValueError(f"--config.{field} has no value; write --config.{field}=VALUE")
         overrides[field] = value
     return rest, overrides
@@ -210,34 +250,32 @@ def main(arguments: list[str] | None = None) -> int:
     return 1
 
 
+def call(*arguments: str) -> int:
+    """Run one verb in this process, as a notebook does: `call("split", "--config.data.dir=my_data", ...)`.
+
+    Errors are raised, not printed. Returns the exit code of a verb that ended.
+    """
+    rest, overrides = split_overrides(list(arguments))
+    return run_verb(build_parser().parse_args(rest), overrides) or 0
+
+
 def run_verb(options: argparse.Namespace, overrides: dict[str, str]) -> int | None:
     """Load the config and call the verb's function."""
     from instseg_jax import verbs
     from instseg_jax.config import load_config
-    from instseg_jax.devices import join_processes
+    from instseg_jax.devices import join_processes, keep_compiled_programs
 
     processes = [getattr(options, name, None) for name in ("coordinator", "num_processes", "process_id")]
     if getattr(options, "distributed", False) or processes != [None] * 3:
         join_processes(*processes)
+    if options.verb == "sweep":  # starts processes that load the config with more overrides
+        return verbs.sweep(overrides, options)
     config = load_config(options.config, overrides) if options.config else None
-    _keep_compiled_programs(options.workdir)
-    if config is None and options.verb in ("evaluate", "predict", "serve", "export_weights"):
+    keep_compiled_programs(pathlib.Path(options.workdir) / "compiled")
+    if config is None and options.verb in ("evaluate", "predict", "serve", "export", "export_weights"):
         # The config of the checkpoint is used; overrides apply to it.
         return getattr(verbs, options.verb)(overrides, options)
     return getattr(verbs, options.verb)(config, options)
-
-
-def _keep_compiled_programs(workdir: str) -> None:
-    """Have XLA keep what it compiles, so that a resumed run or a second prediction starts at once.
-
-    INSTSEG_COMPILED names a folder to share between workdirs; empty switches it off.
-    """
-    folder = os.environ.get(COMPILED_SWITCH, str(pathlib.Path(workdir) / "compiled"))
-    if folder:
-        import jax
-
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).resolve()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
 
 
 def _one_line(error: Exception) -> str:
@@ -257,3 +295,7 @@ def _relaunch_with_huge_pages() -> None:
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, HUGE_PAGES]))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+if __name__ == "__main__":  # python -m instseg_jax.cli
+    raise SystemExit(main())

@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import pathlib
 import sys
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -33,6 +34,11 @@ def load_config(spec: str, overrides: dict[str, str] | None = None) -> ConfigDic
     return config.lock()
 
 
+def load_function(spec: str, name: str) -> Callable | None:
+    """Another function of the config file that `spec` names, such as `sweep`; None where it has none."""
+    return getattr(_load_module(find_config(spec.partition(":")[0])), name, None)
+
+
 def add_missing_fields(config: ConfigDict, defaults: ConfigDict) -> ConfigDict:
     """Give `config`, in place, the fields of `defaults` that it lacks: a checkpoint may be older than a field."""
     with config.unlocked():
@@ -45,6 +51,10 @@ def add_missing_fields(config: ConfigDict, defaults: ConfigDict) -> ConfigDict:
 
 
 def find_config(name: str) -> pathlib.Path:
+    """Return the config file that `name` means: that path, else a file of this name in the project's `configs`.
+
+    Raises: FileNotFoundError that lists the files of the project.
+    """
     path = pathlib.Path(name)
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     candidates = [path, *(root.joinpath(*parts) for root in (CHECKOUT, PACKAGED))]
@@ -66,6 +76,8 @@ def _load_module(path: pathlib.Path):
     else:
         folders = folders[:1]
     spec = importlib.util.spec_from_file_location(f"instseg_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{str(path)!r} is no config: its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
     before, known = list(sys.path), set(sys.modules)
     sys.path[:0] = folders

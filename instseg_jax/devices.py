@@ -1,8 +1,12 @@
 """Which devices a text names, and the processes of several hosts. How batches lie on them: `sharding.py`."""
 
+import os
 import re
+from pathlib import Path
 
 import jax
+
+COMPILED_SWITCH = "INSTSEG_COMPILED"
 
 
 def select_devices(device: str) -> list[jax.Device]:
@@ -42,9 +46,20 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
         raise ValueError(f"{' and '.join(missing)} must be given too: all three, or --distributed alone")
-    if num_processes is not None and not 0 <= process_id < num_processes:
+    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ValueError(f"--process_id is {process_id}; it must be between 0 and {num_processes - 1}")
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the other processes were not found ({' '.join(str(error).split())})") from error
+
+
+def keep_compiled_programs(folder: str | os.PathLike[str]) -> None:
+    """Have XLA keep in `folder` what it compiles, so that a resumed run or a second prediction starts at once.
+
+    INSTSEG_COMPILED names another folder, to share between workdirs; empty switches it off.
+    """
+    chosen = os.environ.get(COMPILED_SWITCH, os.fspath(folder))
+    if chosen:
+        jax.config.update("jax_compilation_cache_dir", str(Path(chosen).resolve()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)

@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+UNIT = 1 / 255  # of 8-bit pixels
 GROUP = 4  # channels that all functions of OpenCV work on at once
 INTERPOLATIONS = {
     "nearest": cv2.INTER_NEAREST,
@@ -22,7 +23,8 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises FileNotFoundError or, when the file is no readable picture, ValueError.
     """
     try:
-        data = np.fromfile(path, np.uint8)
+        with Path(path).open("rb", buffering=0) as file:
+            data = file.read()
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no image {str(path)!r}.") from None
     return decode_image(data, str(path))
@@ -93,8 +95,16 @@ def resize_pixels(
     network_input = np.empty((*size, pixels.shape[2]), np.float32) if out is None else out
     network_input[height:] = 0
     network_input[:, width:] = 0
-    np.multiply(resized, np.float32(1 / 255), out=network_input[:height, :width], dtype=np.float32)
+    _scale_to_unit(resized, network_input[:height, :width])
     return network_input
+
+
+def _scale_to_unit(pixels: np.ndarray, out: np.ndarray) -> None:
+    """Write pixels [h, w, C] of 0..255 to `out` float32 as 0..1."""
+    if pixels.dtype == np.uint8:  # np.multiply converts in small blocks first: OpenCV needs two thirds of its time
+        cv2.addWeighted(pixels, UNIT, pixels, 0, 0, dst=out, dtype=cv2.CV_32F)
+    else:
+        np.multiply(pixels, UNIT, out=out)
 
 
 def in_groups(function: Callable[[np.ndarray], np.ndarray], pixels: np.ndarray) -> np.ndarray:

@@ -17,10 +17,12 @@ def make_mesh(devices: list[jax.Device]) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The layout of what every device holds as a whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_over_batch(mesh: Mesh) -> NamedSharding:
+    """The layout of arrays [B, ...] of which each device holds B / devices rows."""
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 

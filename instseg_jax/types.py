@@ -14,9 +14,11 @@ coordinates are (x, y).
 import dataclasses
 
 import jax
-from jax.typing import ArrayLike
+import jax.numpy as jnp
+import numpy as np
 
-Array = ArrayLike
+Array = jax.Array
+HostOrDeviceArray = np.ndarray | jax.Array  # as the loader yields it, and as it lies on the devices
 DATA_AXIS = "data"  # of the mesh of devices: images of a batch are split over it
 
 
@@ -25,10 +27,10 @@ DATA_AXIS = "data"  # of the mesh of devices: images of a batch are split over i
 class Targets:
     """Ground truth of a batch in static shapes; slots beyond an image's objects are not valid."""
 
-    labels: Array  # [B, N] int32, class index 0..K-1
-    boxes: Array  # [B, N, 4] float32, normalised cxcywh
-    masks: Array  # [B, N, Hm, Wm] uint8 0/1, the network input's frame (Hm = H / mask_stride)
-    valid: Array  # [B, N] bool
+    labels: HostOrDeviceArray  # [B, N] int32, class index 0..K-1
+    boxes: HostOrDeviceArray  # [B, N, 4] float32, normalised cxcywh
+    masks: HostOrDeviceArray  # [B, N, Hm, Wm] uint8 0/1, the network input's frame (Hm = H / mask_stride)
+    valid: HostOrDeviceArray  # [B, N] bool
 
 
 @jax.tree_util.register_dataclass
@@ -36,12 +38,12 @@ class Targets:
 class Batch:
     """Images with their targets, as the loader yields them (numpy) and the step takes them (jax)."""
 
-    images: Array  # [B, H, W, 3] float32 RGB, 0..1
+    images: HostOrDeviceArray  # [B, H, W, 3] float32 RGB, 0..1
     targets: Targets
-    image_valid: Array  # [B] bool, False for the padding of a last partial batch
-    image_index: Array  # [B] int32, position in the data set (-1 for padding)
-    original_sizes: Array  # [B, 2] int32 (height, width) in pixels of the file
-    content_sizes: Array  # [B, 2] int32 (height, width) of the network input that the image fills,
+    image_valid: HostOrDeviceArray  # [B] bool, False for the padding of a last partial batch
+    image_index: HostOrDeviceArray  # [B] int32, position in the data set (-1 for padding)
+    original_sizes: HostOrDeviceArray  # [B, 2] int32 (height, width) in pixels of the file
+    content_sizes: HostOrDeviceArray  # [B, 2] int32 (height, width) of the network input that the image fills,
     #                       from the top left corner: all of it when stretched, less when letterboxed
 
 
@@ -53,6 +55,31 @@ class Outputs:
     class_logits: Array  # [B, Q, K]
     boxes: Array  # [B, Q, 4] normalised cxcywh
     mask_logits: Array  # [B, Q, h, w]
+
+    def masks_of(self, query: Array) -> jax.Array:
+        """Mask logits [B, T, h, w] of chosen queries [B, T]."""
+        return jnp.take_along_axis(jnp.asarray(self.mask_logits), jnp.asarray(query)[..., None, None], axis=1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FactoredOutputs:
+    """`Outputs` whose masks are products still to be made: of the queries that are kept, not of all."""
+
+    class_logits: Array  # [B, Q, K]
+    boxes: Array  # [B, Q, 4] normalised cxcywh
+    mask_queries: Array  # [B, Q, P]
+    mask_features: Array  # [B, h, w, P]
+
+    @property
+    def mask_logits(self) -> jax.Array:
+        """[B, Q, h, w]"""
+        return jnp.einsum("bqp,bhwp->bqhw", self.mask_queries, self.mask_features)
+
+    def masks_of(self, query: Array) -> jax.Array:
+        """Mask logits [B, T, h, w] of chosen queries [B, T]."""
+        chosen = jnp.take_along_axis(jnp.asarray(self.mask_queries), jnp.asarray(query)[..., None], axis=1)
+        return jnp.einsum("bqp,bhwp->bqhw", chosen, self.mask_features)
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +132,7 @@ class DenoisingQueries:
 class Detections:
     """The T best (query, class) pairs of each image, by falling score."""
 
-    scores: Array  # [B, T] float32, 0..1
-    labels: Array  # [B, T] int32
-    boxes_xyxy: Array  # [B, T, 4] normalised corners, not clipped
-    mask_logits: Array  # [B, T, h, w]
+    scores: HostOrDeviceArray  # [B, T] float32, 0..1
+    labels: HostOrDeviceArray  # [B, T] int32
+    boxes_xyxy: HostOrDeviceArray  # [B, T, 4] normalised corners, not clipped
+    mask_logits: HostOrDeviceArray  # [B, T, h, w]

@@ -10,13 +10,13 @@ import time
 
 import jax
 from ml_collections import ConfigDict
-from rich.progress import track
 
 from instseg_jax.data import coco
 from instseg_jax.data.source import build_dataset
 from instseg_jax.inference.pipeline_config import load_pipeline_config
-from instseg_jax.inference.predictor import load_model
+from instseg_jax.inference.predictor import describe, load_model
 from instseg_jax.inference.saving import save_results
+from instseg_jax.progress import track
 from instseg_jax.training import loop
 from instseg_jax.verbs_benchmark import benchmark as benchmark
 from instseg_jax.verbs_comparison import compare as compare
@@ -26,17 +26,23 @@ from instseg_jax.verbs_data import prepare as prepare
 from instseg_jax.verbs_data import split as split
 from instseg_jax.verbs_evaluation import evaluate as evaluate
 from instseg_jax.verbs_evaluation import load_with_overrides, print_metrics, score_model, write_outcome
+from instseg_jax.verbs_export import check_best_export, export_best
+from instseg_jax.verbs_export import export as export
 from instseg_jax.verbs_pipeline import build_from
 from instseg_jax.verbs_pipeline import get_pipeline_config as get_pipeline_config
 from instseg_jax.verbs_pipeline import predict as predict
 from instseg_jax.verbs_pipeline import serve as serve
-from instseg_jax.weights import checkpoint
+from instseg_jax.verbs_sweep import sweep as sweep
+from instseg_jax.weights import PRETRAINED, checkpoint
 
 
 def quickstart(config: ConfigDict, options: argparse.Namespace) -> int:
     """Check the data, train, evaluate, predict on the validation images."""
     started = time.monotonic()
+    check_best_export(config)
     workdir = pathlib.Path(options.workdir)
+    if options.from_pretrained:
+        config.model.weights = config.model.weights or PRETRAINED
     print("1/4  data")
     splits = {split: build_dataset(config.data, split) for split in ("train", "val")}
     for name, dataset in splits.items():
@@ -49,6 +55,8 @@ def quickstart(config: ConfigDict, options: argparse.Namespace) -> int:
     if not result["done_flag"]:
         print("stopped early; the same command goes on")
         return 1
+    if config.checkpoint.export:
+        export_best(workdir, config.checkpoint.export)
     print("3/4  evaluation of the best checkpoint")
     evaluated = score_model(load_with_overrides(config, workdir), str(workdir), ())
     write_outcome(workdir, evaluated)
@@ -70,16 +78,21 @@ def quickstart(config: ConfigDict, options: argparse.Namespace) -> int:
 
 
 def train(config: ConfigDict, options: argparse.Namespace) -> int:
+    """Train, or go on with the run in the workdir; the first process says how it ended and exports."""
+    check_best_export(config)
     result = loop.train(config, options.workdir)
     if jax.process_index() != 0:
         return 0
     best = result["best_score"]
     print(f"{result['steps']} of {result['total_steps']} steps in {options.workdir}")
     print(f"best {result['best_metric']}: {'none yet' if best is None else f'{best:.3f}'}")
+    if result["done_flag"] and config.checkpoint.export:
+        export_best(options.workdir, config.checkpoint.export)
     return 0
 
 
 def import_weights(config: ConfigDict, options: argparse.Namespace) -> int:
+    """Turn official weights into the best model of a workdir, and say what became of each tensor."""
     from instseg_jax.inference.predictor import import_checkpoint
 
     summary = import_checkpoint(config, options.weights, pathlib.Path(options.workdir) / checkpoint.BEST_MODEL)
@@ -89,9 +102,16 @@ def import_weights(config: ConfigDict, options: argparse.Namespace) -> int:
 
 
 def export_weights(config: ConfigDict | dict[str, str], options: argparse.Namespace) -> int:
+    """Write a checkpoint's weights to one file in the workdir, under the official names.
+
+    Raises: ValueError for an export, which has no weights to write.
+    """
     from instseg_jax.weights.export import export_weights as write_weights
 
     model = load_with_overrides(config, options.weights or options.workdir)
+    _ = model.network  # an export has no weights to write
     path = pathlib.Path(options.workdir) / f"{model.config.model.name}.{options.format}"
-    print(f"weights: {write_weights(path, model.variables, format=options.format)}")
+    metadata = describe(model)
+    write_weights(path, model.variables, format=options.format, metadata=metadata, half=options.half)
+    print(f"weights: {path}")
     return 0

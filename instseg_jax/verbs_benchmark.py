@@ -48,7 +48,7 @@ def benchmark(config: ConfigDict, options: argparse.Namespace) -> int:
     if "training" in parts:
         from instseg_jax.training.benchmark import run_benchmark
 
-        table |= run_benchmark(config, repeats=options.repeats)
+        table["training"] = [run_benchmark(each, repeats=options.repeats) for each in configs]
     if "inference" in parts:
         table["inference"] = [_time_model(each, options, batch_sizes) for each in configs]
         table["encoding"] = measure_encoding(repeats=options.repeats)
@@ -64,7 +64,7 @@ def _time_model(config: ConfigDict, options: argparse.Namespace, batch_sizes: li
     coco.check_images(dataset)
     if options.weights:
         loaded = load_model(options.weights, config)
-        model, variables, config = loaded.model, loaded.variables, loaded.config
+        model, variables, config = loaded.network, loaded.variables, loaded.config
     else:
         model = build_model(config.model, len(dataset.categories))
         variables = initial_variables(model, seed=config.seed, channels=config.data.channels)

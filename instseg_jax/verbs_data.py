@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Iterable
 
 from ml_collections import ConfigDict
-from rich.progress import track
 
 from instseg_jax.data import check, check_report, findings, repair
 from instseg_jax.data.convert import convert_dataset
@@ -14,6 +13,7 @@ from instseg_jax.data.source import build_dataset
 from instseg_jax.data.split import check_percentages, split_dataset
 from instseg_jax.files import write_json
 from instseg_jax.inference.visualize import draw_instances
+from instseg_jax.progress import track
 
 
 def check_dataset(config: ConfigDict, options: argparse.Namespace) -> int:

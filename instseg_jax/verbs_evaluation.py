@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from rich.progress import track
 
 from instseg_jax import sharding
 from instseg_jax.bands import show_bands
@@ -32,9 +31,11 @@ from instseg_jax.images import read_image
 from instseg_jax.inference import tta as tta_room
 from instseg_jax.inference.benchmark import peak_memory_mb
 from instseg_jax.inference.pipeline import build_pipeline
-from instseg_jax.inference.predictor import LoadedModel, load_model, make_predict
+from instseg_jax.inference.predictor import LoadedModel, bind, load_model
+from instseg_jax.inference.runtimes import find_export, read_export, save_export_thresholds
 from instseg_jax.inference.tiling import Tiles
 from instseg_jax.inference.visualize import draw_instances
+from instseg_jax.progress import track
 from instseg_jax.types import Batch, Detections
 from instseg_jax.weights import checkpoint
 
@@ -91,7 +92,11 @@ def evaluate_weights(
     config: ConfigDict | dict[str, str], weights: str | os.PathLike[str]
 ) -> tuple[dict[str, float | None], list[dict]]:
     """Score weights on the validation images: (metrics, COCO result entries)."""
-    model = load_with_overrides(config, weights)
+    return score_loaded(load_with_overrides(config, weights))
+
+
+def score_loaded(model: LoadedModel) -> tuple[dict[str, float | None], list[dict]]:
+    """Score a model on the validation images of its config: (metrics, COCO result entries)."""
     results, dataset, _ = _predict_split(model, ())
     return _score(coco.to_coco(dataset), results, ("segm", "bbox"), model.config.eval)["metrics"], results
 
@@ -249,13 +254,16 @@ def detect(model: LoadedModel, dataset: coco.CocoDataset, tta: Sequence[str]) ->
     """Detections of a data set with their batches, computed on all devices of the config.
 
     A batch is filled up to a multiple of the number of devices; of several processes each yields its own part.
+
+    Raises: ValueError for views of other sizes of an export, which has one size.
     """
     config = model.config
     mesh = sharding.make_mesh(select_devices(config.device))
-    variables = sharding.put_replicated(model.variables, mesh)
-    predict = make_predict(model.model, num_detections=config.eval.num_detections, mesh=mesh)
+    predict = bind(model, mesh, device=config.device, split=True)
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     scales = config.eval.tta_scales if "scales" in tta else ()
+    if scales and model.exported is not None:
+        raise ValueError(f"--tta=scales needs other sizes than the one of {model.exported.folder}; use the checkpoint")
     loaders = []
     for size in tta_room.scaled_sizes(config.data.image_size, scales, SIZE_MULTIPLE) if scales else [None]:
         sized = copy.deepcopy(config)
@@ -266,11 +274,10 @@ def detect(model: LoadedModel, dataset: coco.CocoDataset, tta: Sequence[str]) ->
     for views in track(batches, "evaluating", loaders[0].num_batches):
         found = []
         for view in views:
-            found.append(predict(variables, sharding.put_batch(view.images, mesh)))
+            found.append(predict(view.images))
             if "flip" in tta:
                 mirrored = np.ascontiguousarray(view.images[:, :, ::-1])
-                flipped = predict(variables, sharding.put_batch(mirrored, mesh))
-                found.append(tta_room.flip_back(local_rows(flipped)))
+                found.append(tta_room.flip_back(local_rows(predict(mirrored))))
         if len(found) > 1:
             merged = [local_rows(detections) for detections in found]
             yield tta_room.merge_views(merged, num_detections=config.eval.num_detections), views[0]
@@ -334,5 +341,9 @@ def _write(workdir: Path, evaluated: Evaluated, analyses: dict[str, Analysis]) -
 def _save_thresholds(weights: str | os.PathLike[str], analysis: Analysis) -> None:
     if analysis.thresholds is None:
         raise ValueError("--save_thresholds: nothing was found on the validation images, so no score is a threshold")
-    file = checkpoint.save_thresholds(weights, analysis.thresholds)
+    folder = find_export(weights)
+    if folder is None:
+        file = checkpoint.save_thresholds(weights, analysis.thresholds)
+    else:
+        file = save_export_thresholds(read_export(folder), analysis.thresholds)
     print(f"thresholds:  {file}")

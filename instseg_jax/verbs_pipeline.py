@@ -11,7 +11,14 @@ from ml_collections import ConfigDict
 from rich.progress import Progress
 
 from instseg_jax.config import override
-from instseg_jax.inference.pipeline import Pipeline, build_pipeline, load_pipeline_model, pick_threshold
+from instseg_jax.deploy.accelerate import accelerate
+from instseg_jax.inference.pipeline import (
+    Pipeline,
+    build_pipeline,
+    load_pipeline_model,
+    pick_threshold,
+    prepare_runtime,
+)
 from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_config, write_pipeline_config
 from instseg_jax.inference.predictor import LoadedModel
 from instseg_jax.inference.saving import check_formats, save_results
@@ -89,6 +96,14 @@ def _pipeline(config: ConfigDict | dict[str, str], options: argparse.Namespace) 
     if not isinstance(config, ConfigDict):
         for field, text in config.items():
             override(model.config, field, text)
+    model = prepare_runtime(
+        model,
+        options.use_hpip or settings.use_hpip,
+        settings.hpi_config,
+        device=options.device or model.config.device,
+        batch_size=options.batch_size or settings.batch_size,
+        accelerate=accelerate,
+    )
     return build_from(model, options.threshold, settings, options.batch_size, options.device)
 
 

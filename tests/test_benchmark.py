@@ -1,5 +1,6 @@
 """The inference half of the benchmark, with a made-up network; the goals for encoding."""
 
+import json
 import time
 
 import jax.numpy as jnp
@@ -98,3 +99,19 @@ def test_bad_options_are_one_sentence(monkeypatch, capsys, tmp_path, options, me
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_training_is_timed_for_every_size(monkeypatch, tmp_path):
+    monkeypatch.setenv("INSTSEG_HUGE_PAGES", "0")
+
+    def stand_in(config, *, repeats):
+        return {"model": config.model.name, "repeats": repeats}
+
+    monkeypatch.setattr("instseg_jax.training.benchmark.run_benchmark", stand_in)
+    arguments = ["--parts=training", "--sizes=n,l", "--repeats=2", f"--workdir={tmp_path}"]
+    assert main(["benchmark", *arguments]) == 0
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    assert written["training"] == [
+        {"model": "mask_rtdetr_n", "repeats": 2},
+        {"model": "mask_rtdetr_l", "repeats": 2},
+    ]

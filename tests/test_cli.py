@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from instseg_jax.cli import build_parser, main, split_overrides
+from instseg_jax.cli import build_parser, call, main, split_overrides
+from instseg_jax.progress import track
 
 HAS_SERVER = importlib.util.find_spec("fastapi") is not None
 
@@ -36,6 +37,7 @@ def test_help_lists_every_verb(capsys):
     for verb in (
         "quickstart",
         "train",
+        "sweep",
         "evaluate",
         "predict",
         "get_pipeline_config",
@@ -165,3 +167,18 @@ def test_run_py_relaunches_with_huge_pages_once(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=120)
     assert done.returncode == 1
     assert done.stderr.startswith("error: there is no config file")
+
+
+def test_a_notebook_calls_a_verb_and_hears_of_errors(tmp_path, capsys):
+    assert call("get_pipeline_config", f"--save_path={tmp_path}") == 0
+    assert list(tmp_path.glob("*.yaml")) and str(tmp_path) in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"unknown field config\.data\.folder"):
+        call("split", "--config.data.folder=x", "--train_percent=80", "--val_percent=20")
+
+
+def test_progress_goes_through_everything_and_is_quiet_in_a_notebook(monkeypatch, capsys, recwarn):
+    assert list(track(iter("abc"), "counting", 3)) == ["a", "b", "c"]
+    assert "counting" in capsys.readouterr().out
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert list(track(iter("abc"), "counting", 3)) == ["a", "b", "c"]
+    assert capsys.readouterr().out == "" and not recwarn.list

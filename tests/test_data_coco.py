@@ -1,5 +1,6 @@
 """Reading COCO files: both layouts, every mask form, the filters, and one clear error for each flaw."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -82,6 +83,18 @@ def test_missing_box_and_area_come_from_the_mask(tmp_path):
 def test_training_box_is_rounded_to_three_decimals(tmp_path):
     dataset = read(tmp_path, content(annotation(bbox=[1.00049, 2.0014, 3.0041, 4.0])))
     assert coco.training_box_xyxy_px(dataset.annotations[0][0]) == (1.0, 2.001, 4.005, 6.001)
+
+
+def test_targets_are_put_together_once_and_belong_to_their_data_set(tmp_path):
+    dataset = read(tmp_path, content(annotation(1, bbox=[1.00049, 2.0014, 3.0041, 4.0]), annotation(2)))
+    boxes, labels, segmentations = dataset.training_targets(0)
+    np.testing.assert_array_equal(boxes, np.array([[1, 2.001, 4.005, 6.001], [2, 1, 6, 5]], np.float32))
+    assert len(labels) == len(segmentations) == 2
+    assert dataset.training_targets(0)[0] is boxes
+    with pytest.raises(ValueError, match="read-only"):
+        boxes[0, 0] = 5
+    fewer = dataclasses.replace(dataset, annotations=(dataset.annotations[0][1:],))
+    np.testing.assert_array_equal(fewer.training_targets(0)[0], boxes[1:])
 
 
 def test_select_trainable_names_what_goes(tmp_path):
@@ -288,3 +301,13 @@ def test_byte_order_mark_and_non_ascii_names(tmp_path):
     file.write_bytes(b"\xff\xfe{}")
     with pytest.raises(ValueError, match="not a UTF-8 text file"):
         coco.read_coco(file, tmp_path)
+
+
+def test_taken_images_keep_their_objects_and_order():
+    whole = coco.read_split(coco.EMBEDDED, "train")
+    taken = coco.take_images(whole, [5, 0, 5])
+    assert [image.id for image in taken.images] == [whole.images[i].id for i in (5, 0, 5)]
+    assert taken.annotations == (whole.annotations[5], whole.annotations[0], whole.annotations[5])
+    assert taken.categories == whole.categories and whole.annotations[5] != whole.annotations[0]
+    with pytest.raises(IndexError, match="83 images; there is none at position 83"):
+        coco.take_images(whole, [0, 83])

@@ -140,6 +140,15 @@ def dataset_of(folder, file_name, width, height):
     )
 
 
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_every_8_bit_value_becomes_its_255th(channels):
+    values = np.arange(256, dtype=np.uint8).reshape(2, 128, 1).repeat(channels, axis=2)
+    place = np.full((3, 140, channels), 7, np.float32)
+    images.resize_pixels(values, (2, 128), (3, 140), "linear", place)
+    np.testing.assert_array_equal(place[:2, :128], values.astype(np.float32) * np.float32(1 / 255))
+    assert not place[2:].any() and not place[:, 128:].any()
+
+
 def test_images_are_turned_as_exif_says(tmp_path):
     pixels = np.zeros((16, 32, 3), np.uint8)
     pixels[:, :16] = (255, 0, 0)

@@ -10,7 +10,7 @@ from pycocotools import mask as mask_api
 
 from instseg_jax.inference import geo
 from instseg_jax.inference.geo import Georeference
-from instseg_jax.inference.rasters import RasterImage
+from instseg_jax.inference.rasters import RasterImage, write_geotiff
 from instseg_jax.inference.results import Result
 from instseg_jax.inference.windows import Window
 from instseg_jax.masks import encode_mask
@@ -176,3 +176,19 @@ def test_a_place_of_its_own_crs_is_kept(tmp_path, pipe):
     (result,) = pipe.predict(write_raster(tmp_path / "b.tif", with_hole(), crs=None), tile=64)
     (feature,) = geo.to_geojson(result)["features"]
     assert feature["properties"]["area_m2"] is None and feature["geometry"]["coordinates"][0][0][0][0] > 400_000
+
+
+def test_a_written_geotiff_lies_where_it_was_told(tmp_path):
+    pixels = with_hole()
+    path = write_geotiff(tmp_path / "a.tif", pixels, epsg=32632, origin=(395_000.0, 5_268_000.0), pixel_size=0.2)
+    with rasterio.open(path) as file:
+        assert file.crs.to_epsg() == 32632 and file.profile["tiled"]
+        assert file.xy(0, 0) == pytest.approx((395_000.1, 5_267_999.9))  # the middle of the first pixel
+        np.testing.assert_array_equal(np.moveaxis(file.read(), 0, -1), pixels)
+    raster = RasterImage(path)
+    assert raster.is_plain and raster.georeference.epsg == 32632
+    np.testing.assert_array_equal(raster.whole(), pixels)
+    with pytest.raises(ValueError, match="uint8"):
+        write_geotiff(path, pixels.astype(float), epsg=32632, origin=(0, 0), pixel_size=1)
+    with pytest.raises(ValueError, match="pixel_size is 0"):
+        write_geotiff(path, pixels, epsg=32632, origin=(0, 0), pixel_size=0)

@@ -2,11 +2,12 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "instseg_jax"
-NEUTRAL = {"types", "boxes", "masks", "files", "images", "bands", "config", "devices", "sharding"}
+NEUTRAL = {"types", "boxes", "masks", "files", "images", "bands", "config", "devices", "sharding", "progress"}
 ALLOWED = {
     "models": {"models"},
     "data": {"data"},
@@ -15,6 +16,7 @@ ALLOWED = {
     "inference": {"inference", "models", "weights"},
     "deploy": {"deploy", "inference", "evaluation", "models", "weights"},
     "training": {"training", "models", "evaluation", "inference", "data", "weights"},
+    "sweeps": {"sweeps", "training.workdir"},
 }
 ONLY_IN = {
     "optax": "training/",
@@ -68,3 +70,9 @@ def test_no_function_has_hidden_recipe_defaults():
     """Only the tops of verbs and `build_*` functions see a config; `config.get(name, default)` is nowhere."""
     for path in FILES:
         assert "config.get(" not in path.read_text(encoding="utf-8"), path
+
+
+def test_the_table_for_contributors_is_the_one_above():
+    text = (PACKAGE.parent / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (`.+`) \|$", text, re.MULTILINE))
+    assert {room: set(re.findall("`([^`]+)`", cell)) for room, cell in rows.items()} == ALLOWED

@@ -86,6 +86,17 @@ def test_polygons_are_joined():
     assert mask.sum() == 14
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 60), st.integers(0, 300), st.integers(1, 60), st.integers(0, 2**32 - 1))
+def test_columns_are_those_of_the_whole_drawing(num_parts, height, first, width, seed):
+    rng = np.random.default_rng(seed)
+    corners = [rng.uniform((first, -5), (first + width + 9, height + 5), (5, 2)).round(1) for _ in range(num_parts)]
+    whole = masks.rasterize_polygons(corners, height, first + width)
+    columns = masks.rasterize_columns([polygon.ravel() for polygon in corners], height, first, first + width)
+    np.testing.assert_array_equal(columns, whole[:, first:])
+    assert not whole[:, :first].any()
+
+
 def test_polygon_beyond_the_canvas_is_cut():
     mask = masks.rasterize_polygons([np.array([[-5, -5], [3, -5], [3, 20], [-5, 20]], float)], 4, 6)
     np.testing.assert_array_equal(mask, [[1, 1, 1, 0, 0, 0]] * 4)

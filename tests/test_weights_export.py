@@ -152,3 +152,29 @@ def test_safetensors_keep_every_type_and_order(tmp_path):
 def test_other_formats_are_refused(tmp_path, init):
     with pytest.raises(ValueError, match=r"weights format 'onnx' of .*x\.onnx is not one of pdparams, safetensors"):
         export_weights(tmp_path / "x.onnx", init)
+
+
+def test_a_safetensors_file_says_itself_what_it_is(tmp_path, state):
+    variables = names.official_to_flax({k: np.nan_to_num(v) for k, v in state.items()})
+    described = {
+        "config": {"model": {"name": "mask_rtdetr_s"}},
+        "class_names": ["a", "b"],
+        "thresholds": {"overall": 0.4},
+    }
+    path = export_weights(tmp_path / "s.safetensors", variables, metadata=described, half=True)
+    whole = export_weights(tmp_path / "whole.safetensors", variables)
+    assert path.stat().st_size < 0.52 * whole.stat().st_size
+    read = weights.read_weights(path)
+    assert (read.metadata, read.class_names, read.thresholds) == (described, ("a", "b"), {"overall": 0.4})
+    assert weights.read_weights(whole).metadata == {}
+    for name, tensor in names.flatten_tree(read.variables).items():
+        original = names.flatten_tree(variables)[name]
+        assert tensor.dtype == np.float32
+        np.testing.assert_array_equal(tensor, original.astype(np.float16))
+        assert np.abs(tensor).max() > 0
+
+
+def test_half_precision_is_refused_where_no_official_tool_reads_it(tmp_path, state):
+    with pytest.raises(ValueError, match="half precision is for safetensors, not for pdparams"):
+        export_weights(tmp_path / "s.pdparams", names.official_to_flax(state), half=True)
+    assert not list(tmp_path.iterdir())

@@ -43,6 +43,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """Whether nothing was found that fails the check; warnings and advice may be there."""
         return not has_errors(self.flaws)
 
 

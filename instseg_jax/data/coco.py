@@ -7,6 +7,7 @@ drawing them is `masks.py` and `data/rasterize.py`; single entries of a file are
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,27 @@ class CocoDataset:
             data = self.pictures(self.images[index].id)
             return decode_bands(data, self.bands, str(path)) if self.bands else images.decode_image(data, str(path))
         return read_bands(path, self.bands) if self.bands else images.read_image(path)
+
+    def training_targets(self, index: int) -> tuple[np.ndarray, np.ndarray, tuple[masks.Segmentation, ...]]:
+        """Boxes [n, 4] float32 xyxy in pixels, labels [n] int32 and segmentations of an image's objects.
+
+        They are put together once and kept: the arrays can't be written to.
+        """
+        targets = self._training_targets.get(index)
+        if targets is None:
+            annotations = self.annotations[index]
+            corners = [training_box_xyxy_px(annotation) for annotation in annotations]
+            boxes = np.array(corners, np.float32).reshape(-1, 4)
+            labels = np.array([annotation.label for annotation in annotations], np.int32)
+            boxes.setflags(write=False)
+            labels.setflags(write=False)
+            targets = boxes, labels, tuple(annotation.segmentation for annotation in annotations)
+            self._training_targets[index] = targets
+        return targets
+
+    @functools.cached_property
+    def _training_targets(self) -> dict[int, tuple[np.ndarray, np.ndarray, tuple[masks.Segmentation, ...]]]:
+        return {}
 
     @property
     def channels(self) -> int:
@@ -187,6 +209,21 @@ def select_trainable(dataset: CocoDataset, *, keep_empty: bool) -> CocoDataset:
             records.append(image)
             annotations.append(tuple(kept))
     return dataclasses.replace(dataset, images=tuple(records), annotations=tuple(annotations), skipped=tuple(skipped))
+
+
+def take_images(dataset: CocoDataset, positions: Sequence[int]) -> CocoDataset:
+    """Keep the images at the given positions, in that order, with their objects.
+
+    Raises IndexError that names the first position that is not in 0..len(dataset) - 1.
+    """
+    for position in positions:
+        if not 0 <= position < len(dataset):
+            raise IndexError(f"{dataset.name} has {len(dataset)} images; there is none at position {position}.")
+    return dataclasses.replace(
+        dataset,
+        images=tuple(dataset.images[i] for i in positions),
+        annotations=tuple(dataset.annotations[i] for i in positions),
+    )
 
 
 def training_box_xyxy_px(annotation: Annotation) -> tuple[float, float, float, float]:

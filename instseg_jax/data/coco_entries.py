@@ -65,7 +65,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_categories(entries: list[Any], file: Path) -> list[tuple[int, str]]:
-    """(id, name) of each category, by ascending id: the rank is the class index."""
+    """(id, name) of each category, by ascending id: the rank is the class index.
+
+    Raises: ValueError that names the file when there are none, or an entry is malformed.
+    """
     for number, entry in enumerate(entries):
         require_keys(entry, ("id", "name"), f"Category number {number + 1} of {file}")
     if not entries:
@@ -121,7 +124,10 @@ def read_annotation(entry: dict[str, Any], label: int, image: ImageRecord) -> An
 def read_box_and_area(
     entry: dict[str, Any], segmentation: masks.Segmentation, image: ImageRecord
 ) -> tuple[tuple[float, float, float, float], float]:
-    """(x, y, width, height) in pixels and the area of an object, from the entry or else from its mask."""
+    """(x, y, width, height) in pixels and the area of an object, from the entry or else from its mask.
+
+    Raises: ValueError, without saying which object, for a box or an area that is no number.
+    """
     box, area = entry.get("bbox"), entry.get("area")
     if box is None or area is None:
         rle = masks.segmentation_to_rle(segmentation, image.height, image.width)
@@ -138,7 +144,10 @@ def read_box_and_area(
 
 
 def read_segmentation(segmentation: Any, image: ImageRecord) -> masks.Segmentation:
-    """Polygons or a run-length code of a picture, checked so that drawing it is safe."""
+    """Polygons or a run-length code of a picture, checked so that drawing it is safe.
+
+    Raises: ValueError, without saying which object, for everything else.
+    """
     if isinstance(segmentation, dict):
         rle = masks.segmentation_to_rle(segmentation, image.height, image.width)
         masks.check_rle(rle)

@@ -66,23 +66,22 @@ def load_example(dataset: coco.CocoDataset, index: int) -> Example:
 
     Raises ValueError, naming the file, when the decoded size is not the one of the annotation file.
     """
-    record, path = dataset.images[index], dataset.image_path(index)
-    image = dataset.read_image(index)
+    record, image = dataset.images[index], dataset.read_image(index)
     height, width = image.shape[:2]
     if (height, width) != (record.height, record.width):
         hint = " (turned as its EXIF orientation says)" if (width, height) == (record.height, record.width) else ""
         raise ValueError(
-            f"{str(path)!r} is {width}x{height} pixels{hint}, but {dataset.name} says {record.width}x{record.height}."
+            f"{str(dataset.image_path(index))!r} is {width}x{height} pixels{hint}, "
+            f"but {dataset.name} says {record.width}x{record.height}."
         )
-    annotations = dataset.annotations[index]
-    boxes = np.array([coco.training_box_xyxy_px(a) for a in annotations], np.float32).reshape(-1, 4)
+    boxes, labels, segmentations = dataset.training_targets(index)
     return Example(
         image=image,
         view=rasterize.whole_view(height, width),
         is_float=False,
         boxes_xyxy_px=boxes,
-        labels=np.array([a.label for a in annotations], np.int32),
-        segmentations=tuple(a.segmentation for a in annotations),
+        labels=labels,
+        segmentations=segmentations,
     )
 
 
@@ -94,6 +93,8 @@ def finish(
     The picture is written to `out` [H, W, 3] float32 where that is given.
 
     For evaluation that is all there is to do: stretched with "cubic" it is the reference's preprocessing.
+
+    Raises: ValueError when `size` is no multiple of the mask stride.
     """
     if size[0] % layout.mask_stride or size[1] % layout.mask_stride:
         raise ValueError(f"The size {size[0]}x{size[1]} is not a multiple of data.mask_stride {layout.mask_stride}.")

@@ -176,6 +176,7 @@ class Flaw:
 
     @property
     def is_error(self) -> bool:
+        """Whether it fails the check, as its code has it."""
         return CODES[self.code][0] == ERROR
 
 

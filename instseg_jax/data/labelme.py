@@ -33,7 +33,10 @@ CROWD_FLAGS = ("crowd", "iscrowd")
 
 
 def find_annotations(source: Path, labels: str | Path | None) -> Listing:
-    """The files that `train_anno_list.txt` and `val_anno_list.txt` list, else all LabelMe files below the folder."""
+    """The files that `train_anno_list.txt` and `val_anno_list.txt` list, else all LabelMe files below the folder.
+
+    Raises: FileNotFoundError when there are none.
+    """
     class_names = read_class_names(source, labels)
     if (source / LISTS["train"]).is_file():
         parts = {part: _read_list(source / name) for part, name in LISTS.items() if (source / name).is_file()}
@@ -45,7 +48,10 @@ def find_annotations(source: Path, labels: str | Path | None) -> Listing:
 
 
 def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str]) -> ConvertedImage:
-    """Read one file with its picture; what is left out or drawn in a way of its own is counted in `notes`."""
+    """Read one file with its picture; what is left out or drawn in a way of its own is counted in `notes`.
+
+    Raises: ValueError that names the file for shapes that are no LabelMe shapes.
+    """
     content = _read_json(path)
     picture, data = _find_picture(path, content, listing.root)
     height, width = (images.read_image(picture) if picture else images.decode_image(data, str(path))).shape[:2]

@@ -138,6 +138,8 @@ def train_batches(
 
     Each epoch is a permutation of (seed, epoch) without its incomplete last batch. Size and
     interpolation are drawn once a batch, from (seed, step).
+
+    Raises: ValueError for a negative seed or start_step; errors of a picture name its file.
     """
     _check_loading(dataset, batch_size, interpolations, num_workers, prefetch, process_index, process_count)
     if seed < 0 or start_step < 0:

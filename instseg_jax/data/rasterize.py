@@ -7,6 +7,7 @@ The random choices are in `data/transforms.py`.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import cv2
@@ -148,15 +149,16 @@ def render_masks(
 
 def map_points(points: np.ndarray, view: View, content: tuple[int, int]) -> np.ndarray:
     """Move points [P, 2] (x, y) of the source picture into the network input."""
-    x, y = points[:, 0] - view.left, points[:, 1] - view.top
+    moved = points - (view.left, view.top)
     if view.transposed:
-        x, y = y, x
+        moved = np.ascontiguousarray(moved[:, ::-1])
     height, width = view.size
     if view.flip_x:
-        x = width - x
+        np.subtract(width, moved[:, 0], out=moved[:, 0])
     if view.flip_y:
-        y = height - y
-    return np.stack([x * (content[1] / width), y * (content[0] / height)], axis=1)
+        np.subtract(height, moved[:, 1], out=moved[:, 1])
+    moved *= (content[1] / width, content[0] / height)
+    return moved
 
 
 def _is_all_inside(view: View, content: tuple[int, int], size: tuple[int, int]) -> bool:
@@ -182,16 +184,20 @@ def _draw_polygons(
     if not len(segmentations):
         return out
     parts = [points for polygons in segmentations for points in polygons]
-    objects = np.repeat(np.arange(len(segmentations)), [sum(map(len, polygons)) for polygons in segmentations])
-    moved = map_points(np.concatenate(parts), view, content) / mask_stride
-    starts = np.searchsorted(objects, np.arange(len(segmentations)))
+    ends = list(itertools.accumulate(map(len, parts)))
+    part_counts = list(map(len, segmentations))
+    moved = map_points(np.concatenate(parts), view, content)
+    moved /= mask_stride
+    first_parts = [0, *itertools.accumulate(part_counts[:-1])]
+    starts = [ends[first] - len(parts[first]) for first in first_parts]
     low = np.maximum(np.floor(np.minimum.reduceat(moved, starts)).astype(int) - 1, 0)
     high = np.minimum(np.ceil(np.maximum.reduceat(moved, starts)).astype(int) + 2, canvas[::-1])
-    moved_parts = iter(np.split(moved, np.cumsum([len(points) for points in parts])[:-1]))
-    for i, (polygons, (x1, y1), (x2, y2)) in enumerate(zip(segmentations, low.tolist(), high.tolist(), strict=True)):
-        own = [next(moved_parts) for _ in polygons]
+    flat = moved.ravel()
+    for i, ((x1, y1), (x2, y2)) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
         if x2 > x1 and y2 > y1:
-            out[i, y1:y2, x1:x2] = masks.rasterize_polygons(own, y2, x2)[y1:, x1:]
+            first = first_parts[i]
+            own = [flat[2 * (ends[j] - len(parts[j])) : 2 * ends[j]] for j in range(first, first + part_counts[i])]
+            out[i, y1:y2, x1:x2] = masks.rasterize_columns(own, y2, x1, x2)[y1:]
     return out
 
 
@@ -229,7 +235,7 @@ def _draw_in_its_box(segmentation: masks.Segmentation, size: tuple[int, int]) ->
     x2, y2 = np.minimum(np.ceil(high).astype(int) + 2, size[::-1]).tolist()
     if x2 <= x1 or y2 <= y1:
         return 0, 0, np.zeros((0, 0), np.uint8)
-    return y1, x1, masks.rasterize_polygons(segmentation, y2, x2)[y1:, x1:]
+    return y1, x1, masks.rasterize_columns([points.ravel() for points in segmentation], y2, x1, x2)[y1:]
 
 
 def _source_positions(

@@ -41,6 +41,8 @@ def with_channel_ranges(config: ConfigDict) -> ConfigDict:
     """The config with data.channel_ranges filled in from the training pictures, where data.scaling needs it.
 
     Up to 200 pictures, evenly over the split, are looked at; the same data set gives the same ranges.
+
+    Raises: ValueError for percentiles that are not rising within 0..100, and what reading the pictures raises.
     """
     data = config.data
     if data.scaling != "percentile" or data.channel_ranges is not None:

@@ -109,6 +109,8 @@ def split_images(
     `group_by` is a regular expression that is searched in file names: pictures with the same match (of its first
     group, where it has one) stay together. The dealing follows Sechidis et al. 2011: the rarest class first, each
     picture to the part that lacks the class most.
+
+    Raises: ValueError when there are too few pictures, or groups, for two parts.
     """
     check_percentages(train_percent, val_percent)
     groups = _group_images(content["images"], group_by)

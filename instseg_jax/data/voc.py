@@ -46,6 +46,8 @@ def find_annotations(source: Path, labels: str | Path | None) -> Listing:
     """One name a picture: of ImageSets/Segmentation/{train,val}.txt, else of all masks, else of all XML files.
 
     The folder may also hold the one that is laid out as VOC is, as VOCdevkit does.
+
+    Raises: FileNotFoundError when it has none of VOC's folders.
     """
     class_names = read_class_names(source, labels)
     source = _find_root(source)
@@ -79,7 +81,10 @@ def _find_root(source: Path) -> Path:
 
 
 def read_annotation(stem: Path, listing: Listing, notes: collections.Counter[str]) -> ConvertedImage:
-    """Read all that there is of a name: masks, classes, XML and the picture."""
+    """Read all that there is of a name: masks, classes, XML and the picture.
+
+    Raises: FileNotFoundError when the name has no picture.
+    """
     root, name = listing.root, stem.as_posix()
     picture = find_picture(name, [root / "JPEGImages", root / "images", root])
     if picture is None:

@@ -23,6 +23,8 @@ def find_annotations(source: Path, labels: str | Path | None) -> Listing:
 
     The label file of `images/.../a.jpg` is `labels/.../a.txt`, or stands beside the picture; pictures without one
     have no objects.
+
+    Raises: FileNotFoundError when there is no picture, or none has labels.
     """
     description = next(
         (source / name for name in ("data.yaml", "dataset.yaml", "data.yml") if (source / name).is_file()), None
@@ -53,7 +55,10 @@ def find_annotations(source: Path, labels: str | Path | None) -> Listing:
 
 
 def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str]) -> ConvertedImage:
-    """Read the labels of a picture; classes without a name are called by their number."""
+    """Read the labels of a picture; classes without a name are called by their number.
+
+    Raises: ValueError that names the line for what is neither a polygon nor a box.
+    """
     height, width = images.read_image(path).shape[:2]
     file, objects = _label_file(path), []
     lines = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else []

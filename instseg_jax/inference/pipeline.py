@@ -23,15 +23,18 @@ from instseg_jax.devices import select_devices
 from instseg_jax.inference import predictor, tiling
 from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_config
 from instseg_jax.inference.results import Result
+from instseg_jax.inference.runtimes import find_export, parse_hpi_config, with_backend
 from instseg_jax.inference.sources import Source, find_sources, with_bands
 from instseg_jax.inference.streaming import Feeding, Found, stream_instances
 from instseg_jax.models.variants import canonical_name
-from instseg_jax.sharding import make_mesh, put_batch, put_replicated
+from instseg_jax.sharding import make_mesh
 from instseg_jax.types import Detections
+from instseg_jax.weights import PACKAGED_WEIGHTS, PRETRAINED
 
 DEFAULT_WEIGHTS = "output"  # where a training leaves its weights when it is not told otherwise
 DEFAULT_THRESHOLD = 0.5  # where neither call nor weights nor YAML say one
 Threshold = float | Mapping[str, float]
+Accelerate = Callable[..., predictor.LoadedModel]  # see `deploy/accelerate.py`
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +144,7 @@ def create_pipeline(
     use_hpip: bool | None = None,
     hpi_config: Mapping[str, Any] | None = None,
     model_config: ConfigDict | None = None,
+    accelerate: Accelerate | None = None,
 ) -> Pipeline:
     """Create a pipeline that finds the instances in images.
 
@@ -148,12 +152,15 @@ def create_pipeline(
       pipeline: "instance_segmentation" (the default), or the path of a YAML file as `get_pipeline_config` writes it.
       config: the content of such a file; it goes before `pipeline`.
       device: auto, cpu, gpu, tpu for the first of a kind, gpu:0,1 for several, which share every batch. None: auto.
-      weights: workdir of a run, checkpoint, or official file; None: those of the YAML, else the run in `output`.
+      weights: workdir of a run, checkpoint, export, or official file; None: those of the YAML, else the run in
+        `output`.
       threshold: lowest score, for all classes or by class name; None: as stored with the weights, else of the YAML.
       batch_size: images a call of the network; None: that of the YAML.
-      use_hpip: True asks for a faster runtime than the compiled network, of which checkpoints have none (a warning).
-      hpi_config: settings of such a runtime; without one they change nothing.
+      use_hpip: True asks for the quickest runtime that is installed: a checkpoint is exported once, beside itself.
+      hpi_config: settings of that runtime: {"backend": "onnxruntime", "backend_config": {"cpu_num_threads": 4}}; they
+        also hold for an export. None: those of the YAML.
       model_config: how the network is built, for files that don't say, see `load_model`.
+      accelerate: what `use_hpip` calls, `deploy.accelerate.accelerate` where this is `instseg_jax.create_pipeline`.
 
     Raises: FileNotFoundError without weights; ValueError for settings that are wrong or contradict each other.
     """
@@ -161,15 +168,43 @@ def create_pipeline(
     if config is not None and pipeline is not None:
         log.warning("both pipeline=%s and config are given; config is used", pipeline)
     model = load_pipeline_model(settings, weights, model_config)
-    if use_hpip or (use_hpip is None and settings.use_hpip):
-        log.warning("use_hpip: a checkpoint has no faster runtime than the compiled network, which is used")
+    batch_size = settings.batch_size if batch_size is None else batch_size
+    model = prepare_runtime(
+        model,
+        settings.use_hpip if use_hpip is None else use_hpip,
+        settings.hpi_config if hpi_config is None else hpi_config,
+        device=device or "auto",
+        batch_size=batch_size,
+        accelerate=accelerate,
+    )
     return build_pipeline(
         model,
         device=device or "auto",
         threshold=pick_threshold(threshold, model, settings),
-        batch_size=settings.batch_size if batch_size is None else batch_size,
+        batch_size=batch_size,
         visualize=settings.visualize,
     )
+
+
+def prepare_runtime(
+    model: predictor.LoadedModel,
+    use_hpip: bool | None,
+    hpi_config: Mapping[str, Any] | None,
+    *,
+    device: str,
+    batch_size: int,
+    accelerate: Accelerate | None,
+) -> predictor.LoadedModel:
+    """The model as `use_hpip` and `hpi_config` ask for it. Raises ValueError for settings that mean nothing."""
+    wanted = parse_hpi_config(hpi_config)
+    if model.exported is not None:
+        backend = None if wanted.backend == "xla" else wanted.backend
+        return dataclasses.replace(model, exported=with_backend(model.exported, backend, wanted.num_threads))
+    if use_hpip and accelerate is not None:
+        return accelerate(model, wanted, device=device, batch_size=batch_size)
+    if use_hpip:
+        log.warning("use_hpip: a checkpoint alone has no faster runtime than the compiled network, which is used")
+    return model
 
 
 def load_pipeline_model(
@@ -179,22 +214,28 @@ def load_pipeline_model(
     *,
     default: str = DEFAULT_WEIGHTS,
 ) -> predictor.LoadedModel:
-    """Load the weights that the call or the YAML names, else those of the last training in `default`.
+    """Load the weights that the call or the YAML names, else those of the last training in `default`, else the
+    pretrained size N of the package, which is told as a warning.
 
-    Raises FileNotFoundError without weights, ValueError for weights of another model than the YAML's `model_name`.
+    Raises FileNotFoundError for weights that are not there, ValueError for weights of another model than the YAML's
+    `model_name`.
     """
     from instseg_jax.weights.checkpoint import is_checkpoint  # Orbax is slow to import
 
     source = weights or settings.model_dir
-    if source is None:
-        if not is_checkpoint(default):
-            raise FileNotFoundError(
-                f"no weights: there is no trained model in {Path(default).resolve()}; train one "
-                "(`python run.py quickstart` takes minutes) or name weights (a run's workdir, a checkpoint, a "
-                ".pdparams file) with weights=... or --weights=..."
-            )
+    if source is None and (is_checkpoint(default) or find_export(default)):
         source = default
-    if model_config is None and not is_checkpoint(source):
+    elif source is None:
+        source = PRETRAINED
+        log.warning(
+            "there is no trained model in %s: using the small one that comes with the package (%s). For your own "
+            "classes train one (`python run.py quickstart` takes minutes), or name weights (a run's workdir, a "
+            "checkpoint, a .pdparams file) with weights=... or --weights=...",
+            Path(default).resolve(),
+            PRETRAINED,
+        )
+    says_itself = str(source) in PACKAGED_WEIGHTS or find_export(source) or is_checkpoint(source)
+    if model_config is None and not says_itself:
         model_config = _official_config(settings.model_name or Path(source).name)
     model = predictor.load_model(source, model_config)
     if settings.model_name is not None and canonical_name(settings.model_name) != canonical_name(
@@ -251,12 +292,9 @@ def build_pipeline(
         devices = devices[:1]
     if batch_size < 1 or batch_size % len(devices):
         raise ValueError(f"batch_size is {batch_size}, it must be a multiple of the number of devices, {len(devices)}")
-    mesh = make_mesh(devices)
-    variables = put_replicated(model.variables, mesh)
-    predict = predictor.make_predict(model.model, num_detections=model.config.eval.num_detections)
     data = model.config.data
     return Pipeline(
-        run=lambda images: predict(variables, put_batch(images, mesh)),
+        run=predictor.bind(model, make_mesh(devices), device=device),
         feeding=Feeding((data.image_size, data.image_size), data.resize, data.eval_interpolation, build_bands(data)),
         class_names=model.class_names,
         category_ids=model.category_ids,

@@ -27,6 +27,7 @@ class PipelineConfig:
     batch_size: int
     threshold: float | dict[str, float] | None
     use_hpip: bool | None
+    hpi_config: Mapping[str, Any] | None
     visualize: bool
 
 
@@ -97,6 +98,7 @@ def _parse(content: Mapping[str, Any], where: str, folder: Path | None) -> Pipel
         batch_size=batch_size,
         threshold=module.get("threshold"),
         use_hpip=content.get("use_hpip"),
+        hpi_config=content.get("hpi_config"),
         visualize=bool(serving.get("visualize", True)),
     )
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from instseg_jax import boxes
 from instseg_jax.masks import edges_to_rle
-from instseg_jax.types import Detections, Outputs
+from instseg_jax.types import Detections, FactoredOutputs, Outputs
 
 # Pixels sampled at a time: few enough for a core's cache, enough to hide the cost of the calls.
 BLOCK_PIXELS = 1 << 18
@@ -49,7 +49,7 @@ class _Sampling:
         return _Sampling(self.lower[pixels], self.upper[pixels], self.weight[pixels])
 
 
-def select_detections(outputs: Outputs, *, num_detections: int) -> Detections:
+def select_detections(outputs: Outputs | FactoredOutputs, *, num_detections: int) -> Detections:
     """Keep the best (query, class) pairs of each image, by falling score.
 
     A query can appear several times, with different classes. T = min(num_detections, Q * K). Boxes become
@@ -58,7 +58,7 @@ def select_detections(outputs: Outputs, *, num_detections: int) -> Detections:
     """
     if num_detections < 1:
         raise ValueError(f"num_detections must be at least 1, got {num_detections}.")
-    batch_size, num_queries, num_classes = jnp.shape(outputs.class_logits)
+    batch_size, num_queries, num_classes = np.shape(outputs.class_logits)
     scores = jax.nn.sigmoid(jnp.asarray(outputs.class_logits, jnp.float32))  # float32: half precision makes ties
     count = min(num_detections, num_queries * num_classes)
     top_scores, index = jax.lax.top_k(scores.reshape(batch_size, -1), count)
@@ -68,7 +68,7 @@ def select_detections(outputs: Outputs, *, num_detections: int) -> Detections:
         scores=top_scores,
         labels=(index % num_classes).astype(jnp.int32),
         boxes_xyxy=jnp.take_along_axis(boxes_xyxy, query[..., None], axis=1),
-        mask_logits=jnp.take_along_axis(jnp.asarray(outputs.mask_logits), query[..., None, None], axis=1),
+        mask_logits=outputs.masks_of(query),
     )
 
 

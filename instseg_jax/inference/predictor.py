@@ -7,14 +7,16 @@ from collections.abc import Callable
 from typing import cast
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
 from instseg_jax.config import add_missing_fields, load_config
 from instseg_jax.inference.postprocess import select_detections
+from instseg_jax.inference.runtimes import Export, find_export, open_export, read_export
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, abstract_variables, build_model
-from instseg_jax.sharding import split_over_batch
+from instseg_jax.sharding import put_batch, put_replicated, split_over_batch
 from instseg_jax.types import Detections, Outputs
 from instseg_jax.weights import Weights, checkpoint
 
@@ -25,7 +27,7 @@ Predict = Callable[[dict, jax.Array], Detections]
 class LoadedModel:
     """A network with weights and what is needed to use them on pictures."""
 
-    model: MaskRTDETR
+    model: MaskRTDETR | None  # None of an export
     variables: dict
     config: ConfigDict
     class_names: tuple[str, ...]
@@ -33,6 +35,16 @@ class LoadedModel:
     metadata: dict  # of the checkpoint; empty for other files
     summary: str  # how many tensors were loaded
     thresholds: dict | None = None  # of scores, stored by an evaluation: {"overall": 0.4, "classes": {name: 0.3}}
+    exported: Export | None = None  # an exported model in place of network and variables
+    source: str = ""  # where it was loaded from
+
+    @property
+    def network(self) -> MaskRTDETR:
+        """The network. Raises ValueError where there is none that can be looked into."""
+        if self.model is None:
+            where = self.exported.folder if self.exported else "this"
+            raise ValueError(f"{where} is an exported model; name the checkpoint it was made from")
+        return self.model
 
 
 def make_predict(model: MaskRTDETR, *, num_detections: int, mesh: Mesh | None = None) -> Predict:
@@ -48,14 +60,36 @@ def make_predict(model: MaskRTDETR, *, num_detections: int, mesh: Mesh | None = 
     return jax.jit(predict, out_shardings=None if mesh is None else split_over_batch(mesh))
 
 
+def bind(model: LoadedModel, mesh: Mesh, *, device: str, split: bool = False) -> Callable[[np.ndarray], Detections]:
+    """A function from images [B, H, W, C] float32 to `Detections`: the network on the devices of a mesh, or the export.
+
+    `device` is the text that named the devices; exports run on the first. `split`: see `make_predict`.
+    Raises ValueError where an export does not fit what the model's config asks for.
+    """
+    count = model.config.eval.num_detections
+    if model.exported is not None:
+        size = model.exported.size
+        if (model.config.data.image_size,) * 2 != size:
+            raise ValueError(
+                f"data.image_size is {model.config.data.image_size}, but {model.exported.folder} was exported with "
+                f"{size[0]}; export again with --size={model.config.data.image_size}"
+            )
+        return open_export(model.exported, device=device, num_detections=count)
+    variables = put_replicated(model.variables, mesh)
+    predict = make_predict(model.network, num_detections=count, mesh=mesh if split else None)
+    return lambda images: predict(variables, put_batch(images, mesh))
+
+
 def load_model(source: str | os.PathLike[str] | Weights, config: ConfigDict | None = None) -> LoadedModel:
-    """Load a run's best weights, a checkpoint, or an official file; the last needs a config.
+    """Load a run's best weights, a checkpoint, an export, or an official file; the last needs a config.
 
     A checkpoint brings its own config; the sections `model` and `data` that say how the network is built and
     fed always come from it, the rest from `config` where one is given.
 
     Raises: FileNotFoundError or ValueError in one sentence when there are no weights or they do not fit.
     """
+    if not isinstance(source, Weights) and (folder := find_export(source)):
+        return load_exported(read_export(folder), config)
     found = source if isinstance(source, Weights) else weights_room.read_weights(source)
     source = found.source
     num_classes = found.num_classes
@@ -75,7 +109,36 @@ def load_model(source: str | os.PathLike[str] | Weights, config: ConfigDict | No
     )
     ids = tuple(category_ids)
     return LoadedModel(
-        model, variables, config, class_names, ids, found.metadata, str(summary), thresholds=found.thresholds
+        model,
+        variables,
+        config,
+        class_names,
+        ids,
+        found.metadata,
+        str(summary),
+        thresholds=found.thresholds,
+        source=str(source),
+    )
+
+
+def load_exported(export: Export, config: ConfigDict | None = None) -> LoadedModel:
+    """An export as `load_model` gives a checkpoint, with the config and classes that it carries."""
+    settings = export.settings
+    saved = ConfigDict(settings["config"])
+    add_missing_fields(saved, load_config(f"configs/mask_rtdetr.py:{saved.model.name[-1]}"))
+    saved = saved if config is None else merge_configs(config, saved)
+    summary = f"{settings['format']}, {settings['precision']}, exported from {settings['source']}"
+    return LoadedModel(
+        None,
+        {},
+        saved,
+        tuple(settings["class_names"]),
+        tuple(settings["category_ids"]),
+        settings,
+        summary,
+        thresholds=settings["stored_thresholds"],
+        exported=export,
+        source=str(export.folder),
     )
 
 
@@ -88,6 +151,19 @@ def merge_configs(config: ConfigDict, saved: ConfigDict) -> ConfigDict:
     return merged
 
 
+def describe(model: LoadedModel) -> dict:
+    """What a file of these weights needs to say about itself, as JSON values: config, classes, ids, thresholds."""
+    kept = {name: model.metadata[name] for name in ("step", "score") if name in model.metadata}
+    return {
+        "config": json.loads(model.config.to_json_best_effort()),
+        "class_names": list(model.class_names),
+        "category_ids": list(model.category_ids),
+        "thresholds": model.thresholds,
+        "versions": checkpoint.library_versions(),
+        **kept,
+    }
+
+
 def import_checkpoint(config: ConfigDict, source: str, folder: str | os.PathLike[str]) -> str:
     """Turn official weights into a self-describing checkpoint at `folder`; returns what was loaded, to print.
 
@@ -96,14 +172,6 @@ def import_checkpoint(config: ConfigDict, source: str, folder: str | os.PathLike
     """
     found = weights_room.read_weights(source)
     model = load_model(found, config)
-    metadata = {
-        "config": json.loads(config.to_json_best_effort()),
-        "class_names": list(model.class_names),
-        "category_ids": list(model.category_ids),
-        "step": 0,
-        "score": None,
-        "source": str(source),
-        "versions": checkpoint.library_versions(),
-    }
+    metadata = {"step": 0, "score": None} | describe(model) | {"source": str(source)}
     checkpoint.save_inference_checkpoint(folder, model.variables, metadata)
     return model.summary

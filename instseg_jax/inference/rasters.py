@@ -1,4 +1,4 @@
-"""GeoTIFFs read in windows (extra `geo`: rasterio), so that an image need not fit into memory.
+"""GeoTIFFs (extra `geo`: rasterio): read in windows, so that an image need not fit into memory; written whole.
 
 Where an image lies on the ground, and files of maps, are in `geo.py`.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from instseg_jax.files import write_bytes
 from instseg_jax.inference.geo import Georeference
 from instseg_jax.inference.windows import Window, fill_up, view_size
 
@@ -34,6 +35,29 @@ def open_raster(path: Path) -> "RasterImage | None":
         if raster.georeference is not None or raster.is_plain:
             return raster
     return None
+
+
+def write_geotiff(
+    path: str | Path, image: np.ndarray, *, epsg: int, origin: tuple[float, float], pixel_size: float
+) -> Path:
+    """Write a picture [height, width, 3] uint8 RGB as a tiled GeoTIFF, north up; return the file.
+
+    `origin` is the (x, y) of its top left corner in the CRS of the EPSG code, `pixel_size` the side of a pixel there.
+    """
+    import rasterio
+    from rasterio.transform import from_origin
+
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"A GeoTIFF is written of uint8 [height, width, 3], got {image.dtype} {list(image.shape)}.")
+    if not pixel_size > 0:
+        raise ValueError(f"pixel_size is {pixel_size!r}, it must be above 0.")
+    layout = {"driver": "GTiff", "tiled": True, "compress": "deflate", "photometric": "RGB"}
+    place = {"crs": f"EPSG:{epsg}", "transform": from_origin(*origin, pixel_size, pixel_size)}
+    shape = {"height": image.shape[0], "width": image.shape[1], "count": 3, "dtype": "uint8"}
+    with rasterio.MemoryFile() as memory:
+        with memory.open(**layout, **place, **shape) as file:
+            file.write(np.moveaxis(image, -1, 0))
+        return write_bytes(path, memory.read())
 
 
 class RasterImage:

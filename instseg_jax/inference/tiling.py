@@ -74,16 +74,19 @@ class ArrayImage:
         self.size = (pixels.shape[0], pixels.shape[1])
 
     def read(self, window: Window) -> np.ndarray:
+        """The pixels of a window [height, width, C]; black beyond the image."""
         part = self.pixels[window.y : window.y + window.height, window.x : window.x + window.width]
         return fill_up(part, window)
 
     def view(self, side: int) -> np.ndarray:
+        """The whole image, its longer side at most `side` pixels (averaged over areas)."""
         height, width = view_size(self.size, side)
         if (height, width) == self.size:
             return self.pixels
         return cv2.resize(self.pixels, (width, height), interpolation=cv2.INTER_AREA)
 
     def picture(self) -> np.ndarray:
+        """The whole image, not copied."""
         return self.pixels
 
 

@@ -31,7 +31,7 @@ from instseg_jax.models.layers import (
     zero_kernel,
 )
 from instseg_jax.models.query_selection import make_anchors, masks_to_boxes, take_rows
-from instseg_jax.types import DenoisingQueries, Outputs, Predictions, TrainingOutputs
+from instseg_jax.types import DenoisingQueries, FactoredOutputs, Outputs, Predictions, TrainingOutputs
 
 PRIOR_BIAS = -math.log(99)  # a score of 0.01 before training
 
@@ -117,6 +117,7 @@ class MaskRTDETRTransformer(nn.Module):
     mask_enhanced: bool
     rectangular: str
     remat: bool = False
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     def setup(self):
@@ -132,7 +133,7 @@ class MaskRTDETRTransformer(nn.Module):
         self.decoder = Decoder(
             self.num_layers, self.num_heads, self.num_points, self.ffn_dim, self.remat, dtype=self.dtype
         )
-        self.input_proj = [LevelProjection(dim, dtype=self.dtype) for _ in range(3)]
+        self.input_proj = [LevelProjection(dim, self.folded, dtype=self.dtype) for _ in range(3)]
 
     def __call__(
         self,
@@ -143,7 +144,7 @@ class MaskRTDETRTransformer(nn.Module):
         denoising: DenoisingQueries | None,
         selected_index: Array | None,
         reference_boxes: Array | None,
-    ) -> Outputs | TrainingOutputs:
+    ) -> Outputs | FactoredOutputs | TrainingOutputs:
         mask_features = _wide(mask_features)
         memory, spatial_shapes = self._memory(maps, train)
         target, encoder_boxes = self._select(memory, spatial_shapes, selected_index)
@@ -169,14 +170,16 @@ class MaskRTDETRTransformer(nn.Module):
         layer_sets = self._decode(queries, reference_boxes, memory, spatial_shapes, attention_mask, train)
         if not train:
             class_logits, mask_queries, boxes = layer_sets[-1]
-            return Outputs(class_logits, boxes, jnp.einsum("bqp,bhwp->bqhw", mask_queries, mask_features))
+            self.sow("intermediates", "mask_queries", mask_queries)
+            outputs = FactoredOutputs(class_logits, boxes, mask_queries, mask_features)
+            return outputs if self.folded else Outputs(class_logits, boxes, outputs.mask_logits)
         return _training_outputs(encoder_set, initial_set, layer_sets, denoising, mask_features)
 
     @nn.nowrap
     def _memory(self, maps: list[Array], train: bool) -> tuple[Array, tuple[tuple[int, int], ...]]:
         """Project the maps to the decoder's width and join their tokens: [B, tokens, C]."""
         maps = [project(x, train=train) for project, x in zip(self.input_proj, maps, strict=True)]
-        spatial_shapes = tuple(x.shape[1:3] for x in maps)
+        spatial_shapes = tuple((x.shape[1], x.shape[2]) for x in maps)
         memory = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in maps], axis=1)
         self.sow("intermediates", "memory", memory)
         return memory, spatial_shapes
@@ -186,14 +189,14 @@ class MaskRTDETRTransformer(nn.Module):
         self, memory: Array, spatial_shapes: tuple[tuple[int, int], ...], selected_index: Array | None
     ) -> tuple[Array, Array]:
         """The best-scoring tokens: (content [B, Q, C], boxes [B, Q, 4])."""
-        anchors_unact, valid = make_anchors(spatial_shapes, self.rectangular)
+        anchors, valid = make_anchors(spatial_shapes, self.rectangular)
         tokens = self.enc_output_1(self.enc_output_0(jnp.where(valid[:, None], memory, 0)))
         scores = _wide(self.score_head(tokens)).max(axis=-1)
         if selected_index is None:
             count = min(self.num_queries, scores.shape[1])
             _, selected_index = jax.lax.top_k(scores, count)
         target = take_rows(tokens, selected_index)
-        anchors_unact = jnp.asarray(anchors_unact, jnp.promote_types(target.dtype, jnp.float32))
+        anchors_unact = jnp.asarray(anchors, jnp.promote_types(target.dtype, jnp.float32))
         boxes = jax.nn.sigmoid(_wide(self.bbox_head(target)) + anchors_unact[selected_index])
         for name, value in (("enc_output", tokens), ("enc_score_max", scores), ("selected_index", selected_index)):
             self.sow("intermediates", name, value)
@@ -261,11 +264,15 @@ class LevelProjection(nn.Module):
     """1x1 convolution and batch norm from a neck map to the decoder's width."""
 
     features: int
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        x = Conv(self.features, 1, kernel_init=xavier_uniform, dtype=self.dtype, name="conv")(x)
+        conv = Conv(self.features, 1, use_bias=self.folded, kernel_init=xavier_uniform, dtype=self.dtype, name="conv")
+        x = conv(x)
+        if self.folded:
+            return x
         return BatchNorm(dtype=self.dtype, name="norm")(x, train=train)
 
 
@@ -282,9 +289,13 @@ def _training_outputs(
         class_logits, mask_queries, boxes = (jnp.stack(part) for part in zip(*sets, strict=True))
         return Predictions(class_logits, boxes, mask_queries)
 
-    if denoising is None:
+    def part(one_set: tuple[Array, Array, Array], own: slice) -> tuple[Array, Array, Array]:
+        class_logits, mask_queries, boxes = one_set
+        return class_logits[:, own], mask_queries[:, own], boxes[:, own]
+
+    if denoising is None or initial_set is None:  # both or neither
         return TrainingOutputs(stack([encoder_set, *layer_sets]), None, mask_features)
     slots = denoising.labels.shape[1]
     later = [initial_set, *layer_sets]
-    matching = stack([encoder_set, *([part[:, slots:] for part in one] for one in later)])
-    return TrainingOutputs(matching, stack([[part[:, :slots] for part in one] for one in later]), mask_features)
+    matching = stack([encoder_set, *(part(one, slice(slots, None)) for one in later)])
+    return TrainingOutputs(matching, stack([part(one, slice(slots)) for one in later]), mask_features)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from instseg_jax.models.layers import Dense, Initializer, zero_bias, zero_kernel
+from instseg_jax.models.layers import Dense, Initializer, softmax, zero_bias, zero_kernel
 from instseg_jax.types import DATA_AXIS
 
 
@@ -110,12 +110,15 @@ class DeformableAttention(nn.Module):
         batch, queries = query.shape[:2]
         wide = jnp.promote_types(query.dtype, jnp.float32)
         offsets = offsets.astype(wide).reshape(batch, queries, heads, levels, points, 2)
-        weights = jax.nn.softmax(scores.astype(wide).reshape(batch, queries, heads, levels * points), axis=-1)
+        weights = softmax(scores.astype(wide).reshape(batch, queries, heads, levels * points))
         reference = reference_boxes.astype(wide)[:, :, None, None, None, :]
         locations = reference[..., :2] + offsets / points * reference[..., 2:] * 0.5
+        weights = weights.reshape(batch, queries, heads, levels, points)
+        self.sow("intermediates", "sampling_locations", locations)
+        self.sow("intermediates", "sampling_weights", weights)
         sampled = _on_each_device(lambda v, at, w: sample_levels(v, spatial_shapes, at, w))(
             value.reshape(*value.shape[:2], heads, channels // heads),
             locations,
-            weights.reshape(batch, queries, heads, levels, points),
+            weights,
         )
         return dense("output_proj", channels, sampled.reshape(query.shape))

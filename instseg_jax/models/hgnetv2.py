@@ -4,7 +4,10 @@ Source: PaddleDetection at 666f597fd0, ppdet/modeling/backbones/hgnet_v2.py. Mod
 official state dict, so that weights map one to one.
 """
 
+from typing import Any
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -12,6 +15,7 @@ from instseg_jax.models.layers import ConvNorm
 from instseg_jax.models.variants import Stage
 
 
+@jax.jit
 def max_pool_2x2_same(x: Array) -> Array:
     """2x2 maximum at stride 1, padded by one row below and one column right: four shifted slices."""
     padded = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=-jnp.inf)
@@ -25,6 +29,7 @@ class Stem(nn.Module):
     mid_channels: int
     out_channels: int
     frozen_norm: bool
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
@@ -36,6 +41,7 @@ class Stem(nn.Module):
                 stride,
                 activation=nn.relu,
                 frozen_norm=self.frozen_norm,
+                folded=self.folded,
                 dtype=self.dtype,
                 name=name,
             )
@@ -54,11 +60,12 @@ class LightConv(nn.Module):
     features: int
     kernel_size: int
     frozen_norm: bool
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        shared = {"frozen_norm": self.frozen_norm, "dtype": self.dtype}
+        shared: dict[str, Any] = {"frozen_norm": self.frozen_norm, "folded": self.folded, "dtype": self.dtype}
         x = ConvNorm(self.features, 1, **shared, name="conv1")(x, train=train)
         depthwise = ConvNorm(
             self.features, self.kernel_size, depthwise=True, activation=nn.relu, **shared, name="conv2"
@@ -72,13 +79,16 @@ class HGBlock(nn.Module):
     stage: Stage
     residual: bool
     frozen_norm: bool
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        stage, shared = self.stage, {"frozen_norm": self.frozen_norm, "dtype": self.dtype}
+        stage = self.stage
+        shared: dict[str, Any] = {"frozen_norm": self.frozen_norm, "folded": self.folded, "dtype": self.dtype}
         features = [x]
         for i in range(stage.num_layers):
+            layer: LightConv | ConvNorm
             if stage.light:
                 layer = LightConv(stage.mid_channels, stage.kernel_size, **shared, name=f"layers_{i}")
             else:
@@ -97,6 +107,7 @@ class HGStage(nn.Module):
 
     stage: Stage
     frozen_norm: bool
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
@@ -108,12 +119,13 @@ class HGStage(nn.Module):
                 stride=2,
                 depthwise=True,
                 frozen_norm=self.frozen_norm,
+                folded=self.folded,
                 dtype=self.dtype,
                 name="downsample",
             )
             x = downsample(x, train=train)
         for i in range(self.stage.num_blocks):
-            block = HGBlock(self.stage, i > 0, self.frozen_norm, dtype=self.dtype, name=f"blocks_{i}")
+            block = HGBlock(self.stage, i > 0, self.frozen_norm, self.folded, dtype=self.dtype, name=f"blocks_{i}")
             x = block(x, train=train)
         return x
 
@@ -129,13 +141,14 @@ class HGNetV2(nn.Module):
     stem_channels: tuple[int, int]
     stages: tuple[Stage, ...]
     frozen_norm: bool
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> tuple[Array, ...]:
-        x = Stem(*self.stem_channels, self.frozen_norm, dtype=self.dtype, name="stem")(images, train=train)
+        x = Stem(*self.stem_channels, self.frozen_norm, self.folded, dtype=self.dtype, name="stem")(images, train=train)
         maps = []
         for i, stage in enumerate(self.stages):
-            x = HGStage(stage, self.frozen_norm, dtype=self.dtype, name=f"stages_{i}")(x, train=train)
+            x = HGStage(stage, self.frozen_norm, self.folded, dtype=self.dtype, name=f"stages_{i}")(x, train=train)
             maps.append(x)
         return tuple(maps)

@@ -4,6 +4,8 @@ Source: PaddleDetection at 666f597fd0, ppdet/modeling/transformers/mask_rtdetr_t
 hybrid_encoder.py. Module names follow the official state dict.
 """
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from instseg_jax.models.layers import (
     LayerNorm,
     MultiHeadAttention,
     fan_in_uniform,
+    gelu,
     linear_default,
     upsample_bilinear_2x,
     upsample_nearest_2x,
@@ -28,10 +31,17 @@ def _fan_in_kernel(fan_in: int, fan_out: int):
     return fan_in_uniform(fan_in)
 
 
-def _base_conv(features: int, kernel_size: int, name: str, dtype, stride: int = 1) -> ConvNorm:
-    """Conv, batch norm, SiLU: the neck's usual layer."""
+def _base_conv(module: nn.Module, features: int, kernel_size: int, name: str, stride: int = 1) -> ConvNorm:
+    """Conv, batch norm, SiLU, a part of `module`: the neck's usual layer."""
     return ConvNorm(
-        features, kernel_size, stride, activation=nn.silu, kernel_init=_fan_in_kernel, dtype=dtype, name=name
+        features,
+        kernel_size,
+        stride,
+        activation=nn.silu,
+        kernel_init=_fan_in_kernel,
+        folded=module.folded,
+        dtype=module.dtype,
+        name=name,
     )
 
 
@@ -63,7 +73,7 @@ class EncoderLayer(nn.Module):
         attention = MultiHeadAttention(self.num_heads, dtype=self.dtype, name="self_attn")
         x = LayerNorm(dtype=self.dtype, name="norm1")(x + attention(q, q, x))
         y = Dense(self.ffn_dim, linear_default, dtype=self.dtype, name="linear1")(x)
-        y = nn.gelu(y, approximate=False)
+        y = gelu(y)
         y = Dense(x.shape[-1], linear_default, dtype=self.dtype, name="linear2")(y)
         return LayerNorm(dtype=self.dtype, name="norm2")(x + y)
 
@@ -80,9 +90,8 @@ class AttentionEncoder(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         batch, height, width, channels = x.shape
-        position = sine_position_embedding(height, width, channels, self.rectangular)
         tokens = x.reshape(batch, height * width, channels)
-        position = jnp.asarray(position, tokens.dtype)
+        position = jnp.asarray(sine_position_embedding(height, width, channels, self.rectangular), tokens.dtype)
         for i in range(self.num_layers):
             layer = EncoderLayer(self.num_heads, self.ffn_dim, dtype=self.dtype, name=f"layers_{i}")
             tokens = layer(tokens, position)
@@ -90,13 +99,16 @@ class AttentionEncoder(nn.Module):
 
 
 class RepVGGBlock(nn.Module):
-    """silu(3x3 + 1x1), each with its own batch norm; foldable into one 3x3 for inference."""
+    """silu(3x3 + 1x1), each with its own batch norm; with `folded` one 3x3 with a bias, under `conv`."""
 
     features: int
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
+        if self.folded:
+            return nn.silu(Conv(self.features, 3, use_bias=True, dtype=self.dtype, name="conv")(x))
         wide = ConvNorm(self.features, 3, dtype=self.dtype, name="conv1")(x, train=train)
         point = ConvNorm(self.features, 1, dtype=self.dtype, name="conv2")(x, train=train)
         return nn.silu(wide + point)
@@ -108,18 +120,19 @@ class CSPRepLayer(nn.Module):
     features: int
     expansion: float
     num_blocks: int
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         hidden = int(self.features * self.expansion)
-        main = _base_conv(hidden, 1, "conv1", self.dtype)(x, train=train)
-        side = _base_conv(hidden, 1, "conv2", self.dtype)(x, train=train)
+        main = _base_conv(self, hidden, 1, "conv1")(x, train=train)
+        side = _base_conv(self, hidden, 1, "conv2")(x, train=train)
         for i in range(self.num_blocks):
-            main = RepVGGBlock(hidden, dtype=self.dtype, name=f"bottlenecks_{i}")(main, train=train)
+            main = RepVGGBlock(hidden, self.folded, dtype=self.dtype, name=f"bottlenecks_{i}")(main, train=train)
         x = main + side
         if hidden != self.features:
-            x = _base_conv(self.features, 1, "conv3", self.dtype)(x, train=train)
+            x = _base_conv(self, self.features, 1, "conv3")(x, train=train)
         return x
 
 
@@ -128,19 +141,20 @@ class MaskFeatureFPN(nn.Module):
 
     mid_channels: int
     out_channels: int
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, maps: list[Array], *, train: bool) -> Array:
-        total = None
+        heads = []
         for level, x in enumerate(maps):
             for i in range(max(1, level)):
-                conv = _base_conv(self.mid_channels, 3, f"scale_heads_{level}_{2 * i}_0", self.dtype)
+                conv = _base_conv(self, self.mid_channels, 3, f"scale_heads_{level}_{2 * i}_0")
                 x = conv(x, train=train)
                 if level > 0:
                     x = upsample_bilinear_2x(x)
-            total = x if total is None else total + x
-        return _base_conv(self.out_channels, 3, "output_conv", self.dtype)(total, train=train)
+            heads.append(x)
+        return _base_conv(self, self.out_channels, 3, "output_conv")(functools.reduce(jnp.add, heads), train=train)
 
 
 class MaskHybridEncoder(nn.Module):
@@ -159,6 +173,7 @@ class MaskHybridEncoder(nn.Module):
     mask_channels: tuple[int, int]
     num_prototypes: int
     rectangular: str
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
@@ -166,8 +181,10 @@ class MaskHybridEncoder(nn.Module):
         stride4, *maps = backbone_maps
         inner = []
         for i, x in enumerate(maps):
-            x = Conv(self.features, 1, dtype=self.dtype, name=f"input_proj_{i}_0")(x)
-            inner.append(BatchNorm(dtype=self.dtype, name=f"input_proj_{i}_1")(x, train=train))
+            x = Conv(self.features, 1, use_bias=self.folded, dtype=self.dtype, name=f"input_proj_{i}_0")(x)
+            if not self.folded:
+                x = BatchNorm(dtype=self.dtype, name=f"input_proj_{i}_1")(x, train=train)
+            inner.append(x)
         level = self.attention_level
         encoder = AttentionEncoder(
             self.num_attention_layers,
@@ -183,14 +200,16 @@ class MaskHybridEncoder(nn.Module):
 
     @nn.nowrap
     def _csp(self, name: str) -> CSPRepLayer:
-        return CSPRepLayer(self.features, self.csp_expansion, self.num_csp_blocks, dtype=self.dtype, name=name)
+        return CSPRepLayer(
+            self.features, self.csp_expansion, self.num_csp_blocks, self.folded, dtype=self.dtype, name=name
+        )
 
     @nn.nowrap
     def _fpn(self, maps: list[Array], train: bool) -> list[Array]:
         """Top down. The lateral convolution's output replaces the upper level for the way back up."""
         maps = list(maps)
         for position, i in enumerate((2, 1)):
-            maps[i] = _base_conv(self.features, 1, f"lateral_convs_{position}", self.dtype)(maps[i], train=train)
+            maps[i] = _base_conv(self, self.features, 1, f"lateral_convs_{position}")(maps[i], train=train)
             joined = jnp.concatenate([upsample_nearest_2x(maps[i]), maps[i - 1]], axis=-1)
             maps[i - 1] = self._csp(f"fpn_blocks_{position}")(joined, train=train)
         return maps
@@ -200,7 +219,7 @@ class MaskHybridEncoder(nn.Module):
         """Bottom up."""
         outs = [maps[0]]
         for i in range(2):
-            down = _base_conv(self.features, 3, f"downsample_convs_{i}", self.dtype, stride=2)(outs[-1], train=train)
+            down = _base_conv(self, self.features, 3, f"downsample_convs_{i}", stride=2)(outs[-1], train=train)
             joined = jnp.concatenate([down, maps[i + 1]], axis=-1)
             outs.append(self._csp(f"pan_blocks_{i}")(joined, train=train))
         return outs
@@ -208,8 +227,8 @@ class MaskHybridEncoder(nn.Module):
     @nn.nowrap
     def _mask_features(self, stride4: Array, maps: list[Array], train: bool) -> Array:
         channels = self.mask_channels[1]
-        fpn = MaskFeatureFPN(*self.mask_channels, dtype=self.dtype, name="mask_feat_head")
+        fpn = MaskFeatureFPN(*self.mask_channels, self.folded, dtype=self.dtype, name="mask_feat_head")
         x = upsample_bilinear_2x(fpn(maps, train=train))
-        x = x + _base_conv(channels, 3, "enc_mask_lateral", self.dtype)(stride4, train=train)
-        x = _base_conv(channels, 3, "enc_mask_output_0", self.dtype)(x, train=train)
+        x = x + _base_conv(self, channels, 3, "enc_mask_lateral")(stride4, train=train)
+        x = _base_conv(self, channels, 3, "enc_mask_output_0")(x, train=train)
         return Conv(self.num_prototypes, 1, use_bias=True, dtype=self.dtype, name="enc_mask_output_1")(x)

@@ -46,27 +46,34 @@ class Initializer:
             return self.scale * jax.random.normal(key, shape, dtype)
         if self.kind == "uniform":
             return jax.random.uniform(key, shape, dtype, -self.scale, self.scale)
-        return jnp.asarray(self.sample(None, shape), dtype)
+        return jnp.asarray(self._fixed(shape), dtype)
 
-    def sample(self, rng: np.random.Generator | None, shape: tuple[int, ...]) -> np.ndarray:
+    def sample(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         if self.kind == "normal":
             return (self.scale * rng.standard_normal(shape)).astype(np.float32)
         if self.kind == "uniform":
             return rng.uniform(-self.scale, self.scale, shape).astype(np.float32)
+        return self._fixed(shape)
+
+    def _fixed(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Values that no chance has a part in."""
         if self.values is not None:
             return np.asarray(self.values(), np.float32).reshape(shape)
         return np.full(shape, self.scale, np.float32)
 
 
 def normal(std: float) -> Initializer:
+    """Normal around 0 with the given standard deviation."""
     return Initializer("normal", std)
 
 
 def uniform(limit: float) -> Initializer:
+    """Uniform within +-limit."""
     return Initializer("uniform", limit)
 
 
 def constant(value: float) -> Initializer:
+    """The same value everywhere."""
     return Initializer("constant", value)
 
 
@@ -81,6 +88,7 @@ def fan_in_uniform(fan_in: int) -> Initializer:
 
 
 def xavier_uniform(fan_in: int, fan_out: int) -> Initializer:
+    """Uniform within +-sqrt(6 / (fan_in + fan_out))."""
     return uniform(math.sqrt(6.0 / (fan_in + fan_out)))
 
 
@@ -132,11 +140,13 @@ def linear_default(fan_in: int, fan_out: int) -> Initializer:
 
 
 def zero_kernel(fan_in: int, fan_out: int) -> Initializer:
+    """A kernel of zeros, for heads that the reference starts at zero."""
     del fan_in, fan_out
     return constant(0.0)
 
 
 def zero_bias(fan_in: int) -> Initializer:
+    """A bias of zeros."""
     del fan_in
     return constant(0.0)
 
@@ -166,15 +176,19 @@ class MLP(nn.Module):
 # --- convolution ----------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def depthwise_conv(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
-    """Depthwise convolution as a sum of shifted products: x [B, H, W, C], kernel [k, k, 1, C].
+    """Depthwise convolution as a sum of shifted products: x [B, H, W, C], kernel [k, k, 1, C]."""
+    return _depthwise(x, kernel, stride, padding)
 
-    For the backward pass only x and the kernel are kept: automatic differentiation keeps a shifted copy of x for each
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _depthwise(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
+    """For the backward pass only x and the kernel are kept: automatic differentiation keeps a shifted copy of x for each
     of the k x k products, a quarter of all that a training step of size L remembers.
     """
     windows = _shifted_windows(x, kernel.shape[0], stride, padding)
-    return sum(window * weight for window, weight in zip(windows, _taps(kernel), strict=True))
+    return functools.reduce(jnp.add, (window * tap for window, tap in zip(windows, _taps(kernel), strict=True)))
 
 
 def _taps(kernel: Array) -> list[Array]:
@@ -191,7 +205,7 @@ def _shifted_windows(x: Array, size: int, stride: int, padding: tuple[int, int])
 
 
 def _depthwise_forward(x: Array, kernel: Array, stride: int, padding: tuple[int, int]):
-    return depthwise_conv(x, kernel, stride, padding), (x, kernel)
+    return _depthwise(x, kernel, stride, padding), (x, kernel)
 
 
 def _depthwise_backward(stride: int, padding: tuple[int, int], kept: tuple[Array, Array], gradient: Array):
@@ -203,10 +217,10 @@ def _depthwise_backward(stride: int, padding: tuple[int, int], kept: tuple[Array
     unseen = [(n + sum(padding) - size) % stride for n in x.shape[1:3]]
     edges = [(size - 1 - padding[0], size - 1 - padding[1] + rest, stride - 1) for rest in unseen]
     spread = jax.lax.pad(gradient, jnp.zeros((), gradient.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
-    return depthwise_conv(spread, kernel[::-1, ::-1], 1, (0, 0)), to_kernel.reshape(kernel.shape)
+    return _depthwise(spread, kernel[::-1, ::-1], 1, (0, 0)), to_kernel.reshape(kernel.shape)
 
 
-depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def convolve(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
@@ -280,7 +294,10 @@ class BatchNorm(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Conv (no bias), batch norm, activation; parameters under `conv` and `bn`."""
+    """Conv (no bias), batch norm, activation; parameters under `conv` and `bn`.
+
+    With `folded` the norm is part of the convolution, which then has a bias, see `inference/optimize.py`.
+    """
 
     features: int
     kernel_size: int
@@ -289,6 +306,7 @@ class ConvNorm(nn.Module):
     activation: Activation = None
     frozen_norm: bool = False
     kernel_init: Callable[[int, int], Initializer] = lambda fan_in, fan_out: kaiming_normal(fan_in)
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
@@ -298,15 +316,41 @@ class ConvNorm(nn.Module):
             self.kernel_size,
             self.stride,
             self.depthwise,
+            use_bias=self.folded,
             kernel_init=self.kernel_init,
             dtype=self.dtype,
             name="conv",
         )(x)
-        x = BatchNorm(self.frozen_norm, dtype=self.dtype, name="bn")(x, train=train)
+        if not self.folded:
+            x = BatchNorm(self.frozen_norm, dtype=self.dtype, name="bn")(x, train=train)
         return x if self.activation is None else self.activation(x)
 
 
 # --- transformer pieces ---------------------------------------------------------------------------
+
+
+# Under `jax.jit` these keep their names in the traced program, where `deploy/onnx_translate.py` looks for them.
+
+
+@jax.jit
+def layer_norm(x: Array, scale: Array, bias: Array) -> Array:
+    """Over the last axis, statistics in at least float32."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + NORM_EPS)
+    return (centred * inverse).astype(x.dtype) * scale + bias
+
+
+@jax.jit
+def softmax(x: Array) -> Array:
+    """Over the last axis."""
+    return jax.nn.softmax(x, axis=-1)
+
+
+@jax.jit
+def gelu(x: Array) -> Array:
+    """x times the normal distribution function of x, exact."""
+    return jax.nn.gelu(x, approximate=False)
 
 
 class LayerNorm(nn.Module):
@@ -319,11 +363,7 @@ class LayerNorm(nn.Module):
         channels = (x.shape[-1],)
         scale = declare(self, "scale", constant(1.0), channels)
         bias = declare(self, "bias", constant(0.0), channels)
-        x, scale, bias = nn.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centred = wide - wide.mean(axis=-1, keepdims=True)
-        inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + NORM_EPS)
-        return (centred * inverse).astype(x.dtype) * scale + bias
+        return layer_norm(*nn.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype))
 
 
 class MultiHeadAttention(nn.Module):
@@ -351,7 +391,8 @@ class MultiHeadAttention(nn.Module):
         scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
         if attention_mask is not None:
             scores = jnp.where(attention_mask, scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        weights = softmax(scores).astype(v.dtype)
+        self.sow("intermediates", "attention_weights", weights)
         x = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(query.shape)
         return Dense(channels, bias_init=zero_bias, dtype=self.dtype, name="out_proj")(x)
 
@@ -359,6 +400,7 @@ class MultiHeadAttention(nn.Module):
 # --- resizing -------------------------------------------------------------------------------------
 
 
+@jax.jit
 def upsample_nearest_2x(x: Array) -> Array:
     """[B, H, W, C] -> [B, 2H, 2W, C], every value repeated."""
     batch, height, width, channels = x.shape
@@ -375,6 +417,7 @@ def _double_axis(x: Array, axis: int) -> Array:
     return doubled.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
 
 
+@jax.jit
 def upsample_bilinear_2x(x: Array) -> Array:
     """[B, H, W, C] -> [B, 2H, 2W, C], bilinear with half-pixel centres, by slices: the weights are 1/4, 3/4."""
     return _double_axis(_double_axis(x, 1), 2)

@@ -1,6 +1,7 @@
 """Mask-RT-DETR whole: backbone, neck, transformer; and its initial values."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ from instseg_jax.models.hgnetv2 import HGNetV2
 from instseg_jax.models.hybrid_encoder import MaskHybridEncoder
 from instseg_jax.models.layers import recorded_initializers
 from instseg_jax.models.variants import VARIANTS, Variant, canonical_name
-from instseg_jax.types import DenoisingQueries, Outputs, TrainingOutputs
+from instseg_jax.types import DenoisingQueries, FactoredOutputs, Outputs, TrainingOutputs
 
 SIZE_DIVISOR = 32  # the coarsest stride
 
@@ -31,6 +32,8 @@ class MaskRTDETR(nn.Module):
       frozen_backbone_norm: backbone batch norms keep their running statistics in training.
       remat: recompute decoder layers in the backward pass instead of keeping their activations.
       dtype: type to compute in; None for that of images and parameters.
+      folded: the form for inference, with variables that `inference/optimize.py` makes: no batch norms, and
+        `FactoredOutputs`.
     """
 
     variant: Variant
@@ -41,6 +44,7 @@ class MaskRTDETR(nn.Module):
     frozen_backbone_norm: bool
     remat: bool
     dtype: jnp.dtype | None
+    folded: bool = False
 
     @nn.compact
     def __call__(
@@ -51,7 +55,7 @@ class MaskRTDETR(nn.Module):
         denoising: DenoisingQueries | None = None,
         selected_index: Array | None = None,
         reference_boxes: Array | None = None,
-    ) -> Outputs | TrainingOutputs:
+    ) -> Outputs | FactoredOutputs | TrainingOutputs:
         """Segment images.
 
         Args:
@@ -62,13 +66,15 @@ class MaskRTDETR(nn.Module):
           reference_boxes: [B, Q, 4] initial reference boxes (normalised cxcywh) to use instead of the model's.
 
         Returns: `Outputs` with class_logits [B, Q, K], boxes [B, Q, 4] normalised cxcywh and
-          mask_logits [B, Q, H/4, W/4]; `TrainingOutputs` when `train`.
+          mask_logits [B, Q, H/4, W/4]; `FactoredOutputs` with the same when `folded`; `TrainingOutputs` when `train`.
 
         Raises: ValueError when the images' shape is not as above.
         """
         _check_images(images)
         v, dtype = self.variant, self.dtype
-        backbone = HGNetV2(v.stem_channels, v.stages, self.frozen_backbone_norm, dtype=dtype, name="backbone")
+        backbone = HGNetV2(
+            v.stem_channels, v.stages, self.frozen_backbone_norm, self.folded, dtype=dtype, name="backbone"
+        )
         neck = MaskHybridEncoder(
             features=v.neck_dim,
             attention_level=v.attention_level,
@@ -80,6 +86,7 @@ class MaskRTDETR(nn.Module):
             mask_channels=v.mask_channels,
             num_prototypes=v.num_prototypes,
             rectangular=self.rectangular,
+            folded=self.folded,
             dtype=dtype,
             name="neck",
         )
@@ -95,6 +102,7 @@ class MaskRTDETR(nn.Module):
             mask_enhanced=self.mask_enhanced,
             rectangular=self.rectangular,
             remat=self.remat,
+            folded=self.folded,
             dtype=dtype,
             name="transformer",
         )
@@ -141,17 +149,17 @@ def make_model(
     """
     variant = VARIANTS[canonical_name(name)]
     counts = {"num_classes": num_classes, "num_queries": num_queries}
-    changes = {"num_decoder_layers": num_decoder_layers, "num_prototypes": num_prototypes}
-    changes = {key: value for key, value in changes.items() if value is not None}
+    given = {"num_decoder_layers": num_decoder_layers, "num_prototypes": num_prototypes}
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for key, value in (counts | changes).items():
         if not isinstance(value, (int, np.integer)) or value < 1:
             raise ValueError(f"{key} is {value!r}, it must be a whole number of at least 1")
-    for key, value, allowed in (
+    for key, choice, allowed in (
         ("rectangular", rectangular, ("corrected", "official")),
         ("dtype", dtype, ("float32", "bfloat16")),
     ):
-        if value not in allowed:
-            raise ValueError(f"{key} is {value!r}, it must be one of {', '.join(allowed)}")
+        if choice not in allowed:
+            raise ValueError(f"{key} is {choice!r}, it must be one of {', '.join(allowed)}")
     return MaskRTDETR(
         variant=dataclasses.replace(variant, **changes),
         num_classes=int(num_classes),

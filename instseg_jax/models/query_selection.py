@@ -17,14 +17,14 @@ def make_anchors(spatial_shapes: tuple[tuple[int, int], ...], rectangular: str) 
     `rectangular="official"` divides x by the height and y by the width of the map, as the reference does
     (the same for square maps); "corrected" divides x by the width.
     """
-    anchors = []
+    levels = []
     for level, (height, width) in enumerate(spatial_shapes):
         rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
         across, down = (height, width) if rectangular == "official" else (width, height)
         side = np.full(rows.shape, ANCHOR_SIZE * 2.0**level)
-        anchors.append(np.stack([(columns + 0.5) / across, (rows + 0.5) / down, side, side], axis=-1).reshape(-1, 4))
-    anchors = np.concatenate(anchors)
-    valid = ((anchors > ANCHOR_MARGIN) & (anchors < 1 - ANCHOR_MARGIN)).all(axis=-1)
+        levels.append(np.stack([(columns + 0.5) / across, (rows + 0.5) / down, side, side], axis=-1).reshape(-1, 4))
+    anchors = np.concatenate(levels)
+    valid = np.all((anchors > ANCHOR_MARGIN) & (anchors < 1 - ANCHOR_MARGIN), axis=-1)
     inside = np.where(valid[:, None], anchors, 0.5)
     return np.where(valid[:, None], np.log(inside / (1 - inside)), np.inf), valid
 

@@ -3,6 +3,8 @@
 Deformable attention has its own, multi-level form in `deformable_attention`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,8 @@ def sample_map(feature_map: Array, points: Array) -> Array:
     """
     index, share = _flat_corners(feature_map, points)
     rows = feature_map.reshape(-1, feature_map.shape[-1])
-    return sum(jnp.take(rows, index[..., k], axis=0, mode="clip") * share[..., k, None] for k in range(len(CORNERS)))
+    parts = (jnp.take(rows, index[..., k], axis=0, mode="clip") * share[..., k, None] for k in range(len(CORNERS)))
+    return functools.reduce(jnp.add, parts)
 
 
 def _flat_corners(feature_map: Array, points: Array) -> tuple[Array, Array]:

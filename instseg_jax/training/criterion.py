@@ -10,6 +10,7 @@ loss (the reference stops with an error there); points are shared, see `point_lo
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,8 +129,8 @@ def compute_match_costs(
     )
 
     def cost(predictions: Predictions, features: Array, targets: Targets, points: Array) -> Array:
-        num_slots = count_slots(targets.valid)
-        planes = pack_masks(targets.masks, num_slots)
+        num_slots = count_slots(jnp.asarray(targets.valid))
+        planes = pack_masks(jnp.asarray(targets.masks), num_slots)
         return match_cost(predictions, features, targets, planes, num_slots, points, settings.match_weights)
 
     if mesh is not None:
@@ -177,15 +178,25 @@ def compute_losses(
     # The same for every device: how many objects there are in the whole batch, and its denoising groups.
     batch_facts = {
         "num_objects": jnp.sum(targets.valid) if num_objects is None else num_objects,
-        "num_groups": 1 if denoising is None else denoising.num_groups,
+        "num_groups": jnp.ones((), jnp.int32) if denoising is None else denoising.num_groups,
     }
 
-    def score(*args):
-        sums = _score_images(*args, settings)
+    def score(
+        outputs: TrainingOutputs,
+        targets: Targets,
+        denoising: DenoisingQueries | None,
+        query_index: Array,
+        draws: PointDraws,
+        batch_facts: dict[str, Array],
+    ):
+        sums = _score_images(outputs, targets, denoising, query_index, draws, batch_facts, settings)
         return jax.tree.map(lambda x: x[None], sums)  # one row a device
 
     if mesh is not None:
-        split, whole, by_set = PartitionSpec(DATA_AXIS), PartitionSpec(), PartitionSpec(None, DATA_AXIS)
+        # Any: a tree of specs has the classes of the tree of arrays that it is for.
+        split: Any = PartitionSpec(DATA_AXIS)
+        whole: Any = PartitionSpec()
+        by_set: Any = PartitionSpec(None, DATA_AXIS)
         denoising_spec = None if denoising is None else DenoisingQueries(split, split, whole, split, whole, whole)
         score = jax.shard_map(
             score,
@@ -239,8 +250,8 @@ def _score_images(
     settings: LossSettings,
 ) -> tuple[Array, dict[str, Array]]:
     """Sum of all terms, and the terms [T] of matching and denoising sets, over the images of one device."""
-    num_slots = count_slots(targets.valid)
-    planes = pack_masks(targets.masks, num_slots)
+    num_slots = count_slots(jnp.asarray(targets.valid))
+    planes = pack_masks(jnp.asarray(targets.masks), num_slots)
     sets, _, slots = query_index.shape
     dtype = outputs.matching.boxes.dtype
     num_objects = batch_facts["num_objects"]
@@ -253,7 +264,7 @@ def _score_images(
     groups = [
         _Group(outputs.matching, query_index, object_index, num_slots, scale, set_weights, query_used),
     ]
-    if denoising is not None:
+    if denoising is not None and outputs.denoising is not None:  # both or neither
         groups.append(_denoising_group(outputs.denoising, denoising, scale / batch_facts["num_groups"]))
     return _score_groups(groups, outputs.mask_features, planes, num_slots, targets, draws, settings)
 

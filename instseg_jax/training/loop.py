@@ -11,6 +11,7 @@ import os
 import pathlib
 import signal
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,6 +52,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Batches in an epoch, the same on every process."""
         return self.train_loader.num_batches
 
     def metadata(self, step: int, best: float | None, score: float | None = None) -> dict:
@@ -207,9 +209,9 @@ def _run_steps(run: Run, step_function, state: TrainState, manager, history: His
             run.logger.warning(
                 "step %d was skipped: %s not finite, images %s", step, ", ".join(terms) or "a gradient is", images
             )
-        row = {name: value if math.isfinite(value) else None for name, value in row.items()}
         if step % config.log.every_steps == 0 or skipped:
-            metrics_file.write({"step": step, "epoch": step / run.steps_per_epoch, **row})
+            finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+            metrics_file.write({"step": step, "epoch": step / run.steps_per_epoch, **finite})
         if not skipped:
             progress.update(step + 1, row)
         return skipped
@@ -284,7 +286,8 @@ class _stop_signals:
     """
 
     def __enter__(self) -> "_stop_signals":
-        self._is_asked, self._before = False, {}
+        self._is_asked = False
+        self._before: dict[int, Any] = {}
         numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
         for number in numbers:
             try:

@@ -136,7 +136,7 @@ def mask_quality(mask_logits: Array, target_masks: tuple[tuple[Array, Array], tu
     the target's pixels at rows i, i + 2, .. and columns j, j + 2, ..: the four phases are compared one by one,
     so that the doubled map is never put together.
     """
-    overlap = union = 0
+    overlap = union = jnp.zeros((), jnp.int32)
     for rows, target_rows in zip(double_axis(lax.stop_gradient(mask_logits), -2), target_masks, strict=True):
         for pixels, target in zip(double_axis(rows, -1), target_rows, strict=True):
             predicted, real = pixels > 0, target > 0

@@ -4,6 +4,8 @@ Reading a point costs one gather for 16 objects instead of one each, and a batch
 plane of the padded tensor. Nothing is lost: masks are 0 or 1.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -76,7 +78,8 @@ def read_points(words: Array, share: Array, slots: Array) -> Array:
             chosen = jnp.where((plane == v)[:, None, None], words[:, v], chosen)
     else:
         chosen = words[:, plane, jnp.arange(len(slots))]
-    return sum(jnp.where((chosen[:, :, k] & bit) != 0, share[:, :, k], 0) for k in range(share.shape[2]))
+    values = (jnp.where((chosen[:, :, k] & bit) != 0, share[:, :, k], 0) for k in range(share.shape[2]))
+    return functools.reduce(jnp.add, values)
 
 
 def resize_planes(planes: Array, height: int, width: int, num_slots: Array) -> Array:

@@ -16,7 +16,7 @@ from instseg_jax.boxes import cxcywh_to_xyxy, generalized_box_iou
 from instseg_jax.models.sampling import sample_map
 from instseg_jax.training.losses import DICE_SMOOTHING, sigmoid_cross_entropy
 from instseg_jax.training.mask_planes import count_blocks, gather_words, read_points
-from instseg_jax.types import Predictions, Targets
+from instseg_jax.types import HostOrDeviceArray, Predictions, Targets
 
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2
@@ -56,10 +56,10 @@ def match_cost(
       points: [S, B, M, 2] in 0..1, where masks are compared: the same for all queries and objects of an image.
       weights: of the five costs.
     """
-    boxes, target_boxes = predictions.boxes[..., :, None, :], targets.boxes[:, None, :, :]
+    boxes, target_boxes = predictions.boxes[..., :, None, :], jnp.asarray(targets.boxes)[:, None, :, :]
     giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
     cost = (
-        weights.class_ * class_cost(predictions.class_logits, targets.labels)
+        weights.class_ * class_cost(predictions.class_logits, jnp.asarray(targets.labels))
         + weights.box_l1 * jnp.sum(jnp.abs(boxes - target_boxes), axis=-1)
         - weights.box_giou * giou
     )
@@ -110,13 +110,16 @@ def mask_costs(
         size = jnp.sum(masks, axis=-1)[:, None, :]
         bce = (against_zero - hit) / num_points
         dice = 1 - (2 * overlap + DICE_SMOOTHING) / (area + size + DICE_SMOOTHING)
-        return tuple(lax.dynamic_update_slice_in_dim(c, x, start, 2) for c, x in zip(costs, (bce, dice), strict=True))
+        return (
+            lax.dynamic_update_slice_in_dim(costs[0], bce, start, 2),
+            lax.dynamic_update_slice_in_dim(costs[1], dice, start, 2),
+        )
 
     zeros = jnp.zeros((batch, queries, slots), dtype)
     return lax.fori_loop(0, count_blocks(num_slots, block), fill, (zeros, zeros))
 
 
-def assign(cost: Array, valid: Array) -> Array:
+def assign(cost: Array, valid: HostOrDeviceArray) -> Array:
     """Give a query to every object of every image in every prediction set, at the least total cost, on the host.
 
     Args:

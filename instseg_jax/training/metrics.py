@@ -31,6 +31,7 @@ class MetricsFile:
             self._events = _open_events(workdir / "tensorboard", start_step)
 
     def write(self, row: dict) -> None:
+        """Append the row of a step (plain numbers, with `step`) and send it to the disk."""
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
@@ -44,6 +45,7 @@ class MetricsFile:
                     self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Close the files; nothing may be written afterwards."""
         for sink in (self._file, self._events):
             if sink is not None:
                 sink.close()
@@ -93,13 +95,15 @@ class TrainingProgress:
         console = Console()
         self._bar = None
         if console.is_terminal and jax.process_index() == 0:
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            columns += (TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+            times = TimeElapsedColumn(), TimeRemainingColumn()
+            text = TextColumn("{task.fields[text]}")
+            columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), *times, text
             self._bar = Progress(*columns, console=console)
             self._task = self._bar.add_task("training", total=total_steps, completed=start_step, text="")
             self._bar.start()
 
     def update(self, step: int, row: dict) -> None:
+        """Show that `step` steps are done; `row` holds `loss` and, where there are any, its terms."""
         text = "loss {loss:.3f}".format(**row)
         for name in ("loss/class", "loss/box_giou", "loss/mask_dice"):
             if name in row:
@@ -116,5 +120,6 @@ class TrainingProgress:
         self._logger.info("step %d/%d  %s  %.2f s a step  %s left", step, self._total, text, per_step, remaining)
 
     def close(self) -> None:
+        """Take the bar away, so that what is printed next stays whole."""
         if self._bar:
             self._bar.stop()

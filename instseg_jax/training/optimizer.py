@@ -8,7 +8,7 @@ import optax
 from ml_collections import ConfigDict
 
 from instseg_jax.training.packing import pack, unpack
-from instseg_jax.types import Array
+from instseg_jax.types import Array, HostOrDeviceArray
 
 SCHEDULES = ("constant", "cosine", "step")
 
@@ -70,7 +70,10 @@ def build_schedule(config: ConfigDict, total_steps: int, batch_size: int) -> opt
 def build_optimizer(
     config: ConfigDict, params: dict, schedule: optax.Schedule
 ) -> tuple[optax.GradientTransformation, dict]:
-    """The optimizer of a config's section `optimizer`, and each parameter's learning rate multiplier."""
+    """The optimizer of a config's section `optimizer`, and each parameter's learning rate multiplier.
+
+    Raises: ValueError for a pattern in `multipliers` or `frozen` that is found in no parameter's path.
+    """
     multipliers = learning_rate_multipliers(params, tuple(config.multipliers), tuple(config.frozen))
     optimizer = make_optimizer(
         schedule,
@@ -152,6 +155,8 @@ def make_optimizer(
         return chain.init(pack(params, groups))
 
     def update(gradients: dict, state: optax.OptState, params: dict | None = None) -> tuple[dict, optax.OptState]:
+        if params is None:
+            raise ValueError("weight decay needs the parameters: give them to update")
         vectors, state = chain.update(pack(gradients, groups), state, pack(params, groups))
         return unpack(vectors, groups, params), state
 
@@ -172,7 +177,7 @@ def gradient_norm(gradients: dict, multipliers: dict) -> Array:
     return jnp.linalg.norm(pack(gradients, groups)["trained"])
 
 
-def ema_decay(count: Array, *, decay: float, ramp_steps: int) -> Array:
+def ema_decay(count: HostOrDeviceArray, *, decay: float, ramp_steps: int) -> Array:
     """Decay of the moving average in its update `count` (from 0): grows from 0 towards `decay`."""
     if ramp_steps < 1:
         return jnp.asarray(decay, jnp.float32)

@@ -68,7 +68,10 @@ def point_losses(
 
 
 def _point_losses_forward(mask_queries, mask_features, mask_planes, num_slots, *rest):
-    return _score_sets(mask_queries, mask_features, mask_planes, num_slots, rest[:6], *rest[6:], True)
+    sets, (num_important, bce_weight, dice_weight) = rest[:6], rest[6:]
+    return _score_sets(
+        mask_queries, mask_features, mask_planes, num_slots, sets, num_important, bce_weight, dice_weight, True
+    )
 
 
 def _point_losses_backward(num_important, bce_weight, dice_weight, gradients, cotangents):
@@ -108,14 +111,17 @@ def _score_sets(
             differentiate=differentiate,
         )
         sums, gradients = score(queries, mask_features)
-        if not differentiate:
+        if gradients is None or d_features is None:
             return None, (sums, None)
         return d_features + gradients[1], (sums, gradients[0])
 
     start = jnp.zeros_like(mask_features) if differentiate else None
+    sums: Array
+    d_queries: Array | None
     d_features, (sums, d_queries) = lax.scan(score_next, start, (mask_queries, *sets))
     bce, dice = sums[:, 0], sums[:, 1]
-    return (jnp.sum(sums), bce, dice), (d_queries, d_features) if differentiate else None
+    gradients = None if d_queries is None or d_features is None else (d_queries, d_features)
+    return (jnp.sum(sums), bce, dice), gradients
 
 
 def _score_set(
@@ -175,7 +181,7 @@ def _score_set(
     if not differentiate:
         return sums, None
     d_queries, d_features = gradients
-    return sums, (d_queries, features_vjp(d_features)[0] if is_shared else d_features)
+    return sums, (d_queries, d_features if features_vjp is None else features_vjp(d_features)[0])
 
 
 def mask_iou_targets(
@@ -195,8 +201,11 @@ def mask_iou_targets(
         queries = lax.dynamic_slice_in_dim(mask_queries, start, block, axis=1)
         logits = jnp.einsum("brc,bhwc->brhw", queries, mask_features, precision=lax.Precision.HIGHEST)
         slots = lax.dynamic_slice_in_dim(object_index, start, block)
-        phases = tuple(tuple(read_bits(planes[:, :, row::2, column::2], slots) for column in (0, 1)) for row in (0, 1))
-        return lax.dynamic_update_slice_in_dim(iou, mask_quality(logits, phases), start, axis=1)
+        even, odd = (
+            (read_bits(planes[:, :, row::2, 0::2], slots), read_bits(planes[:, :, row::2, 1::2], slots))
+            for row in (0, 1)
+        )
+        return lax.dynamic_update_slice_in_dim(iou, mask_quality(logits, (even, odd)), start, axis=1)
 
     start = jnp.zeros(mask_queries.shape[:2], mask_queries.dtype)
     return lax.fori_loop(0, count_blocks(num_rows, block), fill, start)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instseg_jax.types import Array
+from instseg_jax.types import HostOrDeviceArray
 
 
 @jax.tree_util.register_dataclass
@@ -18,8 +18,8 @@ class TrainState:
     gradient is not finite is skipped. Randomness is a function of seed and step, so no key is kept.
     """
 
-    step: Array  # [] int32
-    num_updates: Array  # [] int32
+    step: HostOrDeviceArray  # [] int32
+    num_updates: HostOrDeviceArray  # [] int32
     params: dict
     batch_stats: dict
     ema_params: dict

@@ -36,7 +36,7 @@ from instseg_jax.training.criterion import (
 from instseg_jax.training.matching import assign
 from instseg_jax.training.optimizer import ema_decay, gradient_norm, update_ema
 from instseg_jax.training.state import TrainState
-from instseg_jax.types import Array, Batch, DenoisingQueries, Targets, TrainingOutputs
+from instseg_jax.types import Array, Batch, DenoisingQueries, HostOrDeviceArray, Targets, TrainingOutputs
 
 TrainStep = Callable[[TrainState, Sequence[Batch]], tuple[TrainState, dict[str, Array]]]
 
@@ -67,6 +67,8 @@ def build_train_step(
 
     It consumes the state that it is given. All micro-batches have the same size; losses are divided by the number
     of objects in all of them, so that their gradients add up to the whole batch's.
+
+    Raises: ValueError for a loss that `build_loss_settings` refuses; the step itself, when it is given no micro-batch.
     """
     settings = build_loss_settings(config.loss)
     noise = dict(config.denoising)
@@ -81,11 +83,11 @@ def build_train_step(
 
         return run
 
-    def random_keys(step: Array, part: Array) -> Array:
+    def random_keys(step: HostOrDeviceArray, part: int) -> Array:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         return jax.random.split(jax.random.fold_in(key, part), 3)  # of the noise, of both kinds of points
 
-    def forward(params: dict, batch_stats: dict, step: Array, part: Array, batch: Batch) -> Forward:
+    def forward(params: dict, batch_stats: dict, step: HostOrDeviceArray, part: int, batch: Batch) -> Forward:
         noise_key, match_key, _ = random_keys(step, part)
         denoising = make_denoising_queries(
             batch.targets, num_classes=model.num_classes, num_queries=model.num_queries, rng=noise_key, **noise
@@ -103,7 +105,7 @@ def build_train_step(
         )
 
     def backward(
-        forward: Forward, targets: Targets, query_index: Array, num_objects: Array, step: Array, part: Array
+        forward: Forward, targets: Targets, query_index: Array, num_objects: Array, step: HostOrDeviceArray, part: int
     ) -> tuple[dict, Array, dict[str, Array]]:
         draws = draw_points(random_keys(step, part)[2], settings, forward.outputs)
         return run_backward(forward, targets, query_index, draws, num_objects, settings=settings, mesh=mesh)
@@ -138,6 +140,8 @@ def build_train_step(
             found = backward(ahead, batch.targets, query_index, num_objects, state.step, part)
             del ahead  # frees what the backward pass has read
             sums = found if sums is None else add(sums, found)
+        if sums is None:
+            raise ValueError("a step needs at least one micro-batch")
         gradients, loss, terms = sums
         state, metrics = update(state, gradients, batch_stats, loss, terms)
         return state, {**metrics, "objects": num_objects}
@@ -191,7 +195,15 @@ def run_backward(
     settings: LossSettings,
     mesh: Mesh | None,
 ) -> tuple[dict, Array, dict[str, Array]]:
-    """Score the matches: (gradients of the parameters, loss, its terms by name)."""
+    """Score the matches and differentiate.
+
+    Args:
+      query_index: [S, B, N] from `matching.assign`.
+      draws: points of the mask losses.
+      num_objects: [] in the whole batch, of which this may be a part.
+
+    Returns: gradients of the parameters (zeros for frozen ones), the loss [], and its terms by name.
+    """
 
     def score(outputs: TrainingOutputs) -> tuple[Array, dict[str, Array]]:
         return compute_losses(

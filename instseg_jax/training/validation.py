@@ -57,9 +57,8 @@ class History:
         return self._count(metrics.get(self.metric))
 
     def _count(self, score: float | None) -> bool:
-        is_first = self.best is None
-        is_best = is_first or (score is not None and score >= self.best)
-        is_better = is_first or (score is not None and score > self.best)
+        is_best = self.best is None or (score is not None and score >= self.best)
+        is_better = self.best is None or (score is not None and score > self.best)
         self.best = score if is_best else self.best
         self.since_better = 0 if is_better else self.since_better + 1
         return is_best

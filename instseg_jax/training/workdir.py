@@ -38,20 +38,26 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict, state_bytes: int) ->
             pass
     except OSError as error:
         raise type(error)(f"can't write to the folder {workdir} ({error.strerror})") from error
-    path = workdir / CONFIG
-    mine = json.loads(config.to_json_best_effort())
-    if path.exists() and (workdir / checkpoint.CHECKPOINTS).is_dir():
-        differing = _differences(json.loads(path.read_text(encoding="utf-8")), mine)
-        if differing:
-            raise ValueError(
-                f"{workdir} holds a run with another config ({'; '.join(differing)}); "
-                "give the same values to resume it, or another --workdir"
-            )
+    if (workdir / CONFIG).exists() and (workdir / checkpoint.CHECKPOINTS).is_dir():
+        check_same_config(workdir, config)
     _check_room(workdir, state_bytes, config.checkpoint.keep)
     if jax.process_count() > 1:  # nobody writes before everybody has looked
         multihost_utils.sync_global_devices("open_workdir")
     if jax.process_index() == 0:
-        write_json(path, mine, indent=2)
+        write_json(workdir / CONFIG, json.loads(config.to_json_best_effort()), indent=2)
+
+
+def check_same_config(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Raise ValueError, naming the fields that differ, where the folder holds a run with another config."""
+    saved = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
+    mine = json.loads(config.to_json_best_effort())
+    if mine["data"]["channel_ranges"] is None:  # not looked for yet
+        saved["data"]["channel_ranges"] = None
+    if differing := _differences(saved, mine):
+        raise ValueError(
+            f"{workdir} holds a run with another config ({'; '.join(differing)}); "
+            "give the same values to resume it, or another --workdir"
+        )
 
 
 def _check_room(workdir: pathlib.Path, state_bytes: int, keep: int) -> None:

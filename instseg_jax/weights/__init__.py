@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 
 from instseg_jax.weights.download import KNOWN_WEIGHTS, fetch_weights, is_downloadable
-from instseg_jax.weights.export import read_safetensors
+from instseg_jax.weights.export import read_safetensors, read_safetensors_metadata
 from instseg_jax.weights.merge import MergeSummary, is_backbone_state, load_backbone, merge_variables
 from instseg_jax.weights.names import COCO_CLASSES, official_to_flax
 from instseg_jax.weights.paddle import read_pdparams
+
+PRETRAINED = "mask_rtdetr_n_pretrained"
+PACKAGED_WEIGHTS = {PRETRAINED: Path(__file__).parent / "pretrained" / "mask_rtdetr_n.safetensors"}
+"""Weights that come with the package, by name; what they were trained on stands beside them in SOURCES.md."""
 
 _SCORE_BIAS = "transformer.score_head.bias"
 _READERS = {".pdparams": read_pdparams, ".pdema": read_pdparams, ".safetensors": read_safetensors}
@@ -42,33 +46,42 @@ class Weights:
 
 def read_weights(source: str | os.PathLike[str], *, class_names: Sequence[str] | None = None) -> Weights:
     """Return the weights at `source`: an official `.pdparams` or `.safetensors` file, a checkpoint or the WORKDIR
-    of a run, an http(s) address of such a file, or a known name (`download.KNOWN_WEIGHTS`).
+    of a run, an http(s) address of such a file, or a known name (`PACKAGED_WEIGHTS`, `download.KNOWN_WEIGHTS`).
 
-    `class_names` names the classes of a file that doesn't; official files with 80 classes have those of COCO.
+    `class_names` names the classes of a file that doesn't; official files with 80 classes have those of COCO. Half
+    precision is widened to float32.
     Raises FileNotFoundError when there is nothing at `source`, ValueError when it holds no weights.
     """
-    path = fetch_weights(str(source)) if is_downloadable(str(source)) else Path(source)
+    path = PACKAGED_WEIGHTS.get(str(source)) or Path(source)
+    if is_downloadable(str(source)):
+        path = fetch_weights(str(source))
     if path.suffix not in _READERS:
         if path.is_file():
             raise ValueError(f"weights file {path} does not end with one of {', '.join(_READERS)}")
         return _read_checkpoint(path, class_names)
     if not path.exists():
         raise FileNotFoundError(f"no weights file {path}")
-    state = _READERS[path.suffix](path)
+    state = {name: _widened(tensor) for name, tensor in _READERS[path.suffix](path).items()}
+    metadata = read_safetensors_metadata(path) if path.suffix == ".safetensors" else {}
+    class_names = class_names or metadata.get("class_names")
     if is_backbone_state(state):
         return Weights(str(source), None, state, None, {})
     if class_names is None and _SCORE_BIAS in state and state[_SCORE_BIAS].shape == (len(COCO_CLASSES),):
         class_names = COCO_CLASSES
-    return Weights(str(source), official_to_flax(state), None, tuple(class_names) if class_names else None, {})
+    names = tuple(class_names) if class_names else None
+    return Weights(str(source), official_to_flax(state), None, names, metadata, metadata.get("thresholds"))
+
+
+def _widened(tensor: np.ndarray) -> np.ndarray:
+    return tensor.astype(np.float32) if tensor.dtype == np.float16 else tensor
 
 
 def _read_checkpoint(path: Path, class_names: Sequence[str] | None) -> Weights:
     from instseg_jax.weights import checkpoint  # Orbax is slow to import
 
     if not path.exists() and not checkpoint.is_checkpoint(path):
-        raise FileNotFoundError(
-            f"weights {str(path)!r} are no file, no checkpoint, and none of {', '.join(KNOWN_WEIGHTS)}"
-        )
+        known = ", ".join([*KNOWN_WEIGHTS, *PACKAGED_WEIGHTS])
+        raise FileNotFoundError(f"weights {str(path)!r} are no file, no checkpoint, and none of {known}")
     variables, metadata = checkpoint.load_inference_checkpoint(path)
     names = class_names or metadata.get("class_names")
     thresholds = checkpoint.read_thresholds(path)

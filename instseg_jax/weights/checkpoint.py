@@ -263,6 +263,18 @@ def read_checkpoints(directory: str | os.PathLike[str]) -> dict[int, dict[str, A
     return {step: _read_json(folder / _METADATA) for step, folder in _step_folders(Path(directory)).items()}
 
 
+def checkpoint_folder(path: str | os.PathLike[str]) -> tuple[Path, bool]:
+    """The folder of the checkpoint at `path`, and whether what is added to it goes when the checkpoint is replaced.
+
+    Of a file: the file itself and False.
+    """
+    path = Path(path).absolute()
+    if path.is_file():
+        return path, False
+    folder = _find_checkpoint(path)
+    return folder, _is_inference_checkpoint(folder)
+
+
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Say whether `load_inference_checkpoint` would find a checkpoint at `path`."""
     try:

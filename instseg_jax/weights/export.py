@@ -4,6 +4,7 @@ Names, layouts and bits are those of the official state dict (`names`), so a mod
 written in `paddle`; exporting a program (StableHLO, ONNX) is not done here.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,35 +17,53 @@ from instseg_jax.weights.paddle import write_pdparams
 
 FORMATS = ("pdparams", "safetensors")
 
+_METADATA = "instseg_jax"  # key in a safetensors header; its values are strings, ours is JSON
 
-def export_weights(path: str | os.PathLike[str], variables: Mapping[str, Any], *, format: str | None = None) -> Path:
+
+def export_weights(
+    path: str | os.PathLike[str],
+    variables: Mapping[str, Any],
+    *,
+    format: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    half: bool = False,
+) -> Path:
     """Write {"params": ..., "batch_stats": ...} to `path` under the official names and return the path.
 
-    `format` is "pdparams" or "safetensors", by default what the path ends with. An existing file is replaced only
-    once the new one is complete. Raises ValueError for another format.
+    `format` is "pdparams" or "safetensors", by default what the path ends with. `metadata` (config, class names, ...,
+    as in a checkpoint) goes into the header of a safetensors file, which then says itself what it is. `half` stores
+    float16, half the size; readers widen it again. An existing file is replaced only once the new one is complete.
+    Raises ValueError for another format, and for half precision in a .pdparams file, which no official tool takes.
     """
     path = Path(path)
     format = format or path.suffix.removeprefix(".")
     if format not in FORMATS:
         raise ValueError(f"weights format {format!r} of {path} is not one of {', '.join(FORMATS)}")
+    if half and format != "safetensors":
+        raise ValueError(f"half precision is for safetensors, not for {format}: the official tools take float32 alone")
     path.parent.mkdir(parents=True, exist_ok=True)
     state = flax_to_official(variables)
+    if half:
+        state = {name: np.asarray(tensor, np.float16) for name, tensor in state.items()}
     if format == "pdparams":
         write_pdparams(path, state)
     else:
-        write_safetensors(path, state)
+        write_safetensors(path, state, metadata)
     return path
 
 
-def write_safetensors(path: str | os.PathLike[str], state: Mapping[str, np.ndarray]) -> None:
-    """Write tensors by name to a safetensors file; an existing file is replaced."""
+def write_safetensors(
+    path: str | os.PathLike[str], state: Mapping[str, np.ndarray], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write tensors by name, and JSON metadata, to a safetensors file; an existing file is replaced."""
     from safetensors.numpy import save_file
 
     path = Path(path)
     partial = path.with_name(f"{path.name}.part-{os.getpid()}")
+    header = {"format": "np"} | ({} if metadata is None else {_METADATA: json.dumps(dict(metadata))})
     try:
         # safetensors writes the memory as it lies, so it must lie in order
-        save_file({name: np.asarray(tensor, order="C") for name, tensor in state.items()}, partial, {"format": "np"})
+        save_file({name: np.asarray(tensor, order="C") for name, tensor in state.items()}, partial, header)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -58,4 +77,19 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
+
+
+def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the metadata that `export_weights` put into a safetensors file; empty for files of other tools.
+
+    Raises ValueError for a file that is no complete safetensors file, or whose metadata is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            header = file.metadata() or {}
+        return json.loads(header.get(_METADATA, "{}"))
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error})") from error

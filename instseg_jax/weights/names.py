@@ -64,7 +64,10 @@ def official_to_path(name: str, rank: int) -> str:
 
 
 def path_to_official(path: str) -> str:
-    """Return the official name of the leaf at tree path `path` ("params/..." or "batch_stats/...")."""
+    """Return the official name of the leaf at tree path `path` ("params/..." or "batch_stats/...").
+
+    Raises: ValueError for a leaf that no layer of this network has.
+    """
     collection, *modules, leaf = path.split("/")
     if collection not in ("params", "batch_stats") or leaf not in _OFFICIAL_LEAVES:
         raise ValueError(f"leaf {path!r} has no official name (known leaves: {', '.join(_OFFICIAL_LEAVES)})")

@@ -1,0 +1,19 @@
+"""Does pasting objects of other pictures help?
+
+Command:   python run.py sweep --config=configs/ablations/copy_paste.py --config.data.dir=balloon --seeds=2
+           --workdir=runs/ablations
+Hardware:  two CPU cores.
+Answer:    not yet run.
+"""
+
+import base
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return base.get_config(arg)
+
+
+def sweep(add):
+    add({}, name="no")
+    add({"data.augment.copy_paste_probability": 0.5}, name="half of the pictures")

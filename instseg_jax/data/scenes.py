@@ -1,0 +1,99 @@
+"""Made-up scenes: objects of a data set scattered over made-up ground, and examples written as a data set.
+
+For trying things out where there are no pictures of the right kind, such as large aerial images. A network that is good
+on them has shown that the machinery works, and nothing more.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from instseg_jax import masks
+from instseg_jax.data import coco, copy_paste, examples, rasterize
+from instseg_jax.files import write_bytes, write_json
+
+GROUND_COLORS = np.array([(86, 98, 62), (142, 132, 104)], np.float32)  # RGB: grass and gravel
+GROUND_SCALES = (4, 16, 64)  # pixels of the spots of which the ground is mixed
+GRAIN = 6.0  # standard deviation of the noise of single pixels, of 255
+
+
+def scatter_objects(
+    dataset: coco.CocoDataset,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    *,
+    count: int,
+    scale_range: tuple[float, float],
+) -> examples.Example:
+    """Make a picture of `size` (height, width): ground, and `count` objects of random pictures of the data set on it.
+
+    Objects are scaled by a factor from `scale_range` and half of them are mirrored. Later ones hide earlier ones, which
+    go when less than a fifth is left of them; so there may be fewer in the end.
+
+    Raises ValueError when the data set has no object.
+    """
+    donors = [i for i, annotations in enumerate(dataset.annotations) if annotations]
+    if not donors:
+        raise ValueError(f"{dataset.name} has no object to scatter.")
+    scene = examples.Example(
+        image=make_ground(size, rng),
+        view=rasterize.whole_view(*size),
+        is_float=False,
+        boxes_xyxy_px=np.zeros((0, 4), np.float32),
+        labels=np.zeros(0, np.int32),
+        segmentations=(),
+    )
+    for _ in range(count):
+        donor = examples.load_example(dataset, int(rng.choice(donors)))
+        scene = copy_paste.paste_objects(scene, donor, rng, max_objects=1, scale_range=scale_range)
+    return scene
+
+
+def make_ground(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Draw ground without anything on it: spots of several sizes between two colours, [height, width, 3] uint8."""
+    height, width = size
+    mixture = np.zeros(size, np.float32)
+    for scale in GROUND_SCALES:
+        spots = rng.random((height // scale + 2, width // scale + 2), np.float32)
+        mixture += cv2.resize(spots, (width, height), interpolation=cv2.INTER_CUBIC)
+    mixture = np.clip(mixture / len(GROUND_SCALES), 0, 1)[..., None]
+    colors = GROUND_COLORS[0] * (1 - mixture) + GROUND_COLORS[1] * mixture
+    colors += rng.normal(0, GRAIN, (height, width, 1)).astype(np.float32)
+    return np.rint(np.clip(colors, 0, 255)).astype(np.uint8)
+
+
+def write_examples(
+    folder: str | Path, split: str, scenes: Sequence[examples.Example], categories: Sequence[str]
+) -> Path:
+    """Write examples as one split ("train", "val") of a COCO data set below `folder`; return the annotation file.
+
+    Pictures become images/SPLIT_0000.png and so on. Examples must be as loaded or scattered, without augmentation.
+    """
+    folder = Path(folder)
+    records, annotations = [], []
+    for number, scene in enumerate(scenes):
+        name, (height, width) = f"{split}_{number:04d}.png", scene.image.shape[:2]
+        write_bytes(folder / "images" / name, cv2.imencode(".png", scene.image[..., ::-1])[1].tobytes())
+        records.append({"id": number + 1, "file_name": name, "height": height, "width": width})
+        for label, segmentation in zip(scene.labels, scene.segmentations, strict=True):
+            rle = masks.segmentation_to_rle(segmentation, height, width)
+            x1, y1, x2, y2 = masks.rle_box_xyxy_px(rle)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number + 1,
+                    "category_id": int(label) + 1,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": masks.rle_area(rle),
+                    "iscrowd": 0,
+                    "segmentation": coco.segmentation_to_json(rle),
+                }
+            )
+    content = {
+        "images": records,
+        "annotations": annotations,
+        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(categories)],
+    }
+    return write_json(folder / "annotations" / f"instance_{split}.json", content)

@@ -1,0 +1,1 @@
+"""Sweeps: which runs a question needs (`plan`), running them as processes (`launch`), what came out (`tables`)."""

@@ -1,0 +1,385 @@
+"""Exports where a checkpoint is expected: the same instances, thresholds, classes and ids, from every runtime."""
+
+import functools
+import json
+import logging
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from export_case import CATEGORY_IDS, CLASS_NAMES, DETECTIONS, SIZE, keep_compiled, make_run, same_instances
+from PIL import Image
+
+import instseg_jax
+from instseg_jax.cli import main
+from instseg_jax.data import coco
+from instseg_jax.deploy import accelerate as accelerate_room
+from instseg_jax.deploy import postprocess, writers
+from instseg_jax.deploy.export import Request, export_model
+from instseg_jax.images import INTERPOLATIONS, resize_pixels
+from instseg_jax.inference import runtimes
+from instseg_jax.inference.postprocess import upsample_masks
+from instseg_jax.inference.predictor import load_model
+from instseg_jax.inference.runtimes import find_export, open_export, parse_hpi_config, read_export, run_in_batches
+from instseg_jax.masks import encode_mask
+from instseg_jax.verbs_export import calibration_images, comparison_images
+from instseg_jax.weights import checkpoint
+
+FORMATS = ("stablehlo", "onnx", "ort", "openvino", "litert")
+
+
+def needs(format: str, precision: str = "") -> None:
+    """Skip a test whose runtime is not installed."""
+    try:
+        writers.require(format, precision)
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    dataset = coco.read_split(coco.EMBEDDED, "val")
+    return [dataset.image_path(i) for i in range(3)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    with keep_compiled(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = make_run(tmp_path_factory.mktemp("run"), {"data.resize": "letterbox"})
+    thresholds = {"overall": 0.3, "classes": {"building": 0.7, "tree": 0.6, "car": 0.8}}
+    checkpoint.save_thresholds(folder, thresholds)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exports(run, tmp_path_factory):
+    """Exports of the run by format, each made once when it is asked for."""
+    folder, model = tmp_path_factory.mktemp("exports"), load_model(run)
+    made = {}
+
+    def get(format: str):
+        needs(format)
+        if format not in made:
+            images = comparison_images(model, SIZE)[:1]
+            request = Request(format, 1, SIZE)
+            report = export_model(model, folder / format, request, source="a run", images=images)
+            assert report["warnings"] == [], report
+            made[format] = folder / format
+        return made[format]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def wanted(run, pictures):
+    """What the checkpoint finds, with the thresholds that are stored with it."""
+    results = instseg_jax.create_pipeline(weights=run, device="cpu")(pictures)
+    assert all(len(result) for result in results) and min(map(len, results)) < DETECTIONS
+    assert len({box["label"] for result in results for box in result.boxes}) > 1
+    return results
+
+
+@pytest.fixture(autouse=True)
+def no_second_start(monkeypatch):
+    monkeypatch.setenv("INSTSEG_HUGE_PAGES", "0")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_pipeline_finds_the_same(format, exports, wanted, pictures):
+    pipeline = instseg_jax.create_pipeline(weights=exports(format), device="cpu", batch_size=2)
+    assert (pipeline.class_names, pipeline.category_ids) == (CLASS_NAMES, CATEGORY_IDS)
+    np.testing.assert_array_equal(pipeline.thresholds, [0.7, 0.6, 0.8])
+    for found, one in zip(pipeline(pictures), wanted, strict=True):
+        assert same_instances(found, one), (found.boxes, one.boxes)
+        assert found.to_coco()[0]["category_id"] == one.to_coco()[0]["category_id"]
+    assert [box["label"] for box in pipeline(pictures[0], threshold={"building": 0.0})[0].boxes].count("building") > 0
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_file_that_ships_finds_the_same(format, exports, wanted, pictures, tmp_path):
+    folder = exports(format)
+    command = [sys.executable, str(folder / "postprocess.py"), *map(str, pictures[:2]), "--threads=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env={"PATH": ""})
+    assert done.returncode == 0, done.stderr
+    for one, found in zip(wanted, json.loads(done.stdout), strict=False):
+        result, expected = found["res"], one.json["res"]
+        assert set(result) == set(expected) and result["size"] == expected["size"]
+        for box, other in zip(result["boxes"], expected["boxes"], strict=True):
+            assert box["label"] == other["label"] and box["score"] == pytest.approx(other["score"], abs=1e-3)
+        assert [mask["size"] for mask in result["masks"]] == [mask["size"] for mask in expected["masks"]]
+        share = [a["counts"] == b["counts"] for a, b in zip(result["masks"], expected["masks"], strict=True)]
+        assert np.mean(share) >= 0.5  # a pixel whose logit is nearly 0 may fall to the other side
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_an_onnx_file_runs_in_two_runtimes(backend, exports, wanted, pictures):
+    needs("openvino" if backend == "openvino" else "onnx")
+    hpi_config = {"backend": backend, "backend_config": {"cpu_num_threads": 1}}
+    model = exports("onnx") / "model.onnx"
+    pipeline = instseg_jax.create_pipeline(weights=model, device="cpu", use_hpip=True, hpi_config=hpi_config)
+    assert same_instances(pipeline(pictures[0])[0], wanted[0])
+    with pytest.raises(ValueError, match="backend is 'openvino', but an export as stablehlo runs in"):
+        instseg_jax.create_pipeline(weights=exports("stablehlo"), hpi_config={"backend": "openvino"})
+
+
+def test_several_threads_may_ask_at_once(exports):
+    export = read_export(exports("stablehlo"))
+    run = open_export(export, device="cpu", num_detections=DETECTIONS)
+    images = np.random.default_rng(0).random((4, SIZE, SIZE, 3), np.float32)
+    wanted, found = [run(image[None]).scores for image in images], [None] * 4
+
+    def ask(i):
+        found[i] = run(images[i][None]).scores
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    np.testing.assert_array_equal(np.array(found), np.array(wanted))
+
+
+def test_verbs_take_an_export(exports, run, tmp_path):
+    folder = exports("stablehlo")
+    for name, weights in (("export", folder), ("checkpoint", run)):
+        out = tmp_path / name
+        common = [f"--weights={weights}", f"--workdir={out}"]
+        assert main(["evaluate", *common, "--config.eval.gallery_size=0"]) == 0
+        source = coco.data_root(coco.EMBEDDED) / "images"
+        picture = sorted(source.glob("*.jpg"))[0]
+        assert main(["predict", *common, f"--input={picture}", "--formats=json"]) == 0
+    scores, labels = [], []
+    for name in ("export", "checkpoint"):
+        evaluated = json.loads((tmp_path / name / "evaluate_result.json").read_text(encoding="utf-8"))
+        scores.append(evaluated["metrics"]["AP"])
+        (file,) = (tmp_path / name / "predictions").glob("*_res.json")
+        labels.append([box["label"] for box in json.loads(file.read_text(encoding="utf-8"))["res"]["boxes"]])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+    assert labels[0] == labels[1] and labels[0]
+
+
+def test_thresholds_are_stored_in_an_export(run, tmp_path):
+    model = load_model(run)
+    images = comparison_images(model, SIZE)[:1]
+    export_model(model, tmp_path / "e", Request("stablehlo", 1, SIZE), source="", images=images)
+    runtimes.save_export_thresholds(read_export(tmp_path / "e"), {"overall": 0.6, "classes": {"tree": 0.1}})
+    pipeline = instseg_jax.create_pipeline(weights=tmp_path / "e", device="cpu")
+    np.testing.assert_array_equal(pipeline.thresholds, [0.6, 0.1, 0.6])
+    assert postprocess.load(tmp_path / "e").config["thresholds"] == [0.6, 0.1, 0.6]
+
+
+# --- what does not fit ----------------------------------------------------------------------------------------------
+
+
+def test_other_batches_are_split_and_filled_up():
+    seen = []
+
+    def run(images):
+        seen.append(images.shape)
+        return images[:, 0, 0, 0], images[:, :1, 0, 0]
+
+    images = np.arange(5 * 4, dtype=np.float32).reshape(5, 2, 2, 1)
+    for batch, shapes in ((2, [2, 2, 2]), (5, [5]), (8, [8]), (None, [5])):
+        seen.clear()
+        first, second = run_in_batches(run, images, batch)
+        assert [shape[0] for shape in seen] == shapes
+        np.testing.assert_array_equal(first, images[:, 0, 0, 0])
+        np.testing.assert_array_equal(second, images[:, :1, 0, 0])
+
+
+def test_errors_name_the_thing(exports, tmp_path):
+    folder = exports("stablehlo")
+    export = read_export(folder)
+    with pytest.raises(ValueError, match=r"eval\.num_detections is 50, but .* exported with 10"):
+        open_export(export, device="cpu", num_detections=50)
+    with pytest.raises(ValueError, match=r"takes images of shape \[B, 64, 64, 3\], got \[1, 32, 64, 3\]"):
+        open_export(export, device="cpu", num_detections=5)(np.zeros((1, 32, 64, 3), np.float32))
+    with pytest.raises(ValueError, match="runs on one device"):
+        open_export(export, device="cpu:0,1", num_detections=5)
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json beside it"):
+        find_export(tmp_path / "model.onnx")
+    (tmp_path / "config.json").write_text('{"format": "onnx"}')
+    with pytest.raises(ValueError, match="is no whole export"):
+        read_export(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="can't be read"):
+        read_export(tmp_path)
+
+
+def test_evaluation_at_another_size_is_refused(exports, tmp_path, capsys):
+    options = [f"--weights={exports('stablehlo')}", f"--workdir={tmp_path}"]
+    assert main(["evaluate", *options, "--config.data.image_size=96"]) == 1
+    assert "data.image_size is 96, but" in capsys.readouterr().err
+    assert main(["evaluate", *options, "--tta=scales"]) == 1
+    assert "--tta=scales needs other sizes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "litert"])
+def test_a_missing_runtime_names_its_extra(backend, monkeypatch, tmp_path):
+    format = {"onnxruntime": "onnx"}.get(backend, backend)
+    settings = {"format": format, "num_detections": 5, "dynamic_batch": False, "batch": 1, "compute_type": "f32"}
+    settings["preprocessing"] = {"size": [64, 64], "channels": 3}
+    export = runtimes.Export(tmp_path, settings)
+    monkeypatch.setitem(sys.modules, {"litert": "ai_edge_litert"}.get(backend, backend), None)
+    extra = runtimes.EXTRAS[backend]
+    with pytest.raises(ImportError, match=rf'not installed: pip install "instseg_jax\[{extra}\]"'):
+        open_export(export, device="cpu", num_detections=5)
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino", "litert"])
+def test_a_missing_writer_names_its_extra(format, monkeypatch):
+    monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=rf"{format} needs .*pip install \"instseg_jax\["):
+        writers.require(format)
+
+
+# --- the quickest runtime -------------------------------------------------------------------------------------------
+
+
+def test_the_quickest_runtime_is_taken_and_remembered(run, wanted, pictures, monkeypatch, caplog):
+    needs("onnx")
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(accelerate_room, "RUNTIMES", ("onnxruntime",))
+    for seconds, quickest in ((0.1, "onnxruntime"), (0.3, "xla")):
+        times = iter((0.2, seconds))
+        monkeypatch.setattr(accelerate_room, "_time", functools.partial(lambda times, *_: next(times), times))
+        for _ in range(2):  # the second time nothing is exported and nothing timed
+            caplog.clear()
+            pipeline = instseg_jax.create_pipeline(weights=run, device="cpu", use_hpip=True)
+            assert f"use_hpip: {quickest} is used" in caplog.text
+            assert same_instances(pipeline(pictures[0])[0], wanted[0])
+            monkeypatch.setattr(accelerate_room, "export_model", None)
+        next((run / "best_model").glob("hpip-*/choice.json")).unlink()
+    assert load_model(run).exported is None  # the run is still a checkpoint
+
+
+def test_a_named_runtime_is_taken(run, wanted, pictures, monkeypatch):
+    needs("onnx")
+    hpi_config = {"backend": "onnxruntime", "backend_config": {"onnxruntime": {"cpu_num_threads": 1}}}
+    pipeline = instseg_jax.create_pipeline(weights=run, device="cpu", use_hpip=True, hpi_config=hpi_config)
+    assert same_instances(pipeline(pictures[0])[0], wanted[0])
+    monkeypatch.setattr(accelerate_room.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"use_hpip needs onnxruntime and onnx: pip install"):
+        instseg_jax.create_pipeline(weights=run, device="cpu", use_hpip=True)
+
+
+def test_hpi_config_says_what_it_understands():
+    assert parse_hpi_config(None) == runtimes.HighPerformance()
+    both = {
+        "backend": "openvino",
+        "backend_config": {"onnxruntime": {"cpu_num_threads": 2}, "openvino": {"cpu_num_threads": 4}},
+    }
+    assert parse_hpi_config(both) == runtimes.HighPerformance("openvino", 4)
+    assert parse_hpi_config({"auto_config": True, "backend_config": {"cpu_num_threads": 3}}).num_threads == 3
+    for wrong, message in (
+        ({"auto_paddle2onnx": True}, r"hpi_config\.auto_paddle2onnx means nothing here"),
+        ({"backend": "tensorrt"}, r"hpi_config\.backend is 'tensorrt', it must be one of onnxruntime"),
+        (
+            {"backend": "onnxruntime", "backend_config": {"precision": "fp16"}},
+            r"\.precision means nothing",
+        ),
+        ({"backend_config": {"cpu_num_threads": 0}}, "cpu_num_threads is 0"),
+        ({"auto_config": False}, "auto_config is off"),
+        ({"backend": "xla", "backend_config": {"cpu_num_threads": 2}}, "can't be set for xla"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_hpi_config(wrong)
+
+
+# --- 8 bits, and pictures that are not 8-bit colour -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_int8_is_calibrated_and_smaller(format, run, exports, tmp_path):
+    needs(format, "int8")
+    model = load_model(run)
+    images = comparison_images(model, SIZE)[:2]
+    request = Request(format, 1, SIZE, precision="int8")
+    with pytest.raises(ValueError, match="--calibration"):
+        export_model(model, tmp_path / "int8", request, source="", images=images)
+    calibration = calibration_images(model, SIZE, None)[:4]
+    report = export_model(model, tmp_path / "int8", request, source="", images=images, calibration=calibration)
+    full = json.loads((exports(format) / "parity.json").read_text(encoding="utf-8"))
+    assert report["megabytes"] < 0.75 * full["megabytes"] and report["precision"] == "int8"
+    assert 1e-4 < report["largest_difference"]["scores"] < 0.5 and report["matched_share"] > 0.5
+
+
+def test_half_in_onnx_stores_less(run, exports, tmp_path):
+    needs("onnx")
+    model = load_model(run)
+    images = comparison_images(model, SIZE)[:2]
+    request = Request("onnx", 1, SIZE, precision="half")
+    report = export_model(model, tmp_path / "half", request, source="", images=images)
+    full = json.loads((exports("onnx") / "parity.json").read_text(encoding="utf-8"))
+    assert report["megabytes"] < 0.6 * full["megabytes"] and report["matched_share"] == 1
+    assert 0 < report["largest_difference"]["scores"] < 0.01
+
+
+def test_no_pictures_to_calibrate_on(run, tmp_path):
+    model = load_model(run)
+    with model.config.unlocked():
+        model.config.data.dir = str(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"no pictures to calibrate on .*--calibration"):
+        calibration_images(model, SIZE, None)
+    Image.fromarray(np.full((40, 50, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    (image,) = calibration_images(model, SIZE, str(tmp_path))
+    assert image.shape == (SIZE, SIZE, 3) and image[0, 0, 0] == pytest.approx(200 / 255) and image[-1, 0, 0] == 0
+
+
+def test_channels_and_16_bits_travel_with_the_export(tmp_path):
+    ranges = ((0.0, 1000.0), (100.0, 3000.0))
+    overrides = {"data.channels": "2", "data.scaling": "percentile", "data.channel_ranges": str(ranges), "data.dir": ""}
+    run = make_run(tmp_path / "run", overrides)
+    model = load_model(run)
+    array = np.random.default_rng(0).integers(0, 3000, (70, 90, 2)).astype(np.uint16)
+    np.save(tmp_path / "bands.npy", array)
+    (one,) = instseg_jax.create_pipeline(weights=run, device="cpu", threshold=0.1)(str(tmp_path / "bands.npy"))
+    for format in ("stablehlo", "onnx"):
+        needs(format)
+        folder = tmp_path / format
+        images = comparison_images(model, SIZE)[:1]
+        export_model(model, folder, Request(format, 1, SIZE), source="", images=images)
+        assert read_export(folder).settings["preprocessing"]["channel_ranges"] == [list(pair) for pair in ranges]
+        pipeline = instseg_jax.create_pipeline(weights=folder, device="cpu", threshold=0.1)
+        assert same_instances(pipeline(str(tmp_path / "bands.npy"))[0], one)
+        export = postprocess.load(folder)
+        picture = postprocess.read_image(tmp_path / "bands.npy", export.config)
+        found = postprocess.segment(export, picture, 0.1)
+        assert [box["label"] for box in found["boxes"]] == [box["label"] for box in one.boxes]
+        with pytest.raises(ValueError, match="the model takes 2 channels"):
+            postprocess.scale_channels(np.zeros((4, 4, 3), np.uint16), export.config)
+
+
+# --- the file that ships --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_resizing_in_numpy_is_that_of_opencv_to_a_grey_level(interpolation):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (37, 53, 3)).astype(np.uint8)
+    for content in ((64, 64), (20, 30), (64, 30), (20, 90), (37, 53)):
+        wanted = resize_pixels(noise, content, content, interpolation) * 255
+        found = postprocess.resize_numpy(noise, content, interpolation).astype(np.float32)
+        assert np.abs(found - wanted).max() <= 1.01, content
+
+
+def test_masks_are_enlarged_and_encoded_as_in_the_package():
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 1, (3, 16, 16)).astype(np.float32)
+    for content, original in (((64, 64), (100, 77)), ((48, 64), (30, 40)), ((64, 33), (200, 101))):
+        sizes = {"input_size": (64, 64), "content_size": content, "original_size": original}
+        for mask, wanted in zip(logits, upsample_masks(logits, **sizes), strict=True):
+            found = postprocess.enlarge_mask(mask, (64, 64), content, original)
+            assert 0 < wanted.sum() < wanted.size
+            np.testing.assert_array_equal(found, wanted)
+            assert postprocess.mask_to_rle(found) == encode_mask(wanted)
+    for mask in (np.zeros((3, 4), bool), np.ones((3, 4), bool), np.eye(5, dtype=bool)):
+        assert postprocess.mask_to_rle(mask) == encode_mask(mask)
