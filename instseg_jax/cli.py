@@ -15,6 +15,7 @@ import instseg_jax
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 HUGE_PAGES_SWITCH = "INSTSEG_HUGE_PAGES"
+OPENCV_SWITCH = "OPENCV_LOG_LEVEL"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -231,6 +232,7 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    os.environ.setdefault(OPENCV_SWITCH, "ERROR")  # its warnings of broken files say what we say, amid our bars
     debug = "--debug" in arguments
     try:
         arguments, overrides = split_overrides(arguments)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from instseg_jax.data import coco
@@ -53,7 +54,12 @@ def compare(config: None, options: argparse.Namespace) -> int:
         for kind in kinds
     }
     found = {
-        kind: compare_matches(of_kind, num_resamples=options.resamples, seed=options.seed)
+        kind: compare_matches(
+            of_kind,
+            num_resamples=options.resamples,
+            seed=options.seed,
+            progress=lambda draws, number: track(draws, "resampling", number),
+        )
         for kind, of_kind in matches.items()
     }
     comparisons = {kind: comparison for kind, comparison in found.items() if comparison is not None}

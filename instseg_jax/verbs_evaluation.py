@@ -42,6 +42,7 @@ from instseg_jax.weights import checkpoint
 SHOWN_METRICS = ("AP", "AP50", "AP75")
 DEFAULTS = "configs/mask_rtdetr.py:l"  # where there is no model
 SIZE_MULTIPLE = 32  # of the network's input, in pixels
+MANY = 10_000  # detections: to score more takes long enough to say so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +192,8 @@ def _score(truth: dict, results: list[dict], kinds: tuple[str, ...], evaluation:
     # COCO's 100, unless the network or an image has more.
     objects = Counter((entry["image_id"], entry["category_id"]) for entry in truth["annotations"])
     limit = max(100, evaluation.num_detections, *objects.values())
+    if len(results) > MANY and jax.process_index() == 0:
+        print(f"scoring {len(results)} detections with {evaluation.engine}", flush=True)
     scored = (*kinds, "boundary") if evaluation.boundary and "segm" in kinds else kinds
     metrics = coco_metrics(truth, results, iou_types=scored, max_detections=limit, engine=evaluation.engine)
     metrics.setdefault("AP", metrics.get("bbox/AP"))  # boxes alone

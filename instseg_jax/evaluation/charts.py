@@ -81,7 +81,7 @@ def reliability_chart(edges: np.ndarray, heights: np.ndarray, counts: np.ndarray
     return f"<figure>{''.join(parts)}<figcaption>{html.escape(title)}</figcaption></figure>"
 
 
-def interval_chart(rows: Sequence[tuple[str, float, float, float]], *, title: str) -> str:
+def interval_chart(rows: Sequence[tuple[str, float, float, float]], *, title: str, first_color: int = 0) -> str:
     """A dot with whiskers for each (name, value, low, high), shares shown as points, over one axis."""
     low, high = min((row[2] for row in rows), default=0), max((row[3] for row in rows), default=0)
     margin = 0.08 * (high - low) or 0.01
@@ -104,8 +104,10 @@ def interval_chart(rows: Sequence[tuple[str, float, float, float]], *, title: st
         y = top + step * (i + 0.5)
         tip = f"<title>{100 * value:.1f} ({100 * start:.1f} to {100 * end:.1f})</title>"
         ends = f'x1="{place(start):.1f}" y1="{y}" x2="{place(end):.1f}" y2="{y}"'
-        parts.append(f'<line class="line" style="stroke:{color(i)}" {ends}>{tip}</line>')
-        parts.append(f'<circle cx="{place(value):.1f}" cy="{y}" r="4.5" style="fill:{color(i)}">{tip}</circle>')
+        parts.append(f'<line class="line" style="stroke:{color(first_color + i)}" {ends}>{tip}</line>')
+        parts.append(
+            f'<circle cx="{place(value):.1f}" cy="{y}" r="4.5" style="fill:{color(first_color + i)}">{tip}</circle>'
+        )
         parts.append(f'<text x="142" y="{y + 4}" text-anchor="end">{html.escape(name[-22:])}</text>')
     return f"<figure>{''.join(parts)}</svg><figcaption>{html.escape(title)}</figcaption></figure>"
 

@@ -5,7 +5,7 @@ them alike drops out of the differences.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +53,16 @@ class Comparison:
         }
 
 
-def compare_matches(runs: Mapping[str, Matches], *, num_resamples: int, seed: int) -> Comparison | None:
+def compare_matches(
+    runs: Mapping[str, Matches],
+    *,
+    num_resamples: int,
+    seed: int,
+    progress: Callable[[Iterable[int], int], Iterable[int]] | None = None,
+) -> Comparison | None:
     """Bootstrap AP and AP50 of runs on the same images; None when there is nothing to find in them.
 
+    `progress` is called with the resamples and their number; it yields them on and may show how far they are.
     Raises ValueError when there are not two runs, or when their images or classes differ.
     """
     names, matches = tuple(runs), list(runs.values())
@@ -70,7 +77,8 @@ def compare_matches(runs: Mapping[str, Matches], *, num_resamples: int, seed: in
     num_images = len(matches[0].image_ids)
     found = np.array([_ap_and_ap50(m, None) for m in matches])  # [R, 2]
     drawn = np.full((num_resamples, len(matches), 2), np.nan)
-    for i in range(num_resamples):
+    resamples: Iterable[int] = range(num_resamples)
+    for i in resamples if progress is None else progress(resamples, num_resamples):
         weights = np.bincount(rng.integers(num_images, size=num_images), minlength=num_images)
         drawn[i] = [_ap_and_ap50(m, weights) for m in matches]
     drawn = drawn[~np.isnan(drawn).any(axis=(1, 2))]  # without those that drew no object at all
@@ -105,6 +113,7 @@ def write_comparison(
                 + charts.interval_chart(
                     [(n, v.value, v.low, v.high) for n, v in gains],
                     title=f"Difference to {comparison.names[0]}, points; {num_resamples} paired resamples",
+                    first_color=1,  # as beside it, where the first run is shown too
                 )
                 + "</div>"
             )
