@@ -129,6 +129,18 @@ def test_an_onnx_file_runs_in_two_runtimes(backend, exports, wanted, pictures):
         instseg_jax.create_pipeline(weights=exports("stablehlo"), hpi_config={"backend": "openvino"})
 
 
+def test_an_onnx_file_for_any_batch(run, wanted, pictures, tmp_path):
+    needs("onnx")
+    model = load_model(run)
+    request = Request("onnx", 1, SIZE, dynamic_batch=True)
+    export_model(model, tmp_path / "any", request, source="", images=comparison_images(model, SIZE)[:1])
+    settings = read_export(tmp_path / "any").settings
+    assert settings["inputs"][0]["shape"] == ["batch", SIZE, SIZE, 3] and settings["opset"] == {"ai.onnx": 21}
+    assert settings["outputs"][3]["shape"] == ["batch", DETECTIONS, SIZE // 4, SIZE // 4]
+    pipeline = instseg_jax.create_pipeline(weights=tmp_path / "any", device="cpu", batch_size=3)
+    assert all(same_instances(found, one) for found, one in zip(pipeline(pictures), wanted, strict=True))
+
+
 def test_several_threads_may_ask_at_once(exports):
     export = read_export(exports("stablehlo"))
     run = open_export(export, device="cpu", num_detections=DETECTIONS)

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from instseg_jax.deploy.export import Request, export_model
+from instseg_jax.devices import select_devices
 from instseg_jax.files import write_json
-from instseg_jax.inference.predictor import LoadedModel, make_predict
+from instseg_jax.inference.predictor import LoadedModel, bind
 from instseg_jax.inference.runtimes import (
     CONFIG,
     EXTRAS,
@@ -31,6 +31,7 @@ from instseg_jax.inference.runtimes import (
     read_export,
     with_backend,
 )
+from instseg_jax.sharding import make_mesh
 from instseg_jax.types import Detections
 from instseg_jax.weights.checkpoint import checkpoint_folder
 
@@ -134,10 +135,7 @@ def _times(
     height, width = export.size
     images = np.zeros((batch_size, height, width, model.config.data.channels), np.float32)
     count = model.config.eval.num_detections
-    predict = make_predict(model.network, num_detections=count)
-    runs: dict[str, Callable[[np.ndarray], Detections]] = {
-        COMPILED: lambda batch: predict(model.variables, jnp.asarray(batch))
-    }
+    runs: dict[str, Run] = {COMPILED: bind(model, make_mesh(select_devices("cpu")[:1]), device="cpu")}
     for name in installed:
         runs[name] = open_export(with_backend(export, name, threads), device="cpu", num_detections=count)
     seconds = {name: _time(run, images) for name, run in runs.items()}

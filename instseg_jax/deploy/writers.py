@@ -201,7 +201,7 @@ def halve_weights(graph: "onnx.ModelProto") -> "onnx.ModelProto":
 def quantize_onnx(graph: "onnx.ModelProto", images: Sequence[np.ndarray], input_name: str) -> "onnx.ModelProto":
     """The graph with 8-bit convolutions (QDQ, a scale for each output channel), calibrated on images [H, W, C].
 
-    Attention, the heads' last layers and the selection are matrix products and stay float32 (stored as float16).
+    The projections behind the last convolutions, attention, heads and selection stay float32 (stored as float16).
     """
     import onnx
     from onnxruntime import quantization
@@ -223,11 +223,26 @@ def quantize_onnx(graph: "onnx.ModelProto", images: Sequence[np.ndarray], input_
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=["Conv"],
+            nodes_to_exclude=last_convolutions(graph),
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
+            extra_options={"CalibMovingAverage": True},  # extremes of single images would widen the ranges
         )
         return onnx.load(str(quantized))
+
+
+def last_convolutions(graph: "onnx.ModelProto") -> list[str]:
+    """Names of the convolutions with no other one behind them: prototypes of the masks and the decoder's input."""
+    leads_on: set[str] = set()  # tensors from which a convolution is reached
+    found = []
+    for node in reversed(graph.graph.node):  # in the order of computing
+        is_last = not leads_on.intersection(node.output)
+        if node.op_type == "Conv" and is_last:
+            found.append(node.name)
+        if node.op_type == "Conv" or not is_last:
+            leads_on.update(node.input)
+    return found
 
 
 def write_ort(path: Path, graph: "onnx.ModelProto") -> None:
