@@ -9,8 +9,10 @@ from rich.progress import track as track_in_terminal
 Item = TypeVar("Item")
 
 
-def track(items: Iterable[Item], text: str, total: int) -> Iterator[Item]:
-    """Go through `items`, `total` of them, beside a bar; in a notebook without one, as it would need more packages."""
+def track(items: Iterable[Item], text: str, total: int | None) -> Iterator[Item]:
+    """Go through `items`, `total` of them (None: unknown), beside a bar; in a notebook, where that needs more packages,
+    without one.
+    """
     console = Console()
     if console.is_jupyter:
         return iter(items)

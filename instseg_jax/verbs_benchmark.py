@@ -4,6 +4,7 @@ import argparse
 import copy
 import os
 import platform
+import tempfile
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -15,9 +16,11 @@ from instseg_jax.data import coco
 from instseg_jax.data.source import build_dataset
 from instseg_jax.devices import select_devices
 from instseg_jax.files import write_json
+from instseg_jax.images import preprocess, read_image
 from instseg_jax.inference.benchmark import STEPS, measure_encoding, time_inference
+from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.predictor import load_model
-from instseg_jax.models.mask_rtdetr import build_model, count_parameters, initial_variables
+from instseg_jax.models.mask_rtdetr import MaskRTDETR, build_model, count_parameters, initial_variables
 from instseg_jax.models.variants import canonical_name
 from instseg_jax.weights.checkpoint import library_versions
 
@@ -36,8 +39,8 @@ def benchmark(config: ConfigDict, options: argparse.Namespace) -> int:
     with config.unlocked():
         config.data.dir = config.data.dir or coco.EMBEDDED
     configs = [config]
-    if options.sizes:
-        names = [canonical_name(f"mask_rtdetr_{size}") for size in options.sizes.split(",")]
+    if options.models:
+        names = [canonical_name(f"mask_rtdetr_{size}") for size in options.models.split(",")]
         configs = [_with_name(config, name) for name in names]
     table: dict = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
@@ -45,6 +48,11 @@ def benchmark(config: ConfigDict, options: argparse.Namespace) -> int:
         "huge_pages": "hugetlb" in os.environ.get("GLIBC_TUNABLES", ""),
         "versions": library_versions(),
     }
+    if options.runtimes:
+        table["runtimes"] = [_compare_runtimes(each, options) for each in configs]
+        path = write_json(Path(options.workdir) / "runtimes.json", table, indent=2)
+        print(f"all numbers: {path}")
+        return 0
     if "training" in parts:
         from instseg_jax.training.benchmark import run_benchmark
 
@@ -58,20 +66,25 @@ def benchmark(config: ConfigDict, options: argparse.Namespace) -> int:
     return 0
 
 
-def _time_model(config: ConfigDict, options: argparse.Namespace, batch_sizes: list[int]) -> dict:
-    """One size of the model with all batch sizes, on all devices of the config."""
+def _load(config: ConfigDict, options: argparse.Namespace) -> tuple[ConfigDict, MaskRTDETR, dict, coco.CocoDataset]:
+    """Config, network and variables (fresh ones without --weights), and the pictures."""
     dataset = build_dataset(config.data, "val")
     coco.check_images(dataset)
     if options.weights:
         loaded = load_model(options.weights, config)
-        model, variables, config = loaded.network, loaded.variables, loaded.config
-    else:
-        model = build_model(config.model, len(dataset.categories))
-        variables = initial_variables(model, seed=config.seed, channels=config.data.channels)
+        return loaded.config, loaded.network, loaded.variables, dataset
+    model = build_model(config.model, len(dataset.categories))
+    return config, model, initial_variables(model, seed=config.seed, channels=config.data.channels), dataset
+
+
+def _time_model(config: ConfigDict, options: argparse.Namespace, batch_sizes: list[int]) -> dict:
+    """One size of the model with all batch sizes, on all devices of the config."""
+    config, model, variables, dataset = _load(config, options)
     mesh = sharding.make_mesh(select_devices(config.device))
     for batch_size in batch_sizes:
         sharding.check_batch_size(batch_size, mesh, "--batch_sizes")
-    on_devices = sharding.put_replicated(variables, mesh)
+    network, optimised = optimize_for_inference(model, variables)
+    on_devices = sharding.put_replicated(optimised, mesh)
     return {
         "model": config.model.name,
         "parameters": count_parameters(variables["params"]),
@@ -81,7 +94,7 @@ def _time_model(config: ConfigDict, options: argparse.Namespace, batch_sizes: li
         "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in mesh.devices.flat],
         "batches": [
             time_inference(
-                model,
+                network,
                 on_devices,
                 [dataset.image_path(i) for i in range(len(dataset))],
                 put_images=lambda images: sharding.put_batch(images, mesh),
@@ -95,6 +108,77 @@ def _time_model(config: ConfigDict, options: argparse.Namespace, batch_sizes: li
             for batch_size in batch_sizes
         ],
     }
+
+
+def _compare_runtimes(config: ConfigDict, options: argparse.Namespace) -> dict:
+    """The network of one size in each runtime, batch 1, on the first validation picture; prints its table."""
+    from instseg_jax.deploy.runtime_benchmark import RUNTIMES, compare_runtimes
+
+    runtimes = options.runtimes.split(",")
+    if not set(runtimes) <= set(RUNTIMES):
+        raise ValueError(f"--runtimes is {options.runtimes!r}; it may name {', '.join(RUNTIMES)}")
+    if "openvino" in runtimes and "openvino_bf16" not in runtimes:
+        runtimes.append("openvino_bf16")
+    peers = _peers(options.peer)
+    config, model, variables, dataset = _load(config, options)
+    size = config.data.image_size
+    picture = read_image(dataset.image_path(0))
+    pixels, _ = preprocess(
+        picture, (size, size), resize=config.data.resize, interpolation=config.data.eval_interpolation
+    )
+    name, threads = config.model.name, _usable_cores() or os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder:
+        found = compare_runtimes(
+            model,
+            variables,
+            pixels[None],
+            runtimes=runtimes,
+            num_detections=config.eval.num_detections,
+            num_threads=threads,
+            repeats=options.repeats,
+            folder=Path(folder),
+            peer=peers.get(name),
+        )
+    found = {"model": name, "weights": options.weights or "fresh", "image_size": size, "threads": threads} | found
+    _print_runtimes(found | {"queries": model.num_queries})
+    return found
+
+
+def _peers(text: str | None) -> dict[str, Path]:
+    """The ONNX file beside each size, from "s=FILE,l=FILE"."""
+    peers = {}
+    for part in text.split(",") if text else []:
+        size, mark, file = part.partition("=")
+        if not mark or not Path(file).is_file():
+            raise ValueError(f"--peer holds {part!r}, it must be SIZE=FILE with an ONNX file that is there")
+        peers[canonical_name(f"mask_rtdetr_{size}")] = Path(file)
+    return peers
+
+
+def _print_runtimes(found: dict) -> None:
+    """A row a runtime; CPU time and its share of the limit also hold beside other work."""
+    title = (
+        f"{found['model']}, {found['image_size']} px, {found['queries']} queries, {found['threads']} threads; limit "
+        f"{1e3 * found['limit_s']:.0f} ms ({1e3 * found['limit_cpu_s']:.0f} ms CPU): {found['gflop']:.0f} GFLOP at "
+        f"{found['gflops']:.0f} GFLOP/s"
+    )
+    columns = ("runtime", "ms min / median / 95 %", "x limit", "CPU ms min / median", "x limit", "first, s", "MB above")
+    shown = Table(*columns, "file, MB", "score off by", "found", title=title, title_justify="left")
+    for row in found["rows"]:
+        difference = row["difference"]
+        shown.add_row(
+            row["runtime"],
+            " / ".join(f"{1e3 * row[key]:.0f}" for key in ("min_s", "median_s", "p95_s")),
+            f"{row['times_limit']:.2f}",
+            " / ".join(f"{1e3 * row[key]:.0f}" for key in ("cpu_min_s", "cpu_median_s")),
+            f"{row['cpu_times_limit']:.2f}",
+            f"{row['first_s']:.1f}",
+            "" if row["memory_mb"] is None else f"{row['memory_mb']:.0f}",
+            f"{row['file_mb']:.0f}",
+            "" if difference is None else f"{difference['score']:.1g}",
+            "" if difference is None else f"{100 * difference['kept']:.0f} %",
+        )
+    Console().print(shown)
 
 
 def _with_name(config: ConfigDict, name: str) -> ConfigDict:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from instseg_jax import sharding
 from instseg_jax.bands import show_bands
-from instseg_jax.config import load_config, override
+from instseg_jax.config import load_config
 from instseg_jax.data import coco, loader
 from instseg_jax.data.source import build_dataset
 from instseg_jax.devices import select_devices
@@ -104,11 +104,7 @@ def score_loaded(model: LoadedModel) -> tuple[dict[str, float | None], list[dict
 
 def load_with_overrides(config: ConfigDict | dict[str, str], weights: str | os.PathLike[str]) -> LoadedModel:
     """A model by its weights, with the given config, or with its own and overrides."""
-    model = load_model(weights, config if isinstance(config, ConfigDict) else None)
-    if not isinstance(config, ConfigDict):
-        for field, text in config.items():
-            override(model.config, field, text)
-    return model
+    return load_model(weights, config) if isinstance(config, ConfigDict) else load_model(weights, overrides=config)
 
 
 def print_metrics(metrics: dict[str, float | None]) -> None:

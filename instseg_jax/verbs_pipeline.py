@@ -10,7 +10,6 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.progress import Progress
 
-from instseg_jax.config import override
 from instseg_jax.deploy.accelerate import accelerate
 from instseg_jax.inference.pipeline import (
     Pipeline,
@@ -91,20 +90,18 @@ def get_pipeline_config(config: ConfigDict | None, options: argparse.Namespace) 
 def _pipeline(config: ConfigDict | dict[str, str], options: argparse.Namespace) -> Pipeline:
     """The pipeline that a command names: by its YAML, its weights, and fields of the config."""
     settings = load_pipeline_config(options.pipeline)
-    given = config if isinstance(config, ConfigDict) else None
-    model = load_pipeline_model(settings, options.weights, given, default=options.workdir)
-    if not isinstance(config, ConfigDict):
-        for field, text in config.items():
-            override(model.config, field, text)
+    given, overrides = (config, {}) if isinstance(config, ConfigDict) else (None, config)
+    model = load_pipeline_model(settings, options.weights, given, overrides, default=options.workdir)
+    device = options.device or settings.device or model.config.device
     model = prepare_runtime(
         model,
         options.use_hpip or settings.use_hpip,
         settings.hpi_config,
-        device=options.device or model.config.device,
+        device=device,
         batch_size=options.batch_size or settings.batch_size,
         accelerate=accelerate,
     )
-    return build_from(model, options.threshold, settings, options.batch_size, options.device)
+    return build_from(model, options.threshold, settings, options.batch_size, device)
 
 
 def build_from(

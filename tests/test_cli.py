@@ -80,7 +80,6 @@ def test_overrides_are_parted_from_options():
         (["predict", "--input={picture}", "--threshold=7"], "--threshold is 7.0"),
         (["predict", "--input={empty}", "--weights=x"], "there is no picture"),
         (["predict", "--input={picture}", "--formats=img,gif"], "got gif"),
-        (["predict", "--input={picture}"], "run.py quickstart"),
         (["predict", "--input={picture}", "--weights=x", "--pipeline=none.yaml"], "none.yaml"),
         (["serve", "--weights={folder}"], "no checkpoint" if HAS_SERVER else 'pip install "instseg_jax[serve]"'),
         (["serve", "--queue_size=0"], "queue_size is 0" if HAS_SERVER else 'pip install "instseg_jax[serve]"'),

@@ -97,11 +97,12 @@ def test_files_of_tests_that_the_documents_name_are_there():
     assert not [name for name in named if not list(ROOT.glob(name))]
 
 
-def test_fields_that_the_readme_names_are_there():
+def test_fields_that_the_documents_name_are_there():
     config = load_config(EVERY_FIELD)
     sections = [name for name, value in config.items() if isinstance(value, ConfigDict)]
     pattern = rf"`(?:--config\.)?((?:{'|'.join(sections)})\.[a-z0-9_.]+)"
-    named = set(re.findall(pattern, (ROOT / "README.md").read_text(encoding="utf-8")))
+    texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
+    named = {name for text in texts for name in re.findall(pattern, text)}
     named = {name for name in named if not name.endswith((".log", ".yaml", ".json"))}
     assert len(named) > 10
     assert "unknown field" in str(error_of(config, "train.epoch"))

@@ -27,7 +27,7 @@ def run(tmp_path, monkeypatch):
     overrides = {"data.image_size": "64", "eval.batch_size": "4", "eval.num_detections": "6", "eval.gallery_size": "3"}
     config = load_config("configs/quickstart.py", overrides)
 
-    def load_model(source, given=None):
+    def load_model(source, given=None, overrides=None):
         found = read_weights(source)
         return LoadedModel(Network(), found.variables, config, ("building",), (1,), {}, "", found.thresholds)
 

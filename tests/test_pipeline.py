@@ -308,16 +308,23 @@ def test_a_missing_or_odd_file_is_told(tmp_path):
         load_pipeline_config(tmp_path / "odd.yaml")
 
 
-def test_create_pipeline_without_weights_says_what_to_do(tmp_path, monkeypatch):
+def test_create_pipeline_without_weights_takes_those_of_the_package_and_says_so(tmp_path, monkeypatch, caplog):
+    asked = []
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"quickstart.*weights="):
-        instseg_jax.create_pipeline("instance_segmentation")
+    monkeypatch.setattr(
+        pipeline_module.predictor,
+        "load_model",
+        lambda source, *rest: asked.append(source) or make_model(thresholds=None),
+    )
+    instseg_jax.create_pipeline("instance_segmentation", device="cpu")
+    assert asked == ["mask_rtdetr_n_pretrained"]
+    assert "quickstart" in caplog.text and "weights=" in caplog.text
 
 
 def test_create_pipeline_takes_weights_and_settings_in_their_order(tmp_path, monkeypatch):
     loaded = []
 
-    def load_model(source, config=None):
+    def load_model(source, config=None, overrides=None):
         loaded.append(str(source))
         return make_model(thresholds=None)
 
@@ -346,7 +353,7 @@ def test_create_pipeline_takes_weights_and_settings_in_their_order(tmp_path, mon
 def test_official_files_are_known_by_their_name(monkeypatch, weights, model_name, size):
     given = []
 
-    def load_model(source, config=None):
+    def load_model(source, config=None, overrides=None):
         given.append(None if config is None else config.model.name)
         raise FileNotFoundError("read no further")
 
@@ -411,3 +418,13 @@ def test_sources_are_counted_where_that_is_cheap(folder):
 
     assert count(ONE) == count(folder / "a.png") == 1 and count(folder) == 4
     assert count([ONE, str(folder / "a.png")]) == 2 and count([folder]) is None
+
+
+def test_the_device_of_the_yaml_counts_where_the_call_names_none(tmp_path, monkeypatch):
+    named = []
+    monkeypatch.setattr(pipeline_module.predictor, "load_model", lambda *arguments: make_model(thresholds=None))
+    monkeypatch.setattr(pipeline_module, "build_pipeline", lambda model, **settings: named.append(settings["device"]))
+    content = {"pipeline_name": "instance_segmentation", "device": "cpu:0"}
+    instseg_jax.create_pipeline(config=content, weights=tmp_path)
+    instseg_jax.create_pipeline(config=content, weights=tmp_path, device="auto")
+    assert named == ["cpu:0", "auto"]

@@ -58,8 +58,8 @@ def make_ground(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     for scale in GROUND_SCALES:
         spots = rng.random((height // scale + 2, width // scale + 2), np.float32)
         mixture += cv2.resize(spots, (width, height), interpolation=cv2.INTER_CUBIC)
-    mixture = np.clip(mixture / len(GROUND_SCALES), 0, 1)[..., None]
-    colors = GROUND_COLORS[0] * (1 - mixture) + GROUND_COLORS[1] * mixture
+    share = np.clip(mixture / len(GROUND_SCALES), 0, 1)[..., None]
+    colors = GROUND_COLORS[0] * (1 - share) + GROUND_COLORS[1] * share
     colors += rng.normal(0, GRAIN, (height, width, 1)).astype(np.float32)
     return np.rint(np.clip(colors, 0, 255)).astype(np.uint8)
 
@@ -72,7 +72,8 @@ def write_examples(
     Pictures become images/SPLIT_0000.png and so on. Examples must be as loaded or scattered, without augmentation.
     """
     folder = Path(folder)
-    records, annotations = [], []
+    records: list[dict] = []
+    annotations: list[dict] = []
     for number, scene in enumerate(scenes):
         name, (height, width) = f"{split}_{number:04d}.png", scene.image.shape[:2]
         write_bytes(folder / "images" / name, cv2.imencode(".png", scene.image[..., ::-1])[1].tobytes())

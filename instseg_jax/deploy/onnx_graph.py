@@ -2,7 +2,7 @@
 
 The graph has one input and the fields of `types.Detections` as outputs:
 
-    images      [B, H, W, 3] float32 RGB, 0..1
+    images      [B, H, W, C] float32, 0..1; C = 3: RGB
     scores      [B, T] float32, falling
     labels      [B, T] int32, class index
     boxes_xyxy  [B, T, 4] float32, normalised corners, not clipped
@@ -55,5 +55,6 @@ def build_onnx(
         found = select_detections(model.apply(variables, images), num_detections=num_detections)
         return tuple(getattr(found, name) for name in OUTPUTS)
 
-    shape = (None if dynamic_batch else batch, *size, 3)
+    channels = variables["params"]["backbone"]["stem"]["stem1"]["conv"]["kernel"].shape[2]
+    shape = (None if dynamic_batch else batch, *size, channels)
     return translate(detect, shape, input_name=INPUT, output_names=OUTPUTS, opset=OPSET)

@@ -12,7 +12,6 @@ written over channels last, and in JAX a layer norm is ten primitives. So here
 What is not known raises `NotImplementedError` that names it.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,101 +19,10 @@ import jax
 import numpy as np
 import onnx
 from jax.extend import core
-from onnx import helper, numpy_helper
+from onnx import helper
 
-Order = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Value:
-    """An array: a constant (in JAX's order), or the output of a node.
-
-    `shape` is that of JAX, with 1 where broadcasting is still to come. Stored axis i is JAX's axis `order[i]`.
-    """
-
-    shape: tuple
-    order: Order
-    name: str = ""
-    constant: np.ndarray | None = None
-
-    @property
-    def stored_shape(self) -> tuple:
-        return tuple(self.shape[axis] for axis in self.order)
-
-
-class Graph:
-    """Nodes and initializers as they come. `batch`: name of [1] int64, the number of images, where it is not fixed."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.made_by: dict[str, onnx.NodeProto] = {}
-        self.initializers: dict[tuple, onnx.TensorProto] = {}
-        self.batch: tuple[Any, str] | None = None  # (the symbol, the name of its value)
-
-    def node(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
-        """Append a node; its output's name, or a list of them."""
-        stem = f"{kind.lower()}_{len(self.nodes)}"
-        names = [stem] if outputs == 1 else [f"{stem}_{i}" for i in range(outputs)]
-        made = helper.make_node(kind, list(inputs), names, name=stem, **attributes)
-        self.nodes.append(made)
-        self.made_by |= dict.fromkeys(names, made)
-        return names[0] if outputs == 1 else names
-
-    def constant(self, array: Any, dtype: Any = None) -> str:
-        """The name of an initializer with these numbers."""
-        array = np.asarray(array, dtype)
-        array = np.ascontiguousarray(array).reshape(array.shape)
-        key = array.shape, array.dtype.str, array.tobytes()
-        if key not in self.initializers:
-            self.initializers[key] = numpy_helper.from_array(array, f"constant_{len(self.initializers)}")
-        return self.initializers[key].name
-
-    def integers(self, *numbers: int) -> str:
-        return self.constant(np.array(numbers, np.int64))
-
-    def sizes(self, shape: Sequence) -> str:
-        """A shape as a tensor, whose sides may hang on the number of images."""
-        if not any(is_symbolic(n) for n in shape):
-            return self.integers(*shape)
-        return self.node("Concat", *(self.size(n) for n in shape), axis=0)
-
-    def size(self, n: Any) -> str:
-        """One side of a shape as a tensor [1]."""
-        if not is_symbolic(n):
-            return self.integers(n)
-        assert self.batch is not None
-        symbol, name = self.batch
-        factor = int(n // symbol)
-        return name if factor == 1 else self.node("Mul", name, self.integers(factor))
-
-    # --- a value in the form that an operator needs ---
-
-    def stored(self, x: Value, order: Order | None = None) -> str:
-        """The name of a value whose axes are stored in `order` (None: JAX's)."""
-        order = tuple(range(len(x.shape))) if order is None else order
-        if x.constant is not None:
-            return self.constant(x.constant.transpose(order))
-        if x.order == order:
-            return x.name
-        return self.node("Transpose", x.name, perm=[x.order.index(axis) for axis in order])
-
-    def full(self, x: Value, shape: Sequence) -> Value:
-        """The value with all its broadcasting done, up to `shape`."""
-        if tuple(x.shape) == tuple(shape):
-            return x
-        if x.constant is not None and not any(is_symbolic(n) for n in shape):
-            return constant_value(np.broadcast_to(x.constant, shape))
-        x = Value(x.shape, tuple(range(len(shape))), self.stored(x))
-        return Value(tuple(shape), x.order, self.node("Expand", x.name, self.sizes(shape)))
-
-
-def is_symbolic(n: Any) -> bool:
-    return not isinstance(n, (int, np.integer))
-
-
-def constant_value(array: Any) -> Value:
-    array = np.asarray(array)
-    return Value(array.shape, tuple(range(array.ndim)), constant=array)
+from instseg_jax.deploy.onnx_operators import NAMED, PRIMITIVES, broadcast_in_dim
+from instseg_jax.deploy.onnx_values import Graph, Value, constant_value, is_symbolic, onnx_type
 
 
 def translate(
@@ -132,13 +40,13 @@ def translate(
         whole = graph.node("Shape", input_name, start=0, end=1)
         graph.batch = sides[0], whole
     images = Value(tuple(sides), tuple(range(len(sides))), input_name)
-    results = _run(graph, closed.jaxpr, [constant_value(c) for c in closed.consts], [images])
+    results = _run(graph, closed.jaxpr, closed.consts, [images])
     infos = []
     for name, value, aval in zip(output_names, results, outputs, strict=True):
         made = graph.stored(graph.full(value, aval.shape))
         graph.nodes.append(helper.make_node("Identity", [made], [name], name=f"output_{name}"))
         side = [str(n) if is_symbolic(n) else int(n) for n in aval.shape]
-        infos.append(helper.make_tensor_value_info(name, _onnx_type(aval.dtype), side))
+        infos.append(helper.make_tensor_value_info(name, onnx_type(aval.dtype), side))
     nodes = _live(graph.nodes, output_names)
     read = {name for node in nodes for name in node.input}
     body = helper.make_graph(
@@ -163,19 +71,19 @@ def _live(nodes: list[onnx.NodeProto], outputs: Sequence[str]) -> list[onnx.Node
     return kept[::-1]
 
 
-def _onnx_type(dtype: Any) -> int:
-    return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-
-
 # --- walking through a jaxpr ----------------------------------------------------------------------
 
 
-def _run(graph: Graph, jaxpr: Any, constants: list[Value], arguments: list[Value]) -> list[Value]:
-    values: dict[Any, Value] = dict(zip(jaxpr.constvars, constants, strict=True))
-    values |= dict(zip(jaxpr.invars, arguments, strict=True))
+def _run(graph: Graph, jaxpr: Any, constants: Sequence, arguments: list[Value]) -> list[Value]:
+    values: dict[Any, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
+    for variable, array in zip(jaxpr.constvars, constants, strict=True):
+        values[variable] = constant_value(np.asarray(array, variable.aval.dtype))
 
     def read(atom: Any) -> Value:
-        return constant_value(np.asarray(atom.val)) if isinstance(atom, core.Literal) else values[atom]
+        if not isinstance(atom, core.Literal):
+            return values[atom]
+        aval: Any = atom.aval  # JAX's types know no dtype of an abstract value
+        return constant_value(np.asarray(atom.val, aval.dtype))
 
     for equation in jaxpr.eqns:
         results = _translate(graph, equation, [read(atom) for atom in equation.invars])
@@ -188,14 +96,14 @@ def _translate(graph: Graph, equation: Any, inputs: list[Value]) -> list[Value]:
     if kind in ("stop_gradient", "copy", "copy_p", "optimization_barrier"):
         return inputs
     if kind == "broadcast_in_dim":  # a constant too stays as small as it is
-        return [_broadcast_in_dim(graph, equation, inputs[0])]
+        return [broadcast_in_dim(graph, equation, inputs[0])]
     is_constant = all(x.constant is not None for x in inputs) and not _has_symbols(equation)
     inner = params.get("jaxpr", params.get("call_jaxpr"))
     if inner is not None:
         whole = None if is_constant else NAMED.get(params.get("name", ""))
         if whole is not None:
             return [whole(graph, equation, *inputs)]
-        return _run(graph, inner.jaxpr, [constant_value(c) for c in inner.consts], inputs)
+        return _run(graph, inner.jaxpr, inner.consts, inputs)
     if is_constant:
         avals = [atom.aval for atom in equation.invars]
         arrays = [np.broadcast_to(x.constant, aval.shape) for x, aval in zip(inputs, avals, strict=True)]  # type: ignore[arg-type]
@@ -210,455 +118,3 @@ def _translate(graph: Graph, equation: Any, inputs: list[Value]) -> list[Value]:
 def _has_symbols(equation: Any) -> bool:
     atoms = (*equation.invars, *equation.outvars)
     return equation.primitive.name == "dim_as_value" or any(is_symbolic(n) for a in atoms for n in a.aval.shape)
-
-
-# --- operators, value by value --------------------------------------------------------------------
-
-
-def _common_order(inputs: Sequence[Value]) -> Order:
-    """In which order to join values: that of a convolution's output, where there is one."""
-    rank = max(len(x.shape) for x in inputs)
-    orders = [x.order for x in inputs if x.constant is None and len(x.shape) == rank]
-    plain = tuple(range(rank))
-    return next((order for order in orders if order != plain), plain)
-
-
-def _common_shape(inputs: Sequence[Value]) -> tuple:
-    """What values broadcast to."""
-    rank = max(len(x.shape) for x in inputs)
-    shapes = [x.shape for x in inputs if len(x.shape) == rank]
-    return tuple(next((n for n in sides if is_symbolic(n) or n != 1), 1) for sides in zip(*shapes, strict=True))
-
-
-def _elementwise(kind: str) -> Callable:
-    def translate_it(graph: Graph, equation: Any, *inputs: Value) -> Value:
-        order = _common_order(inputs)
-        names = [graph.stored(x, order if x.shape else ()) for x in inputs]
-        return Value(_common_shape(inputs), order, graph.node(kind, *names))
-
-    return translate_it
-
-
-def _add(graph: Graph, equation: Any, a: Value, b: Value) -> Value:
-    """A sum; the bias of a convolution becomes a part of it."""
-    for x, bias in ((a, b), (b, a)):
-        made = graph.made_by.get(x.name)
-        if bias.constant is None or made is None or made.op_type != "Conv" or len(made.input) > 2:
-            continue
-        channel = x.order[1]
-        if bias.constant.size == x.shape[channel] == (bias.shape or (0,) * (channel + 1))[channel]:
-            whole = graph.node("Conv", *made.input, graph.constant(bias.constant.reshape(-1)))
-            graph.made_by[whole].attribute.extend(made.attribute)
-            return Value(x.shape, x.order, whole)
-    return _elementwise("Add")(graph, equation, a, b)
-
-
-def _square(graph: Graph, equation: Any, x: Value) -> Value:
-    return Value(x.shape, x.order, graph.node("Mul", x.name, x.name))
-
-
-def _rsqrt(graph: Graph, equation: Any, x: Value) -> Value:
-    return Value(x.shape, x.order, graph.node("Reciprocal", graph.node("Sqrt", x.name)))
-
-
-def _erfc(graph: Graph, equation: Any, x: Value) -> Value:
-    one = graph.constant(1, equation.invars[0].aval.dtype)
-    return Value(x.shape, x.order, graph.node("Sub", one, graph.node("Erf", x.name)))
-
-
-def _not_equal(graph: Graph, equation: Any, a: Value, b: Value) -> Value:
-    same = _elementwise("Equal")(graph, equation, a, b)
-    return Value(same.shape, same.order, graph.node("Not", same.name))
-
-
-def _remainder(graph: Graph, equation: Any, a: Value, b: Value) -> Value:
-    found = _elementwise("Mod")(graph, equation, a, b)
-    graph.made_by[found.name].attribute.append(helper.make_attribute("fmod", 1))  # the sign of C, as JAX has it
-    return found
-
-
-def _convert(graph: Graph, equation: Any, x: Value) -> Value:
-    target = equation.params["new_dtype"]
-    if equation.invars[0].aval.dtype == target:
-        return x
-    return Value(x.shape, x.order, graph.node("Cast", x.name, to=_onnx_type(target)))
-
-
-def _select(graph: Graph, equation: Any, which: Value, if_false: Value, if_true: Value) -> Value:
-    return _elementwise("Where")(graph, equation, which, if_true, if_false)
-
-
-def _clamp(graph: Graph, equation: Any, low: Value, x: Value, high: Value) -> Value:
-    at_least = _elementwise("Max")(graph, equation, x, low)
-    return _elementwise("Min")(graph, equation, at_least, high)
-
-
-def _integer_pow(graph: Graph, equation: Any, x: Value) -> Value:
-    power = graph.constant(equation.params["y"], equation.invars[0].aval.dtype)
-    return Value(x.shape, x.order, graph.node("Pow", x.name, power))
-
-
-# --- shapes ---------------------------------------------------------------------------------------
-
-
-def _broadcast_in_dim(graph: Graph, equation: Any, x: Value) -> Value:
-    """New axes of length 1; what broadcasting is left to do is for the user of the value."""
-    rank, places = len(equation.outvars[0].aval.shape), equation.params["broadcast_dimensions"]
-    shape: list[Any] = [1] * rank
-    for n, place in zip(x.shape, places, strict=True):
-        shape[place] = n
-    if x.constant is not None:
-        return constant_value(x.constant.reshape(shape))
-    new = [axis for axis in range(rank) if axis not in places]
-    if not new:
-        return x
-    order = tuple(range(rank))
-    return Value(tuple(shape), order, graph.node("Unsqueeze", graph.stored(x), graph.integers(*new)))
-
-
-def _reshape(graph: Graph, equation: Any, x: Value) -> Value:
-    return _to_shape(graph, graph.full(x, equation.invars[0].aval.shape), equation.params["new_sizes"])
-
-
-def _to_shape(graph: Graph, x: Value, shape: Sequence) -> Value:
-    if tuple(x.shape) == tuple(shape):
-        return x
-    if sum(map(is_symbolic, shape)) <= 1:
-        sizes = graph.integers(*(-1 if is_symbolic(n) else n for n in shape))
-    else:
-        sizes = graph.sizes(shape)
-    return Value(tuple(shape), tuple(range(len(shape))), graph.node("Reshape", graph.stored(x), sizes))
-
-
-def _squeeze(graph: Graph, equation: Any, x: Value) -> Value:
-    gone = {axis % len(x.shape) for axis in equation.params["dimensions"]}
-    kept = [axis for axis in range(len(x.shape)) if axis not in gone]
-    name = graph.node("Squeeze", x.name, graph.integers(*(x.order.index(axis) for axis in sorted(gone))))
-    return Value(tuple(x.shape[a] for a in kept), tuple(kept.index(a) for a in x.order if a in kept), name)
-
-
-def _transpose(graph: Graph, equation: Any, x: Value) -> Value:
-    permutation = equation.params["permutation"]
-    return Value(tuple(x.shape[a] for a in permutation), tuple(permutation.index(a) for a in x.order), x.name)
-
-
-def _slice(graph: Graph, equation: Any, x: Value) -> Value:
-    x, params = graph.full(x, equation.invars[0].aval.shape), equation.params
-    steps = params["strides"] or (1,) * len(x.shape)
-    cuts = [
-        (x.order.index(axis), start, limit, step)
-        for axis, (start, limit, step) in enumerate(
-            zip(params["start_indices"], params["limit_indices"], steps, strict=True)
-        )
-        if (start, limit, step) != (0, x.shape[axis], 1)
-    ]
-    if not cuts:
-        return x
-    axes, starts, limits, steps = zip(*cuts, strict=True)
-    names = [graph.integers(*numbers) for numbers in (starts, limits, axes, steps)]
-    return Value(equation.outvars[0].aval.shape, x.order, graph.node("Slice", x.name, *names))
-
-
-def _reverse(graph: Graph, equation: Any, x: Value) -> Value:
-    axes = [x.order.index(axis) for axis in equation.params["dimensions"]]
-    lowest = np.iinfo(np.int64).min
-    names = [graph.integers(*[n] * len(axes)) for n in (-1, lowest)]
-    name = graph.node("Slice", x.name, *names, graph.integers(*axes), graph.integers(*[-1] * len(axes)))
-    return Value(x.shape, x.order, name)
-
-
-def _concatenate(graph: Graph, equation: Any, *inputs: Value) -> Value:
-    whole = [graph.full(x, atom.aval.shape) for x, atom in zip(inputs, equation.invars, strict=True)]
-    order, axis = _common_order(whole), equation.params["dimension"]
-    name = graph.node("Concat", *(graph.stored(x, order) for x in whole), axis=order.index(axis))
-    return Value(equation.outvars[0].aval.shape, order, name)
-
-
-def _stack(graph: Graph, equation: Any, *inputs: Value) -> Value:
-    axis, place = equation.params["axis"], graph.integers(equation.params["axis"])
-    whole = [graph.stored(graph.full(x, atom.aval.shape)) for x, atom in zip(inputs, equation.invars, strict=True)]
-    name = graph.node("Concat", *(graph.node("Unsqueeze", part, place) for part in whole), axis=axis)
-    shape = equation.outvars[0].aval.shape
-    return Value(shape, tuple(range(len(shape))), name)
-
-
-def _split(graph: Graph, equation: Any, x: Value) -> list[Value]:
-    x, axis, sizes = graph.full(x, equation.invars[0].aval.shape), equation.params["axis"], equation.params["sizes"]
-    names = graph.node("Split", x.name, graph.integers(*sizes), outputs=len(sizes), axis=x.order.index(axis))
-    return [Value(out.aval.shape, x.order, name) for out, name in zip(equation.outvars, names, strict=True)]
-
-
-def _pad(graph: Graph, equation: Any, x: Value, fill: Value) -> Value:
-    x, config = graph.full(x, equation.invars[0].aval.shape), equation.params["padding_config"]
-    if any(interior for _, _, interior in config):
-        raise NotImplementedError("padding between elements has no ONNX form here")
-    before, after, _ = zip(*(config[axis] for axis in x.order), strict=True)
-    name = graph.node("Pad", x.name, graph.integers(*before, *after), graph.stored(fill))
-    return Value(equation.outvars[0].aval.shape, x.order, name)
-
-
-def _iota(graph: Graph, equation: Any) -> Value:
-    shape, axis, dtype = equation.outvars[0].aval.shape, equation.params["dimension"], equation.params["dtype"]
-    if not is_symbolic(shape[axis]):
-        thin = [n if i == axis else 1 for i, n in enumerate(shape)]
-        return constant_value(np.arange(shape[axis], dtype=dtype).reshape(thin))
-    zero, one = (graph.constant(np.int64(n)) for n in (0, 1))
-    limit = graph.node("Squeeze", graph.size(shape[axis]))
-    numbers = graph.node("Cast", graph.node("Range", zero, limit, one), to=_onnx_type(dtype))
-    line = Value((shape[axis],), (0,), numbers)
-    return _to_shape(graph, line, [n if i == axis else 1 for i, n in enumerate(shape)])
-
-
-# --- reductions, choices, products ----------------------------------------------------------------
-
-
-def _reduce(kind: str) -> Callable:
-    def translate_it(graph: Graph, equation: Any, x: Value) -> Value:
-        axes = equation.params["axes"]
-        whole = [n if axis in axes else x.shape[axis] for axis, n in enumerate(equation.invars[0].aval.shape)]
-        x = graph.full(x, whole)
-        name = x.name
-        is_boolean = equation.invars[0].aval.dtype == np.bool_
-        if is_boolean:
-            name = graph.node("Cast", name, to=onnx.TensorProto.UINT8)
-        name = graph.node(kind, name, graph.integers(*(x.order.index(a) for a in axes)), keepdims=0)
-        if is_boolean:
-            name = graph.node("Cast", name, to=onnx.TensorProto.BOOL)
-        kept = [axis for axis in range(len(x.shape)) if axis not in axes]
-        return Value(tuple(x.shape[a] for a in kept), tuple(kept.index(a) for a in x.order if a in kept), name)
-
-    return translate_it
-
-
-def _argmax(graph: Graph, equation: Any, x: Value) -> Value:
-    (axis,) = equation.params["axes"]
-    x = graph.full(x, equation.invars[0].aval.shape)
-    name = x.name
-    if equation.invars[0].aval.dtype == np.bool_:
-        name = graph.node("Cast", name, to=onnx.TensorProto.INT32)
-    name = graph.node("ArgMax", name, axis=x.order.index(axis), keepdims=0)
-    kept = [a for a in range(len(x.shape)) if a != axis]
-    name = graph.node("Cast", name, to=_onnx_type(equation.params["index_dtype"]))
-    return Value(tuple(x.shape[a] for a in kept), tuple(kept.index(a) for a in x.order if a in kept), name)
-
-
-def _top_k(graph: Graph, equation: Any, x: Value) -> list[Value]:
-    x = graph.full(x, equation.invars[0].aval.shape)
-    axis, count = equation.params.get("axis", len(x.shape) - 1), equation.params["k"]
-    values, index = graph.node("TopK", graph.stored(x), graph.integers(count), outputs=2, axis=axis)
-    index = graph.node("Cast", index, to=_onnx_type(equation.outvars[1].aval.dtype))
-    shape, order = equation.outvars[0].aval.shape, tuple(range(len(x.shape)))
-    return [Value(shape, order, values), Value(shape, order, index)]
-
-
-def _gather(graph: Graph, equation: Any, x: Value, index: Value) -> Value:
-    """Rows along one axis; indices lie inside, as those of this network do."""
-    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    x, index = (graph.full(v, a.aval.shape) for v, a in zip((x, index), equation.invars, strict=True))
-    (axis,) = numbers.start_index_map
-    out = equation.outvars[0].aval.shape
-    batching = numbers.operand_batching_dims
-    whole = [n for a, n in enumerate(x.shape) if a != axis and a not in batching]
-    if (
-        numbers.collapsed_slice_dims != (axis,)
-        or [n for a, n in enumerate(sizes) if a != axis and a not in batching] != whole
-    ):
-        raise NotImplementedError(f"only whole rows can be gathered: {equation}")
-    offset = list(numbers.offset_dims)
-    places = [a for a in range(len(out)) if a not in offset]  # of the indices' axes
-    if not batching:
-        picked = _to_shape(graph, index, index.shape[:-1])
-        name = graph.node("Gather", graph.stored(x), graph.stored(picked), axis=axis)
-        return Value(out, (*offset[:axis], *places, *offset[axis:]), name)
-    if batching != (0,) or numbers.start_indices_batching_dims != (0,) or axis != 1:
-        raise NotImplementedError(f"only the first axis can be a batch when gathering: {equation}")
-    wide = graph.node("Cast", graph.stored(index), to=onnx.TensorProto.INT64)
-    return Value(out, (*places, *offset), graph.node("GatherND", graph.stored(x), wide, batch_dims=1))
-
-
-def _dot_general(graph: Graph, equation: Any, a: Value, b: Value) -> Value:
-    (contract_a, contract_b), (batch_a, batch_b) = equation.params["dimension_numbers"]
-    a, b = (graph.full(v, atom.aval.shape) for v, atom in zip((a, b), equation.invars, strict=True))
-    free_a, free_b = (
-        [axis for axis in range(len(v.shape)) if axis not in (*contract, *batch)]
-        for v, contract, batch in ((a, contract_a, batch_a), (b, contract_b, batch_b))
-    )
-    out = equation.outvars[0].aval.shape
-    if b.constant is not None and not batch_b and contract_a == (len(a.shape) - 1,) and b.constant.ndim == 2:
-        kernel = b.constant if contract_b == (0,) else b.constant.T
-        if len(a.shape) == 4:  # a 1x1 convolution
-            return _convolve(graph, a, kernel[None, None], 1, ((0, 0), (0, 0)), out)
-        return Value(out, tuple(range(len(out))), graph.node("MatMul", graph.stored(a), graph.constant(kernel)))
-    left = graph.stored(a, (*batch_a, *free_a, *contract_a))
-    right = graph.stored(b, (*batch_b, *contract_b, *free_b))
-    batch = [a.shape[axis] for axis in batch_a]
-
-    def flat(name: str, shape: list) -> str:
-        value = Value(tuple(shape), tuple(range(len(shape))), name)
-        rows, columns = shape[len(batch) : -split], shape[-split:]
-        return _to_shape(graph, value, [*batch, _product(rows), _product(columns)]).name
-
-    split = len(contract_a)
-    left = flat(left, [*batch, *(a.shape[i] for i in (*free_a, *contract_a))])
-    split = max(len(free_b), 1)
-    if not free_b:
-        right = graph.node("Unsqueeze", right, graph.integers(len(batch) + len(contract_b)))
-    right = flat(right, [*batch, *(b.shape[i] for i in contract_b), *([b.shape[i] for i in free_b] or [1])])
-    rows, columns = _product([a.shape[i] for i in free_a]), _product([b.shape[i] for i in free_b])
-    product = Value((*batch, rows, columns), tuple(range(len(batch) + 2)), graph.node("MatMul", left, right))
-    return _to_shape(graph, product, out)
-
-
-def _product(sides: Sequence) -> Any:
-    found: Any = 1
-    for n in sides:
-        found = found * n
-    return found
-
-
-def _conv_general_dilated(graph: Graph, equation: Any, x: Value, kernel: Value) -> Value:
-    params = equation.params
-    numbers = params["dimension_numbers"]
-    plain = all(set(params[name]) == {1} for name in ("lhs_dilation", "rhs_dilation"))
-    if (
-        kernel.constant is None
-        or not plain
-        or params["feature_group_count"] != 1
-        or len(set(params["window_strides"])) > 1
-    ):
-        raise NotImplementedError(f"this kind of convolution has no ONNX form here: {equation}")
-    out, into, rows, columns = numbers.rhs_spec
-    weights = kernel.constant.transpose(rows, columns, into, out)
-    if numbers.lhs_spec != (0, 3, 1, 2) or numbers.out_spec != (0, 3, 1, 2):
-        raise NotImplementedError(f"only convolutions over channels last have an ONNX form here: {equation}")
-    return _convolve(graph, x, weights, params["window_strides"][0], params["padding"], equation.outvars[0].aval.shape)
-
-
-CHANNELS_FIRST = (0, 3, 1, 2)
-
-
-def _convolve(
-    graph: Graph, x: Value, kernel: np.ndarray, stride: int, padding: Any, shape: Sequence, group: int = 1
-) -> Value:
-    """A convolution of x [B, H, W, I] with a kernel [k, k, I / group, O], stored channels first."""
-    (top, bottom), (left, right) = padding
-    name = graph.node(
-        "Conv",
-        graph.stored(x, CHANNELS_FIRST),
-        graph.constant(kernel.transpose(3, 2, 0, 1)),
-        kernel_shape=list(kernel.shape[:2]),
-        strides=[stride, stride],
-        pads=[int(n) for n in (top, left, bottom, right)],
-        group=group,
-    )
-    return Value(tuple(shape), CHANNELS_FIRST, name)
-
-
-def _depthwise(graph: Graph, equation: Any, x: Value, kernel: Value) -> Value:
-    """The window is read off the shifted products that JAX sees: padding, then slices with a stride."""
-    padding = next(e for e in _equations(equation.params["jaxpr"].jaxpr) if e.primitive.name == "pad")
-    window = next(e for e in _equations(equation.params["jaxpr"].jaxpr) if e.primitive.name == "slice")
-    _, rows, columns, _ = padding.params["padding_config"]
-    stride = (window.params["strides"] or (1, 1))[1]
-    weights = kernel.constant
-    assert weights is not None
-    shape = equation.outvars[0].aval.shape
-    return _convolve(graph, x, weights, stride, (rows[:2], columns[:2]), shape, group=shape[-1])
-
-
-def _equations(jaxpr: Any) -> Any:
-    for equation in jaxpr.eqns:
-        yield equation
-        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-        if inner is not None:
-            yield from _equations(inner.jaxpr)
-
-
-# --- functions that JAX calls by name -------------------------------------------------------------
-
-
-def _silu(graph: Graph, equation: Any, x: Value) -> Value:
-    return Value(x.shape, x.order, graph.node("Mul", x.name, graph.node("Sigmoid", x.name)))
-
-
-def _layer_norm(graph: Graph, equation: Any, x: Value, scale: Value, bias: Value) -> Value:
-    from instseg_jax.models.layers import NORM_EPS
-
-    names = graph.stored(x), graph.stored(scale), graph.stored(bias)
-    name = graph.node("LayerNormalization", *names, axis=-1, epsilon=NORM_EPS)
-    return Value(x.shape, tuple(range(len(x.shape))), name)
-
-
-def _softmax(graph: Graph, equation: Any, x: Value) -> Value:
-    x = graph.full(x, equation.invars[0].aval.shape)
-    return Value(x.shape, x.order, graph.node("Softmax", x.name, axis=x.order.index(len(x.shape) - 1)))
-
-
-def _resize(**attributes: Any) -> Callable:
-    def translate_it(graph: Graph, equation: Any, x: Value) -> Value:
-        factors = graph.constant(np.array([1, 1, 2, 2], np.float32))
-        name = graph.node("Resize", graph.stored(x, CHANNELS_FIRST), "", factors, **attributes)
-        return Value(equation.outvars[0].aval.shape, CHANNELS_FIRST, name)
-
-    return translate_it
-
-
-def _max_pool(graph: Graph, equation: Any, x: Value) -> Value:
-    pads = [0, 0, 1, 1]
-    name = graph.node("MaxPool", graph.stored(x, CHANNELS_FIRST), kernel_shape=[2, 2], strides=[1, 1], pads=pads)
-    return Value(x.shape, CHANNELS_FIRST, name)
-
-
-NAMED: dict[str, Callable[..., Value]] = {
-    "relu": _elementwise("Relu"),
-    "silu": _silu,
-    "gelu": _elementwise("Gelu"),
-    "softmax": _softmax,
-    "layer_norm": _layer_norm,
-    "depthwise_conv": _depthwise,
-    "max_pool_2x2_same": _max_pool,
-    "upsample_bilinear_2x": _resize(mode="linear", coordinate_transformation_mode="half_pixel"),
-    "upsample_nearest_2x": _resize(mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"),
-}
-
-PRIMITIVES: dict[str, Any] = {
-    "add": _add,
-    "square": _square,
-    "rsqrt": _rsqrt,
-    "erfc": _erfc,
-    "ne": _not_equal,
-    "rem": _remainder,
-    "convert_element_type": _convert,
-    "select_n": _select,
-    "clamp": _clamp,
-    "integer_pow": _integer_pow,
-    "reshape": _reshape,
-    "squeeze": _squeeze,
-    "transpose": _transpose,
-    "slice": _slice,
-    "rev": _reverse,
-    "concatenate": _concatenate,
-    "stack": _stack,
-    "split": _split,
-    "pad": _pad,
-    "iota": _iota,
-    "argmax": _argmax,
-    "top_k": _top_k,
-    "gather": _gather,
-    "dot_general": _dot_general,
-    "conv_general_dilated": _conv_general_dilated,
-} | {
-    name: _elementwise(kind)
-    for name, kind in {
-        "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "min": "Min", "neg": "Neg", "exp": "Exp", "log": "Log",
-        "floor": "Floor", "sqrt": "Sqrt", "abs": "Abs", "sign": "Sign", "logistic": "Sigmoid", "tanh": "Tanh", "erf": "Erf",
-        "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual", "eq": "Equal", "not": "Not",
-        "and": "And", "or": "Or",
-    }.items()
-} | {
-    name: _reduce(kind)
-    for name, kind in {
-        "reduce_sum": "ReduceSum", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin", "reduce_prod": "ReduceProd",
-        "reduce_and": "ReduceMin", "reduce_or": "ReduceMax",
-    }.items()
-}  # fmt: skip

@@ -248,6 +248,7 @@ def _open_onnx(path: Path, config: dict, threads: int) -> Callable:
 
 
 def _open_openvino(path: Path, config: dict, threads: int) -> Callable:
+    sys.modules.setdefault("openvino_telemetry", None)  # it would report every import over the network
     import openvino
 
     settings = {"INFERENCE_NUM_THREADS": threads} if threads else {}

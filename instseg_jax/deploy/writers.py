@@ -20,6 +20,7 @@ import numpy as np
 from instseg_jax.files import write_bytes
 from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.postprocess import select_detections
+from instseg_jax.inference.runtimes import OUTPUTS, import_openvino
 from instseg_jax.models.mask_rtdetr import MaskRTDETR
 from instseg_jax.types import Outputs
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     import onnx
 
 PLATFORMS = ("cpu", "cuda")  # that a StableHLO file runs on
-OUTPUTS = ("scores", "labels", "boxes_xyxy", "mask_logits")
 
 
 REQUIRED: dict[str, tuple[str, ...]] = {  # modules that write a format
@@ -244,12 +244,12 @@ def write_ort(path: Path, graph: "onnx.ModelProto") -> None:
 def write_openvino(path: Path, graph: "onnx.ModelProto", *, precision: str, calibration: Sequence[np.ndarray]) -> None:
     """Write OpenVINO's format from an ONNX graph; `half` stores float16, which is computed with as bfloat16."""
     import onnx
-    import openvino
 
+    openvino = import_openvino()
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "plain.onnx"
         onnx.save(graph, str(plain))
-        network = openvino.Core().read_model(str(plain))  # convert_model would report home
+        network = openvino.Core().read_model(str(plain))
         if precision == "int8":
             import nncf
 

@@ -44,7 +44,7 @@ def show_pictures(
     rows = -(-len(pictures) // columns)
     side = width / columns
     height = side * pictures[0].shape[0] / pictures[0].shape[1] + (0 if titles is None else TITLE_INCHES)
-    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+    layout = ConstrainedLayoutEngine(compress=True, w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     figure = Figure(figsize=(width, rows * height), dpi=PIXELS_PER_INCH, layout=layout)
     for i, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axis.axis("off")

@@ -3,7 +3,8 @@
 `optimize_for_inference` turns a network and its variables into the folded form that `models/` describes beside the
 trained one. Every change is exact: outputs differ by rounding alone.
 
-Not here: what the form looks like (the modules' attribute `folded`), and what is special to ONNX (`deploy/onnx_graph.py`).
+Not here: what the form looks like (the attribute `folded` of the modules), and what is special to ONNX
+(`deploy/onnx_graph.py`).
 """
 
 from typing import Any

@@ -151,7 +151,8 @@ def create_pipeline(
     Args:
       pipeline: "instance_segmentation" (the default), or the path of a YAML file as `get_pipeline_config` writes it.
       config: the content of such a file; it goes before `pipeline`.
-      device: auto, cpu, gpu, tpu for the first of a kind, gpu:0,1 for several, which share every batch. None: auto.
+      device: auto, cpu, gpu, tpu for the first of a kind, gpu:0,1 for several, which share every batch.
+        None: that of the YAML, else auto.
       weights: workdir of a run, checkpoint, export, or official file; None: those of the YAML, else the run in
         `output`.
       threshold: lowest score, for all classes or by class name; None: as stored with the weights, else of the YAML.
@@ -169,17 +170,18 @@ def create_pipeline(
         log.warning("both pipeline=%s and config are given; config is used", pipeline)
     model = load_pipeline_model(settings, weights, model_config)
     batch_size = settings.batch_size if batch_size is None else batch_size
+    device = device or settings.device or "auto"
     model = prepare_runtime(
         model,
         settings.use_hpip if use_hpip is None else use_hpip,
         settings.hpi_config if hpi_config is None else hpi_config,
-        device=device or "auto",
+        device=device,
         batch_size=batch_size,
         accelerate=accelerate,
     )
     return build_pipeline(
         model,
-        device=device or "auto",
+        device=device,
         threshold=pick_threshold(threshold, model, settings),
         batch_size=batch_size,
         visualize=settings.visualize,
@@ -211,6 +213,7 @@ def load_pipeline_model(
     settings: PipelineConfig,
     weights: str | os.PathLike[str] | None,
     model_config: ConfigDict | None,
+    overrides: Mapping[str, str] | None = None,
     *,
     default: str = DEFAULT_WEIGHTS,
 ) -> predictor.LoadedModel:
@@ -237,7 +240,7 @@ def load_pipeline_model(
     says_itself = str(source) in PACKAGED_WEIGHTS or find_export(source) or is_checkpoint(source)
     if model_config is None and not says_itself:
         model_config = _official_config(settings.model_name or Path(source).name)
-    model = predictor.load_model(source, model_config)
+    model = predictor.load_model(source, model_config, overrides)
     if settings.model_name is not None and canonical_name(settings.model_name) != canonical_name(
         model.config.model.name
     ):

@@ -29,6 +29,7 @@ class PipelineConfig:
     use_hpip: bool | None
     hpi_config: Mapping[str, Any] | None
     visualize: bool
+    device: str | None = None
 
 
 def load_pipeline_config(pipeline: str | Path | Mapping[str, Any]) -> PipelineConfig:
@@ -100,6 +101,7 @@ def _parse(content: Mapping[str, Any], where: str, folder: Path | None) -> Pipel
         use_hpip=content.get("use_hpip"),
         hpi_config=content.get("hpi_config"),
         visualize=bool(serving.get("visualize", True)),
+        device=content.get("device"),
     )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import jax
@@ -12,15 +12,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
-from instseg_jax.config import add_missing_fields, load_config
+from instseg_jax.config import add_missing_fields, load_config, override
+from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.inference.runtimes import Export, find_export, open_export, read_export
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, abstract_variables, build_model
 from instseg_jax.sharding import put_batch, put_replicated, split_over_batch
-from instseg_jax.types import Detections, Outputs
+from instseg_jax.types import Detections, HostOrDeviceArray, Outputs
 from instseg_jax.weights import Weights, checkpoint
 
-Predict = Callable[[dict, jax.Array], Detections]
+Predict = Callable[[dict, HostOrDeviceArray], Detections]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ def make_predict(model: MaskRTDETR, *, num_detections: int, mesh: Mesh | None = 
     With a mesh over which the images are split, each device keeps the detections of its own.
     """
 
-    def predict(variables: dict, images: jax.Array) -> Detections:
+    def predict(variables: dict, images: HostOrDeviceArray) -> Detections:
         outputs = cast(Outputs, model.apply(variables, images))
         return select_detections(outputs, num_detections=num_detections)
 
@@ -61,7 +62,7 @@ def make_predict(model: MaskRTDETR, *, num_detections: int, mesh: Mesh | None = 
 
 
 def bind(model: LoadedModel, mesh: Mesh, *, device: str, split: bool = False) -> Callable[[np.ndarray], Detections]:
-    """A function from images [B, H, W, C] float32 to `Detections`: the network on the devices of a mesh, or the export.
+    """A function from images [B, H, W, C] float32 to `Detections`: the optimised network on a mesh, or the export.
 
     `device` is the text that named the devices; exports run on the first. `split`: see `make_predict`.
     Raises ValueError where an export does not fit what the model's config asks for.
@@ -75,21 +76,33 @@ def bind(model: LoadedModel, mesh: Mesh, *, device: str, split: bool = False) ->
                 f"{size[0]}; export again with --size={model.config.data.image_size}"
             )
         return open_export(model.exported, device=device, num_detections=count)
-    variables = put_replicated(model.variables, mesh)
-    predict = make_predict(model.network, num_detections=count, mesh=mesh if split else None)
+    network, variables = optimize_for_inference(model.network, model.variables)
+    variables = put_replicated(variables, mesh)
+    predict = make_predict(network, num_detections=count, mesh=mesh if split else None)
     return lambda images: predict(variables, put_batch(images, mesh))
 
 
-def load_model(source: str | os.PathLike[str] | Weights, config: ConfigDict | None = None) -> LoadedModel:
+def load_model(
+    source: str | os.PathLike[str] | Weights,
+    config: ConfigDict | None = None,
+    overrides: Mapping[str, str] | None = None,
+) -> LoadedModel:
     """Load a run's best weights, a checkpoint, an export, or an official file; the last needs a config.
 
     A checkpoint brings its own config; the sections `model` and `data` that say how the network is built and
-    fed always come from it, the rest from `config` where one is given.
+    fed always come from it, the rest from `config` where one is given. `overrides` {field: text} change what came out
+    of that, before the network is built.
 
     Raises: FileNotFoundError or ValueError in one sentence when there are no weights or they do not fit.
     """
+    overrides = overrides or {}
     if not isinstance(source, Weights) and (folder := find_export(source)):
-        return load_exported(read_export(folder), config)
+        exported = load_exported(read_export(folder), config)
+        for field, text in overrides.items():
+            if field.startswith("model."):
+                raise ValueError(f"config.{field}={text} can't change the network of the export {folder}; export again")
+            override(exported.config, field, text)
+        return exported
     found = source if isinstance(source, Weights) else weights_room.read_weights(source)
     source = found.source
     num_classes = found.num_classes
@@ -101,6 +114,8 @@ def load_model(source: str | os.PathLike[str] | Weights, config: ConfigDict | No
         config = saved if config is None else merge_configs(config, saved)
     elif config is None:
         raise ValueError(f"{source} does not say which model it is; name one with --config=configs/mask_rtdetr.py:SIZE")
+    for field, text in overrides.items():
+        override(config, field, text)
     class_names = found.class_names or tuple(f"class {i}" for i in range(num_classes))
     category_ids = found.metadata.get("category_ids") or tuple(range(1, num_classes + 1))
     model = build_model(config.model, num_classes)

@@ -8,6 +8,7 @@ runs it follows from its format; ONNX files run in ONNX Runtime and in OpenVINO.
 import dataclasses
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -245,9 +246,16 @@ def _open_onnxruntime(path: Path, export: Export, device: str) -> Run:
     return lambda images: tuple(session.run(list(OUTPUTS), {name: np.ascontiguousarray(images)}))
 
 
-def _open_openvino(path: Path, export: Export) -> Run:
+def import_openvino() -> Any:
+    """The module openvino, without its telemetry: that reports every import over the network, from a forked process."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
+    return openvino
+
+
+def _open_openvino(path: Path, export: Export) -> Run:
+    openvino = import_openvino()
     # Without the hint OpenVINO computes in bfloat16 where the processor has it.
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": export.settings["compute_type"]}
     if export.num_threads:

@@ -32,27 +32,32 @@ def sample_levels(
     """
     batch, num_tokens, heads, channels = value.shape
     queries = sampling_locations.shape[1]
-    size = np.array([(w, h) for h, w in spatial_shapes])  # (x, y) order
-    start = np.concatenate([[0], np.cumsum(size.prod(axis=1))[:-1]])[:, None, None]
-    size = size[:, None, None, :]  # [levels, 1 point, 1 corner, 2]
+    heights, widths = (np.array(sides)[:, None] for sides in zip(*spatial_shapes, strict=True))  # [levels, 1 point]
+    start = np.concatenate([[0], np.cumsum(heights * widths)[:-1]])[:, None, None, None]
+    column, across = _two_pixels(sampling_locations[..., 0], widths)
+    row, down = _two_pixels(sampling_locations[..., 1], heights)
+    # [..., levels, points, 2 rows, 2 columns]
+    token = start + row[..., :, None] * widths[..., None, None] + column[..., None, :]
+    share = down[..., :, None] * across[..., None, :] * weights[..., None, None]
 
-    pixel = sampling_locations * size[:, :, 0].astype(sampling_locations.dtype) - 0.5
-    low = jnp.floor(pixel)
-    fraction = pixel - low
-    # [..., levels, points, 4 corners, 2]
-    step = np.array([(0, 0), (1, 0), (0, 1), (1, 1)])
-    corner = low[..., None, :] + step.astype(low.dtype)
-    share = jnp.where(step == 1, fraction[..., None, :], 1 - fraction[..., None, :]).prod(axis=-1)
-    inside = ((corner >= 0) & (corner < size)).all(axis=-1)
-    corner = jnp.clip(corner, 0, size - 1).astype(jnp.int32)  # also tames infinities before the cast
-    token = start + corner[..., 1] * size[..., 0] + corner[..., 0]
+    head = jnp.arange(heads)[:, None, None, None, None]
+    image = jnp.arange(batch)[:, None, None, None, None, None, None]
+    index = ((image * num_tokens + token) * heads + head).reshape(batch, queries, heads, -1)
+    samples = jnp.take(value.reshape(-1, channels), index, axis=0, mode="clip")
+    return jnp.einsum("bqhp,bqhpc->bqhc", share.reshape(index.shape).astype(value.dtype), samples)
 
-    head = jnp.arange(heads)[:, None, None, None]
-    image = jnp.arange(batch)[:, None, None, None, None, None]
-    row = ((image * num_tokens + token) * heads + head).reshape(batch, queries, heads, -1)
-    share = (jnp.where(inside, share, 0) * weights[..., None]).reshape(row.shape)
-    samples = jnp.take(value.reshape(-1, channels), row, axis=0, mode="clip")
-    return jnp.einsum("bqhp,bqhpc->bqhc", share.astype(value.dtype), samples)
+
+def _two_pixels(locations: Array, length: np.ndarray) -> tuple[Array, Array]:
+    """Along one axis, the pixels before and after locations [..., levels, points], 0..1 across maps of `length`.
+
+    Returns: index [..., 2] int32, always on the map; share [..., 2], 0 for a pixel beside it.
+    """
+    position = locations * length.astype(locations.dtype) - 0.5
+    low = jnp.floor(position)
+    fraction = position - low
+    pixel, length = jnp.stack([low, low + 1], axis=-1), length[..., None]
+    share = jnp.where((pixel >= 0) & (pixel < length), jnp.stack([1 - fraction, fraction], axis=-1), 0)
+    return jnp.clip(pixel, 0, length - 1).astype(jnp.int32), share  # clipping also tames infinities before the cast
 
 
 def _on_each_device(function: Callable) -> Callable:

@@ -184,8 +184,10 @@ def depthwise_conv(x: Array, kernel: Array, stride: int, padding: tuple[int, int
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _depthwise(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
-    """For the backward pass only x and the kernel are kept: automatic differentiation keeps a shifted copy of x for each
-    of the k x k products, a quarter of all that a training step of size L remembers.
+    """For the backward pass only x and the kernel are kept.
+
+    Automatic differentiation keeps a shifted copy of x for each of the k x k products, a quarter of all that a
+    training step of size L remembers.
     """
     windows = _shifted_windows(x, kernel.shape[0], stride, padding)
     return functools.reduce(jnp.add, (window * tap for window, tap in zip(windows, _taps(kernel), strict=True)))
