@@ -1,5 +1,6 @@
 """The pipeline: every kind of input, results in order, nothing compiled twice, thresholds, failures at their place."""
 
+import dataclasses
 import http.server
 import json
 import os
@@ -18,7 +19,7 @@ from PIL import Image
 
 import instseg_jax
 from instseg_jax.inference import pipeline as pipeline_module
-from instseg_jax.inference import sources
+from instseg_jax.inference import sources, streaming
 from instseg_jax.inference.pipeline import build_pipeline, create_pipeline, pick_threshold, thresholds_by_class
 from instseg_jax.inference.pipeline_config import load_pipeline_config, write_pipeline_config
 from instseg_jax.masks import decode_rle
@@ -198,6 +199,34 @@ def test_nothing_is_compiled_twice(folder):
     list(pipe.predict(ONE, batch_size=2))
     list(pipe.predict([ONE] * 3, batch_size=2))
     assert model.model.traced == [(4, 64, 64, 3), (2, 64, 64, 3)]
+
+
+def test_decoding_and_encoding_go_on_while_the_device_works(pipe, monkeypatch):
+    decoded, encoded, waited = threading.Semaphore(0), threading.Event(), []
+    decode, keep = streaming._decode, streaming.keep_instances
+
+    def decode_and_say(*arguments):
+        try:
+            return decode(*arguments)
+        finally:
+            decoded.release()
+
+    def keep_and_say(*arguments, **sizes):
+        encoded.set()
+        return keep(*arguments, **sizes)
+
+    def run(images):
+        if not waited:  # the first picture, and while the device has it, the second
+            waited.append(all(decoded.acquire(timeout=20) for _ in range(2)))
+        elif len(waited) == 1:  # the masks of the first, while the device has the second
+            waited.append(encoded.wait(20))
+        return pipe.run(images)
+
+    monkeypatch.setattr(streaming, "_decode", decode_and_say)
+    monkeypatch.setattr(streaming, "keep_instances", keep_and_say)
+    results = list(dataclasses.replace(pipe, run=run).predict([ONE, TWO, ONE]))
+    assert waited == [True, True]
+    assert [found(result) for result in results] == [IN_ONE, IN_TWO, IN_ONE]
 
 
 def test_work_ahead_is_bounded(pipe):
