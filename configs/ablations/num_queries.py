@@ -15,6 +15,6 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def sweep(add):
-    add({"model.num_queries": 15}, name="15")
-    add({}, name="30")
+    add({"model.num_queries": 20}, name="20")
+    add({}, name="50")
     add({"model.num_queries": 100}, name="100")

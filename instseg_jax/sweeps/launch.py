@@ -109,6 +109,8 @@ def launch(
                     tell("end", run, read_state(workdir / run.name))
                     continue
                 places.append(_Place(device, run, process))
+                if stop.asked:  # just before it could hear of it
+                    process.terminate()
                 tell("start", run, State("running"))
             wait([place.run for place in places])
             for place in [place for place in places if place.process.poll() is not None]:

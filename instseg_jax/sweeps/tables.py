@@ -191,7 +191,7 @@ def draw_tables(plan: Plan, states: Mapping[str, State], path: Path) -> Path:
 
     widths = [max(4.0, 0.9 * len(table.rows) + 1.5) for table in plan.tables]
     figure = Figure(figsize=(sum(widths), 4.5), layout="constrained")
-    panels = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    panels = figure.subplots(1, len(widths), squeeze=False, sharey=True, width_ratios=widths)[0]
     for panel, table in zip(panels, plan.tables, strict=True):
         for shift, (metric, title) in zip((-0.08, 0.08), TITLES.items(), strict=True):
             _draw_score(panel, plan, table.rows, states, metric, title, shift)
