@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from export_case import CATEGORY_IDS, CLASS_NAMES, DETECTIONS, SIZE, keep_compiled, make_run, same_instances
@@ -16,7 +18,7 @@ import instseg_jax
 from instseg_jax.cli import main
 from instseg_jax.data import coco
 from instseg_jax.deploy import accelerate as accelerate_room
-from instseg_jax.deploy import postprocess, writers
+from instseg_jax.deploy import litert, postprocess, writers
 from instseg_jax.deploy.export import Request, export_model
 from instseg_jax.images import INTERPOLATIONS, resize_pixels
 from instseg_jax.inference import runtimes
@@ -24,6 +26,7 @@ from instseg_jax.inference.postprocess import upsample_masks
 from instseg_jax.inference.predictor import load_model
 from instseg_jax.inference.runtimes import find_export, open_export, parse_hpi_config, read_export, run_in_batches
 from instseg_jax.masks import encode_mask
+from instseg_jax.models import deformable_attention
 from instseg_jax.verbs_export import calibration_images, comparison_images
 from instseg_jax.weights import checkpoint
 
@@ -368,6 +371,30 @@ def test_channels_and_16_bits_travel_with_the_export(tmp_path):
         assert [box["label"] for box in found["boxes"]] == [box["label"] for box in one.boxes]
         with pytest.raises(ValueError, match="the model takes 2 channels"):
             postprocess.scale_channels(np.zeros((4, 4, 3), np.uint16), export.config)
+
+
+# --- what LiteRT gets in place of operations that it lacks ------------------------------------------------------------
+
+
+def test_top_k_for_litert_is_that_of_jax():
+    x = np.random.default_rng(0).integers(0, 9, (2, 3, 40)).astype(np.float32)  # with many equal values
+    for wanted, found in zip(jax.lax.top_k(x, 7), litert.top_k(jnp.asarray(x), 7), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_sampling_for_litert_is_that_of_the_network():
+    rng = np.random.default_rng(0)
+    shapes = ((6, 5), (3, 4), (2, 2))
+    value = jnp.asarray(rng.normal(size=(2, 30 + 12 + 4, 3, 8)), jnp.float32)
+    locations = jnp.asarray(rng.uniform(-0.3, 1.3, (2, 7, 3, 3, 4, 2)), jnp.float32)
+    weights = jnp.asarray(rng.random((2, 7, 3, 3, 4)), jnp.float32)
+    wanted = deformable_attention.sample_levels(value, shapes, locations, weights)
+    assert np.abs(wanted).max() > 0.5
+    np.testing.assert_allclose(litert.sample_levels(value, shapes, locations, weights), wanted, atol=1e-5)
+    before = jax.lax.top_k, deformable_attention.sample_levels
+    with litert.replaced_operations():
+        assert jax.lax.top_k is litert.top_k and deformable_attention.sample_levels is litert.sample_levels
+    assert (jax.lax.top_k, deformable_attention.sample_levels) == before
 
 
 # --- the file that ships --------------------------------------------------------------------------------------------

@@ -147,26 +147,16 @@ _TYPES = {"scores": jnp.float32, "labels": jnp.int32, "boxes_xyxy": jnp.float32,
 
 
 def write_litert(path: Path, model: MaskRTDETR, variables: dict, shape: Shape, *, half: bool) -> dict[str, Any]:
-    """Write LiteRT's format (TFLite), by JAX's jax2tf and TensorFlow's converter; `half` stores float16."""
-    import tensorflow as tf
-    from jax.experimental import jax2tf
+    """Write LiteRT's format (TFLite); `half` stores float16."""
+    from instseg_jax.deploy.litert import INPUT, convert_to_litert
 
     detect = make_detect(model, variables, shape.num_detections)
     sides = (shape.batch, shape.size, shape.size, shape.channels)
-    convert = jax2tf.convert(lambda images: dict(zip(OUTPUTS, detect(images), strict=True)), with_gradient=False)
-    module = tf.Module()
-    module.detect = tf.function(convert, input_signature=[tf.TensorSpec(sides, tf.float32, "images")], autograph=False)
-    with tempfile.TemporaryDirectory() as folder:
-        tf.saved_model.save(module, folder, signatures=module.detect.get_concrete_function())
-        converter = tf.lite.TFLiteConverter.from_saved_model(folder)
-        if half:
-            converter.optimizations = [tf.lite.Optimize.DEFAULT]
-            converter.target_spec.supported_types = [tf.float16]
-        write_bytes(path, converter.convert())
-    abstract = jax.eval_shape(detect, jax.ShapeDtypeStruct(sides, jnp.float32))
+    write_bytes(path, convert_to_litert(lambda x: dict(zip(OUTPUTS, detect(x), strict=True)), sides, half=half))
+    found = jax.eval_shape(detect, jax.ShapeDtypeStruct(sides, jnp.float32))
     return {
-        "inputs": [_describe("images", sides, jnp.float32)],
-        "outputs": [_describe(name, one.shape, one.dtype) for name, one in zip(OUTPUTS, abstract, strict=True)],
+        "inputs": [_describe(INPUT, sides, jnp.float32)],
+        "outputs": [_describe(name, one.shape, one.dtype) for name, one in zip(OUTPUTS, found, strict=True)],
     }
 
 
