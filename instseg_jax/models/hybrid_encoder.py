@@ -63,12 +63,13 @@ class EncoderLayer(nn.Module):
 
     num_heads: int
     ffn_dim: int
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Array, position: Array) -> Array:
         q = x + position
-        attention = MultiHeadAttention(self.num_heads, dtype=self.dtype, name="self_attn")
+        attention = MultiHeadAttention(self.num_heads, self.folded, dtype=self.dtype, name="self_attn")
         x = LayerNorm(dtype=self.dtype, name="norm1")(x + attention(q, q, x))
         y = Dense(self.ffn_dim, linear_default, dtype=self.dtype, name="linear1")(x)
         y = gelu(y)
@@ -83,6 +84,7 @@ class AttentionEncoder(nn.Module):
     num_heads: int
     ffn_dim: int
     rectangular: str
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
@@ -92,7 +94,7 @@ class AttentionEncoder(nn.Module):
         tokens = x.reshape(batch, height * width, channels)
         position = jnp.asarray(position, tokens.dtype)
         for i in range(self.num_layers):
-            layer = EncoderLayer(self.num_heads, self.ffn_dim, dtype=self.dtype, name=f"layers_{i}")
+            layer = EncoderLayer(self.num_heads, self.ffn_dim, self.folded, dtype=self.dtype, name=f"layers_{i}")
             tokens = layer(tokens, position)
         return tokens.reshape(x.shape)
 
@@ -190,6 +192,7 @@ class MaskHybridEncoder(nn.Module):
             self.num_heads,
             self.attention_ffn_dim,
             self.rectangular,
+            self.folded,
             dtype=self.dtype,
             name="encoder_0",
         )
