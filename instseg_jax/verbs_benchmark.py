@@ -156,7 +156,7 @@ def _peers(text: str | None) -> dict[str, Path]:
 
 
 def _print_runtimes(found: dict) -> None:
-    """A row a runtime; shares of the limit and of the peer in wall and in CPU time, which also holds beside other work."""
+    """A row a runtime; shares of the limit and of the peer in wall / CPU time, which also holds beside other work."""
     title = (
         f"{found['model']}, {found['image_size']} px, {found['queries']} queries, {found['threads']} threads; limit "
         f"{1e3 * found['limit_s']:.0f} ms ({1e3 * found['limit_cpu_s']:.0f} CPU): {found['gflop']:.0f} GFLOP at "

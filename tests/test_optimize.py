@@ -8,6 +8,8 @@ from random_model import random_images, random_variables, small_model
 
 from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.postprocess import select_detections
+from instseg_jax.models.deformable_attention import sample_levels
+from instseg_jax.models.layers import MANY_TOKENS, MultiHeadAttention
 from instseg_jax.models.mask_rtdetr import count_parameters
 from instseg_jax.models.query_selection import masks_to_boxes
 from instseg_jax.types import FactoredOutputs, Outputs
@@ -79,6 +81,27 @@ def test_masks_are_made_of_the_kept_queries():
     assert one.mask_logits.shape == (2, 4, 6, 8)
     for name in ("scores", "labels", "boxes_xyxy", "mask_logits"):
         np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("tokens", [40, MANY_TOKENS + 6])
+def test_attention_without_gradients_is_attention(tokens):
+    x = np.random.default_rng(0).standard_normal((2, tokens, 16)).astype(np.float32)
+    plain, quick = MultiHeadAttention(2), MultiHeadAttention(2, folded=True)
+    variables = plain.init(jax.random.key(0), x[:, :3], x[:, :3], x[:, :3])
+    one, two = (np.asarray(layer.apply(variables, x, 2 * x, x - 1)) for layer in (plain, quick))
+    assert one.std() > 0.01
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+
+
+def test_rows_added_one_by_one_are_the_same_samples():
+    rng = np.random.default_rng(0)
+    shapes = ((8, 12), (4, 6), (2, 3))
+    value = rng.standard_normal((2, 126, 4, 8)).astype(np.float32)
+    locations = rng.uniform(-0.3, 1.3, (2, 5, 4, 3, 4, 2)).astype(np.float32)
+    weights = rng.random((2, 5, 4, 3, 4)).astype(np.float32)
+    one, two = (np.asarray(sample_levels(value, shapes, locations, weights, fused=f)) for f in (False, True))
+    assert one.std() > 0.1
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
 
 
 def test_masks_to_boxes_by_hand():

@@ -422,6 +422,23 @@ def _softmax(graph: Graph, equation: Any, x: Value) -> Value:
     return Value(x.shape, x.order, graph.node("Softmax", x.name, axis=x.order.index(len(x.shape) - 1)))
 
 
+def _attend(graph: Graph, equation: Any, q: Value, k: Value, v: Value) -> Value:
+    """Attention of [B, T, heads, D] values, in the form that runtimes look for."""
+    scale = graph.constant(q.shape[3] ** -0.5, np.float32)
+    left, right, values = graph.stored(q, (0, 2, 1, 3)), graph.stored(k, (0, 2, 3, 1)), graph.stored(v, (0, 2, 1, 3))
+    scores = graph.node("MatMul", graph.node("Mul", left, scale), right)
+    found = graph.node("MatMul", graph.node("Softmax", scores, axis=-1), values)
+    return Value(q.shape, (0, 2, 1, 3), found)
+
+
+def _weighted_rows(graph: Graph, equation: Any, rows: Value, index: Value, share: Value) -> Value:
+    shape, last = equation.outvars[0].aval.shape, len(index.shape) - 1
+    samples = graph.node("Gather", graph.stored(rows), graph.stored(index), axis=0)
+    shares = graph.node("Unsqueeze", graph.stored(share), graph.integers(last))
+    product = graph.node("MatMul", shares, samples)
+    return Value(shape, tuple(range(len(shape))), graph.node("Squeeze", product, graph.integers(last)))
+
+
 def _resize(**attributes: Any) -> Callable:
     def translate_it(graph: Graph, equation: Any, x: Value) -> Value:
         factors = graph.constant(np.array([1, 1, 2, 2], np.float32))
@@ -442,6 +459,8 @@ NAMED: dict[str, Callable[..., Value]] = {
     "silu": _silu,
     "gelu": _elementwise("Gelu"),
     "softmax": _softmax,
+    "attend": _attend,
+    "weighted_rows": _weighted_rows,
     "layer_norm": _layer_norm,
     "depthwise_conv": _depthwise,
     "max_pool_2x2_same": _max_pool,

@@ -52,6 +52,7 @@ class DecoderLayer(nn.Module):
     num_heads: int
     num_points: int
     ffn_dim: int
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
@@ -66,9 +67,10 @@ class DecoderLayer(nn.Module):
     ) -> Array:
         x = queries
         q = x + position
-        y = MultiHeadAttention(self.num_heads, dtype=self.dtype, name="self_attn")(q, q, x, attention_mask)
+        attention = MultiHeadAttention(self.num_heads, self.folded, dtype=self.dtype, name="self_attn")
+        y = attention(q, q, x, attention_mask)
         x = LayerNorm(dtype=self.dtype, name="norm1")(x + y)
-        attend = DeformableAttention(self.num_heads, self.num_points, dtype=self.dtype, name="cross_attn")
+        attend = DeformableAttention(self.num_heads, self.num_points, self.folded, dtype=self.dtype, name="cross_attn")
         y = attend(x + position, reference_boxes, memory, spatial_shapes)
         x = LayerNorm(dtype=self.dtype, name="norm2")(x + y)
         y = nn.relu(Dense(self.ffn_dim, dtype=self.dtype, name="linear1")(x))
@@ -84,12 +86,14 @@ class Decoder(nn.Module):
     num_points: int
     ffn_dim: int
     remat: bool = False
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     def setup(self):
         layer = nn.remat(DecoderLayer, static_argnums=(5,)) if self.remat else DecoderLayer
         self.layers = [
-            layer(self.num_heads, self.num_points, self.ffn_dim, dtype=self.dtype) for _ in range(self.num_layers)
+            layer(self.num_heads, self.num_points, self.ffn_dim, self.folded, dtype=self.dtype)
+            for _ in range(self.num_layers)
         ]
 
     def __call__(self, index: int, *args) -> Array:
@@ -131,7 +135,7 @@ class MaskRTDETRTransformer(nn.Module):
         self.query_pos_head = MLP((2 * dim, dim), kernel_init=xavier_uniform, dtype=self.dtype)
         self.denoising_class_embed = ClassEmbedding(self.num_classes, dim, dtype=self.dtype)
         self.decoder = Decoder(
-            self.num_layers, self.num_heads, self.num_points, self.ffn_dim, self.remat, dtype=self.dtype
+            self.num_layers, self.num_heads, self.num_points, self.ffn_dim, self.remat, self.folded, dtype=self.dtype
         )
         self.input_proj = [LevelProjection(dim, self.folded, dtype=self.dtype) for _ in range(3)]
 

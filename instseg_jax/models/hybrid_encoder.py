@@ -65,12 +65,13 @@ class EncoderLayer(nn.Module):
 
     num_heads: int
     ffn_dim: int
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Array, position: Array) -> Array:
         q = x + position
-        attention = MultiHeadAttention(self.num_heads, dtype=self.dtype, name="self_attn")
+        attention = MultiHeadAttention(self.num_heads, self.folded, dtype=self.dtype, name="self_attn")
         x = LayerNorm(dtype=self.dtype, name="norm1")(x + attention(q, q, x))
         y = Dense(self.ffn_dim, linear_default, dtype=self.dtype, name="linear1")(x)
         y = gelu(y)
@@ -85,6 +86,7 @@ class AttentionEncoder(nn.Module):
     num_heads: int
     ffn_dim: int
     rectangular: str
+    folded: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
@@ -93,7 +95,7 @@ class AttentionEncoder(nn.Module):
         tokens = x.reshape(batch, height * width, channels)
         position = jnp.asarray(sine_position_embedding(height, width, channels, self.rectangular), tokens.dtype)
         for i in range(self.num_layers):
-            layer = EncoderLayer(self.num_heads, self.ffn_dim, dtype=self.dtype, name=f"layers_{i}")
+            layer = EncoderLayer(self.num_heads, self.ffn_dim, self.folded, dtype=self.dtype, name=f"layers_{i}")
             tokens = layer(tokens, position)
         return tokens.reshape(x.shape)
 
@@ -191,6 +193,7 @@ class MaskHybridEncoder(nn.Module):
             self.num_heads,
             self.attention_ffn_dim,
             self.rectangular,
+            self.folded,
             dtype=self.dtype,
             name="encoder_0",
         )
