@@ -58,6 +58,8 @@ def compare_runtimes(
     The ONNX file is written to `folder`. XLA uses all usable cores, the others `num_threads`. Differences are to the
     network as it was trained, in XLA.
 
+    Shares of the limit are of the quickest rounds, shares of the peer's time are of the medians.
+
     Returns: {"gflop", "gflops" (of the matrix product), "limit_s", "limit_cpu_s", "rows": [one of each candidate]}.
     """
     plain = jax.device_get(make_predict(model, num_detections=num_detections)(variables, images))
@@ -79,6 +81,9 @@ def compare_runtimes(
     wall, cpu = (min(times) for times in zip(*product.times, strict=True))
     limit, limit_cpu = gflop * wall / work, gflop * cpu / work
     rows = [_row(candidate, plain, limit, limit_cpu) for candidate in candidates]
+    for row in rows if peer is not None else ():
+        row["times_peer"] = row["median_s"] / rows[-1]["median_s"]
+        row["cpu_times_peer"] = row["cpu_median_s"] / rows[-1]["cpu_median_s"]
     return {"gflop": gflop, "gflops": work / wall, "limit_s": limit, "limit_cpu_s": limit_cpu, "rows": rows}
 
 
