@@ -206,7 +206,10 @@ def quantize_onnx(graph: "onnx.ModelProto", images: Sequence[np.ndarray], input_
 
     with tempfile.TemporaryDirectory() as folder:
         plain, quantized = Path(folder) / "plain.onnx", Path(folder) / "quantized.onnx"
-        onnx.save(graph, str(plain))
+        marked = onnx.ModelProto()
+        marked.CopyFrom(graph)
+        quantization.quant_utils.add_pre_process_metadata(marked)  # lean already: no advice to make it so
+        onnx.save(marked, str(plain))
         quantization.quantize_static(
             str(plain),
             str(quantized),
