@@ -371,7 +371,7 @@ def attend(q: Array, k: Array, v: Array) -> Array:
         weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
         return (jnp.einsum("bqk,bkd->bqd", weights, v) / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
 
-    heads = tuple(jnp.moveaxis(x, 2, 0) for x in (q, k, v))
+    heads = jnp.moveaxis(q, 2, 0), jnp.moveaxis(k, 2, 0), jnp.moveaxis(v, 2, 0)
     found = jax.lax.map(one_head, heads) if q.shape[1] >= MANY_TOKENS else jax.vmap(one_head)(heads)
     return jnp.moveaxis(found, 0, 2)
 
