@@ -36,7 +36,7 @@ FORMATS = tuple(MODEL_FILES)
 PRECISIONS = {  # format -> what --half and --int8 make of it; a format that lacks one can't be asked for it
     "stablehlo": {"half": "bfloat16"},
     "onnx": {"half": "float16", "int8": "int8"},
-    "ort": {"half": "float16", "int8": "int8"},
+    "ort": {"int8": "int8"},  # its optimizer would turn stored float16 back
     "openvino": {"half": "bfloat16", "int8": "int8"},
     "litert": {"half": "float16"},
 }
@@ -47,7 +47,6 @@ VERSIONED = (
     "onnx",
     "onnxruntime",
     "openvino",
-    "nncf",
     "litert-torch",
     "numpy",
 )
