@@ -101,9 +101,10 @@ def test_fields_that_the_documents_name_are_there():
     config = load_config(EVERY_FIELD)
     sections = [name for name, value in config.items() if isinstance(value, ConfigDict)]
     pattern = rf"`(?:--config\.)?((?:{'|'.join(sections)})\.[a-z0-9_.]+)"
-    texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
+    # CONTRIBUTING makes fields up to show how one is added.
+    texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS if path.name != "CONTRIBUTING.md"]
     named = {name for text in texts for name in re.findall(pattern, text)}
-    named = {name for name in named if not name.endswith((".log", ".yaml", ".json"))}
+    named = {name for name in named if not name.endswith((".log", ".yaml", ".json", ".onnx"))}
     assert len(named) > 10
     assert "unknown field" in str(error_of(config, "train.epoch"))
     assert not [name for name in named if "unknown field" in str(error_of(config, name))]

@@ -1,0 +1,68 @@
+"""The weights that come with the package: small, self-describing, used where no others are named."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import instseg_jax
+from instseg_jax.config import load_config
+from instseg_jax.data.source import build_dataset
+from instseg_jax.inference.predictor import load_model
+from instseg_jax.weights import PACKAGED_WEIGHTS, PRETRAINED, read_weights
+
+PATH = PACKAGED_WEIGHTS[PRETRAINED]
+
+
+def test_the_file_is_small_and_says_itself_what_it_is():
+    assert PATH.stat().st_size < 6e6
+    assert (PATH.parent / "SOURCES.md").is_file()
+    found = read_weights(PRETRAINED)
+    assert found.class_names == ("building", "balloon")
+    assert found.metadata["config"]["model"]["name"] == "mask_rtdetr_n"
+    assert found.metadata["config"]["data"]["dir"] == ""
+    assert "/tmp" not in json.dumps(found.metadata) and "/home" not in json.dumps(found.metadata)
+    assert 0 < found.thresholds["overall"] < 1
+
+
+def test_fields_of_the_model_change_before_it_is_built():
+    as_saved, changed = load_model(PRETRAINED), load_model(PRETRAINED, overrides={"model.num_queries": "7"})
+    assert as_saved.network.num_queries == 50
+    assert changed.network.num_queries == 7
+    with pytest.raises(ValueError, match="num_query"):
+        load_model(PRETRAINED, overrides={"model.num_query": "7"})
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("nothing_trained_here"))
+        return instseg_jax.create_pipeline("instance_segmentation", device="cpu")
+
+
+def test_predicting_works_at_once_after_installation(pipeline, tmp_path):
+    """On validation pictures, which it has not seen in training, it finds buildings where there are some."""
+    dataset = build_dataset(load_config("configs/quickstart.py").data, "val")
+    found, overlaps = 0, []
+    for i in range(4):
+        (result,) = pipeline.predict(dataset.image_path(i), threshold=0.3)
+        found += len(result.boxes)
+        assert {box["label"] for box in result.boxes} <= {"building", "balloon"}
+        pixels = np.zeros(np.asarray(Image.open(dataset.image_path(i))).shape[:2], bool)
+        for box in result.boxes:
+            x1, y1, x2, y2 = (int(v) for v in box["coordinate"])
+            pixels[y1:y2, x1:x2] = True
+        overlaps.append(pixels.mean())
+    assert found >= 4
+    assert np.std(overlaps) > 0  # it depends on the picture
+    result.save_all(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_it_says_that_it_is_used(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        instseg_jax.create_pipeline("instance_segmentation", device="cpu")
+    assert PRETRAINED in caplog.text
