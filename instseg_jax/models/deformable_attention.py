@@ -38,23 +38,49 @@ def sample_levels(
     for forward and backward together.
     """
     batch, num_tokens, heads, channels = value.shape
-    queries = sampling_locations.shape[1]
-    heights, widths = (np.array(sides)[:, None] for sides in zip(*spatial_shapes, strict=True))  # [levels, 1 point]
-    start = np.concatenate([[0], np.cumsum(heights * widths)[:-1]])[:, None, None, None]
-    column, across = _two_pixels(sampling_locations[..., 0], widths)
-    row, down = _two_pixels(sampling_locations[..., 1], heights)
-    # [..., levels, points, 2 rows, 2 columns]
-    token = start + row[..., :, None] * widths[..., None, None] + column[..., None, :]
-    share = down[..., :, None] * across[..., None, :] * weights[..., None, None]
-
-    head = jnp.arange(heads)[:, None, None, None, None]
-    image = jnp.arange(batch)[:, None, None, None, None, None, None]
-    index = ((image * num_tokens + token) * heads + head).reshape(batch, queries, heads, -1)
-    rows, share = value.reshape(-1, channels), share.reshape(index.shape)
+    token, share = (_corners_by_axis if fused else _corners)(spatial_shapes, sampling_locations)
+    head = jnp.arange(heads).reshape(-1, *[1] * (token.ndim - 3))
+    image = jnp.arange(batch).reshape(-1, *[1] * (token.ndim - 1))
+    index = ((image * num_tokens + token) * heads + head).reshape(*sampling_locations.shape[:3], -1)
+    share = (share * weights.reshape(*weights.shape, *[1] * (share.ndim - weights.ndim))).reshape(index.shape)
+    rows = value.reshape(-1, channels)
     if fused:
         return weighted_rows(rows, *jax.lax.optimization_barrier((index, share)))  # else each channel computes them
     samples = jnp.take(rows, index, axis=0, mode="clip")
     return jnp.einsum("bqhp,bqhpc->bqhc", share.astype(value.dtype), samples)
+
+
+def _corners(spatial_shapes: tuple[tuple[int, int], ...], locations: Array) -> tuple[Array, Array]:
+    """The four pixels around locations [..., levels, points, 2]: (token, share) [..., levels, points, 4].
+
+    Tokens count through the maps, rows first, and always lie on them; a pixel beside its map has share 0.
+    """
+    size = np.array([(w, h) for h, w in spatial_shapes])  # (x, y) order
+    start = np.concatenate([[0], np.cumsum(size.prod(axis=1))[:-1]])[:, None, None]
+    size = size[:, None, None, :]  # [levels, 1 point, 1 corner, 2]
+    pixel = locations * size[:, :, 0].astype(locations.dtype) - 0.5
+    low = jnp.floor(pixel)
+    fraction = pixel - low
+    step = np.array([(0, 0), (1, 0), (0, 1), (1, 1)])
+    corner = low[..., None, :] + step.astype(low.dtype)
+    share = jnp.where(step == 1, fraction[..., None, :], 1 - fraction[..., None, :]).prod(axis=-1)
+    inside = ((corner >= 0) & (corner < size)).all(axis=-1)
+    corner = jnp.clip(corner, 0, size - 1).astype(jnp.int32)  # also tames infinities before the cast
+    token = corner[..., 1] * size[..., 0] + corner[..., 0] + start
+    return token, jnp.where(inside, share, 0)
+
+
+def _corners_by_axis(spatial_shapes: tuple[tuple[int, int], ...], locations: Array) -> tuple[Array, Array]:
+    """The same as [..., levels, points, 2 rows, 2 columns], each axis by itself: less work.
+
+    Not for training: steps compiled for eight CPU devices crashed with it (JAX 0.10.2).
+    """
+    heights, widths = (np.array(sides)[:, None] for sides in zip(*spatial_shapes, strict=True))  # [levels, 1 point]
+    start = np.concatenate([[0], np.cumsum(heights * widths)[:-1]])[:, None, None, None]
+    column, across = _two_pixels(locations[..., 0], widths)
+    row, down = _two_pixels(locations[..., 1], heights)
+    token = row[..., :, None] * widths[..., None, None] + column[..., None, :] + start
+    return token, down[..., :, None] * across[..., None, :]
 
 
 @jax.jit
