@@ -3,9 +3,9 @@
 Command:   python run.py train --config=configs/finetune.py:l --config.data.dir=DIR --config.model.weights=WEIGHTS
            size n starts from nothing: leave the weights out
 Source:    configs/mask_rtdetr.py, changed where its 72 epochs of COCO do not fit a few hundred images.
-Measured:  size n from nothing on fruits_nuts (14 / 4 images), 192 px, 501 steps of 4 images: segm AP 0.114, AP50 0.215;
-           the plain recipe (configs/mask_rtdetr.py:n) had AP 0.000 when it was stopped at half of these steps, still
-           in its warm-up of 2,000 steps. The comparison on vhr10_mini is not yet run.
+Measured:  size n from nothing on fruits_nuts (14 / 4 images), 192 px, 501 steps of 4 images: segm AP 0.114, AP50 0.215.
+           The plain recipe (configs/mask_rtdetr.py:n) was stopped after 378 of these steps, still in its warm-up of
+           2,000 steps, with AP 0.000. The comparison on vhr10_mini is not yet run.
 """
 
 import mask_rtdetr
