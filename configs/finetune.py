@@ -18,9 +18,12 @@ CLASS_LAYERS = r"^transformer/(score_head|denoising_class_embed)/"
 def get_config(size: str = "l") -> ConfigDict:
     """The recipe for one size: n, s, m, l, x or h."""
     config = mask_rtdetr.get_config(size)
-    is_from_scratch = size == "n"
+    is_small_start = size == "n"  # the package's own small weights, or none: everything is still to be learned
 
     config.model.num_queries = 100  # more where images hold nearly as many objects
+    if is_small_start:
+        config.model.weights = "mask_rtdetr_n_pretrained"
+        config.model.mask_enhanced = False  # boxes of masks that are noise yet mislead the decoder
 
     data = config.data
     data.train_sizes = (640,)  # one size: one compilation; the zoom below varies scale
@@ -35,8 +38,8 @@ def get_config(size: str = "l") -> ConfigDict:
     config.loss.num_points = 4096
 
     optimizer = config.optimizer
-    optimizer.learning_rate = 1e-3 if is_from_scratch else 2e-4
-    if not is_from_scratch:  # pretrained layers move slowly, new ones fast
+    optimizer.learning_rate = 1e-3 if is_small_start else 2e-4
+    if not is_small_start:  # pretrained layers move slowly, new ones fast
         optimizer.multipliers = ((CLASS_LAYERS, 5.0), (r"^backbone/", 0.1))
     optimizer.schedule = "cosine"
     optimizer.warmup_steps = 100

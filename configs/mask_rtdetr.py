@@ -35,6 +35,7 @@ def get_config(size: str = "l") -> ConfigDict:
     model.dtype = "float32"  # or bfloat16: compute in it; parameters, boxes and losses stay float32
     model.remat = False  # recompute decoder layers in the backward pass: less memory, more time
     model.weights = ""  # start from this file, checkpoint or known name; "": from scratch
+    model.weights_skip = placeholder(tuple)  # tensors that start anew all the same: ("transformer/score_head/*",)
 
     config.data = data = ConfigDict()
     data.dir = ""  # folder with annotations/ and images/ (or COCO 2017's own layout)

@@ -29,7 +29,22 @@ FIELDS = {
     "mask_enhanced": {"model.mask_enhanced"},
     "num_queries": {"model.num_queries"},
     "prototypes": {"model.num_prototypes"},
+    "recipe": {
+        "model.weights",
+        "model.mask_enhanced",
+        "model.num_queries",
+        "data.image_size",
+        "data.train_sizes",
+        "data.augment.copy_paste_probability",
+        "data.augment.scale_jitter",
+        "optimizer.schedule",
+        "optimizer.ema_decay",
+        "optimizer.ema_ramp_steps",
+        "loss.match_mask_bce_weight",
+        "loss.match_mask_dice_weight",
+    },
 }
+OWN_BASE = {"recipe": "configs/ablations/recipe.py"}  # a preset's parts are asked about on that preset
 
 
 def flat(config, prefix: str = "") -> dict[str, object]:
@@ -48,7 +63,7 @@ def test_every_question_of_the_list_is_asked():
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_question_changes_its_fields_and_nothing_else(question):
     plan = build_plan(f"configs/ablations/{question}.py", {}, [])
-    base = flat(load_config(BASE))
+    base = flat(load_config(OWN_BASE.get(question, BASE)))
     assert [variant.name for variant in plan.variants].count("base") == 1  # all tables share the base's runs
     assert len(plan.variants) > 1
     configs = [flat(variant.config) for variant in plan.variants]
@@ -84,4 +99,5 @@ def test_the_header_asks_tells_how_and_answers(question):
     assert set(parts) == {"Command", "Hardware", "Answer"} and all(part.strip() for part in parts.values())
     arguments, overrides = split_overrides(parts["Command"].split()[2:])
     assert f"--config=configs/ablations/{question}.py" in arguments and "data.dir" in overrides
-    assert "--workdir=runs/ablations" in arguments  # the base is run once for all
+    workdir = "runs/recipe" if question in OWN_BASE else "runs/ablations"  # where the base is run once for all
+    assert f"--workdir={workdir}" in arguments

@@ -66,3 +66,20 @@ def test_it_says_that_it_is_used(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         instseg_jax.create_pipeline("instance_segmentation", device="cpu")
     assert PRETRAINED in caplog.text
+
+
+def test_the_preset_for_small_data_starts_from_them(tmp_path):
+    config = load_config("configs/finetune.py:n", {"data.dir": "embedded", "train.epochs": "0"})
+    instseg_jax.train(config, tmp_path / "run")
+    log = (tmp_path / "run/train.log").read_text()
+    assert "weights: 457 loaded, 3 reshaped, 0 fresh, 0 skipped" in log
+    assert "classes: 1 of 1 by name: building" in log
+
+
+def test_a_changed_network_starts_where_the_weights_fit(tmp_path):
+    fields = {"data.dir": "embedded", "train.epochs": "0", "model.num_prototypes": "8"}
+    with pytest.raises(ValueError, match=r"model.weights='mask_rtdetr_n_pretrained'.*4 of another shape.*weights_skip"):
+        instseg_jax.train(load_config("configs/finetune.py:n", fields), tmp_path / "refused")
+    fields["model.weights_skip"] = "('neck/enc_mask_output_1/*', 'transformer/mask_query_head/layers_2/*')"
+    instseg_jax.train(load_config("configs/finetune.py:n", fields), tmp_path / "run")
+    assert "453 loaded, 3 reshaped, 4 fresh, 4 skipped" in (tmp_path / "run/train.log").read_text()

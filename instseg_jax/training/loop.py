@@ -150,8 +150,7 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     score = build_score(config, model, splits["val"], mesh)
     variables, summary = initial_variables(model, seed=config.seed, channels=config.data.channels), None
     if config.model.weights:
-        found = weights_room.read_weights(config.model.weights)
-        variables, summary = weights_room.merge_weights(variables, found, class_names=splits["train"].categories)
+        variables, summary = _start_from_weights(config.model, variables, splits["train"].categories)
     total_steps = config.train.epochs * train_loader.num_batches
     schedule = build_schedule(config.optimizer, total_steps, config.train.batch_size)
     optimizer, multipliers = build_optimizer(config.optimizer, variables["params"], schedule)
@@ -182,6 +181,20 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     run = Run(config, workdir, mesh, model, train_loader, score, total_steps, logger)
     step_function = build_train_step(config, model, optimizer, schedule, multipliers, mesh)
     return run, sharding.put_replicated(state, mesh), step_function
+
+
+def _start_from_weights(config: ConfigDict, variables: dict, class_names: list[str]):
+    """Return `variables` with the values of `model.weights`, and a summary. Raises ValueError where they don't fit."""
+    found = weights_room.read_weights(config.weights)
+    try:
+        return weights_room.merge_weights(
+            variables, found, class_names=class_names, skip=tuple(config.get("weights_skip") or ())
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"model.weights={config.weights!r}: {error}; model.weights_skip takes such patterns, "
+            "--config.model.weights= starts from nothing"
+        ) from error
 
 
 def _run_steps(run: Run, step_function, state: TrainState, manager, history: History) -> tuple[TrainState, str]:

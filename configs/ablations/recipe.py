@@ -1,0 +1,31 @@
+"""What does each part of the preset for small data sets bring on aerial pictures, and what would more bring?
+
+Command:   python run.py sweep --config=configs/ablations/recipe.py --config.data.dir=vhr10_mini --workdir=runs/recipe
+Hardware:  two CPU cores, a run on one.
+Answer:    not yet run.
+"""
+
+import finetune
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = finetune.get_config("n")
+    config.data.image_size = 192
+    config.data.train_sizes = (192,)
+    config.train.epochs = 17
+    config.eval.every_epochs = 17
+    return config
+
+
+def sweep(add):
+    add({}, name="preset")
+    add({"model.weights": ""}, name="from nothing")
+    add({"model.mask_enhanced": True}, name="reference boxes from masks")
+    add({"data.image_size": 320, "data.train_sizes": (320,)}, name="320 px")
+    add({"data.augment.copy_paste_probability": 0.5}, name="copy-paste")
+    add({"data.augment.scale_jitter": None}, name="no zoom")
+    add({"optimizer.schedule": "constant"}, name="constant rate")
+    add({"optimizer.ema_decay": 0.9999, "optimizer.ema_ramp_steps": 2000}, name="long average")
+    add({"model.num_queries": 300}, name="300 queries")
+    add({"loss.match_mask_bce_weight": 0.0, "loss.match_mask_dice_weight": 0.0}, name="matched by boxes alone")
