@@ -11,6 +11,7 @@ import os
 import pathlib
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -183,7 +184,7 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     return run, sharding.put_replicated(state, mesh), step_function
 
 
-def _start_from_weights(config: ConfigDict, variables: dict, class_names: list[str]):
+def _start_from_weights(config: ConfigDict, variables: dict, class_names: Sequence[str]):
     """Return `variables` with the values of `model.weights`, and a summary. Raises ValueError where they don't fit."""
     found = weights_room.read_weights(config.weights)
     try:
