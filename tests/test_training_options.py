@@ -1,5 +1,6 @@
 """Options of the training recipe, each by what a real run leaves: sizes, precision, early end, records."""
 
+import errno
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ from test_training import TINY, write_subset
 from instseg_jax.config import load_config
 from instseg_jax.data import loader
 from instseg_jax.data.source import build_dataset
-from instseg_jax.training import workdir
+from instseg_jax.training import loop, workdir
 from instseg_jax.training.workdir import read_rows
 from instseg_jax.weights import checkpoint
 
@@ -106,6 +107,30 @@ def test_a_folder_without_room_or_rights_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "config.json").exists()
     workdir.open_workdir(tmp_path / "run", config, 10)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["name"] == "mask_rtdetr_n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),  # of a row of numbers
+        ValueError(
+            "RESOURCE_EXHAUSTED: Error writing local file: No space left on device [os_error_code='28']"
+        ),  # Orbax
+    ],
+)
+def test_a_disk_that_fills_up_on_the_way_is_told(tmp_path, monkeypatch, error):
+    manager = checkpoint.make_manager(tmp_path / "checkpoints", max_to_keep=1)
+    checkpoint.save(manager, 7, {"params": {"a": np.ones(3)}, "batch_stats": {}}, {"step": 7}, wait=True)
+    manager.close()
+
+    def fill_up(config, workdir):
+        raise error
+
+    monkeypatch.setattr(loop, "_train", fill_up)
+    with pytest.raises(OSError, match=r"has no room left, step 7 is saved; free some and give the same command again"):
+        loop.train(load_config("configs/quickstart.py"), tmp_path)
+    result = json.loads((tmp_path / "train_result.json").read_text())
+    assert result["err_type"] == "OSError" and "no room left" in result["err_msg"] and not result["done_flag"]
 
 
 def test_rows_that_were_cut_off_are_left_out(tmp_path):

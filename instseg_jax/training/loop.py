@@ -3,6 +3,7 @@
 The step is dispatched before the previous one's numbers are fetched, so the device never waits for the host.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -32,7 +33,16 @@ from instseg_jax.training.optimizer import build_optimizer, build_schedule
 from instseg_jax.training.state import TrainState, initial_state
 from instseg_jax.training.step import build_train_step
 from instseg_jax.training.validation import History, Score, build_score, keep_best, open_history
-from instseg_jax.training.workdir import CONFIG, LOG, METRICS, RESULT, describe_models, open_workdir
+from instseg_jax.training.workdir import (
+    CONFIG,
+    LOG,
+    METRICS,
+    RESULT,
+    describe_models,
+    is_out_of_room,
+    open_workdir,
+    tell_no_room,
+)
 from instseg_jax.weights import checkpoint
 
 SHOWN_SCORES = ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50")
@@ -89,10 +99,14 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     try:
         result = _train(config, workdir)
     except Exception as error:
+        told = tell_no_room(workdir) if is_out_of_room(error) else error
         if is_first and workdir.is_dir():
-            failure = {"done_flag": False, "err_type": type(error).__name__, "err_msg": str(error)}
-            write_json(workdir / RESULT, failure, indent=2)
-        raise
+            failure = {"done_flag": False, "err_type": type(told).__name__, "err_msg": str(told)}
+            with contextlib.suppress(OSError):  # on a full disk: the reason is worth more than its record
+                write_json(workdir / RESULT, failure, indent=2)
+        if told is error:
+            raise
+        raise told from error
     if is_first:
         write_json(workdir / RESULT, result, indent=2)
         draw_training(workdir)

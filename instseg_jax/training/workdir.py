@@ -1,6 +1,8 @@
 """The folder of a run: whose it is, whether it can be written to, and what is written there at the end."""
 
+import errno
 import json
+import os
 import pathlib
 import shutil
 import tempfile
@@ -17,6 +19,7 @@ CONFIG, LOG, METRICS, VALIDATION, RESULT = (
     *("config.json", "train.log", "metrics.jsonl"),
     *("validation.jsonl", "train_result.json"),
 )
+OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # A run may be continued with other values of these: none of them changes what is computed.
 FREE_TO_CHANGE = (
     *("device", "data.num_workers", "data.prefetch", "data.use_processes", "checkpoint", "log", "eval.batch_size"),
@@ -111,3 +114,22 @@ def describe_models(workdir: pathlib.Path) -> dict:
         metadata = checkpoint.read_metadata(workdir / checkpoint.BEST_MODEL)
         models["best"] = {"step": metadata["step"], "score": metadata["score"], "path": checkpoint.BEST_MODEL}
     return models
+
+
+def is_out_of_room(error: BaseException | None) -> bool:
+    """Whether a full disk is what `error` comes from; Orbax tells it as text alone."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in OUT_OF_ROOM) or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def tell_no_room(workdir: pathlib.Path) -> OSError:
+    """What to say of a disk that filled up while training: what is kept, and what to do."""
+    saved = checkpoint.read_checkpoints(workdir / checkpoint.CHECKPOINTS)
+    kept = f"step {max(saved)} is saved" if saved else "nothing is saved yet"
+    return OSError(
+        f"the disk of {workdir} has no room left, {kept}; free some and give the same command again, "
+        "or keep fewer checkpoints with --config.checkpoint.keep"
+    )
