@@ -112,10 +112,8 @@ def test_a_folder_without_room_or_rights_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "error",
     [
-        OSError(errno.ENOSPC, "No space left on device"),  # of a row of numbers
-        ValueError(
-            "RESOURCE_EXHAUSTED: Error writing local file: No space left on device [os_error_code='28']"
-        ),  # Orbax
+        OSError(errno.ENOSPC, "No space left on device"),  # writing a row of numbers
+        ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device"),  # Orbax, saving
     ],
 )
 def test_a_disk_that_fills_up_on_the_way_is_told(tmp_path, monkeypatch, error):

@@ -166,9 +166,10 @@ def _lock_patiently(folder: Path) -> int | bool | None:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, in which the package is found whatever the current folder."""
+    """Ours, in which the package is found whatever the current folder, and output to a file is not coloured."""
     paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    ours = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "CLICOLOR_FORCE")}
+    return ours | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _note_silent_end(folder: Path, code: int, is_stopping: bool) -> None:
