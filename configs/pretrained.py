@@ -2,7 +2,8 @@
 
 Command:   python run.py train --config=configs/pretrained.py --config.data.dir=DIR --workdir=runs/pretrained
 Data:      144 training and 48 validation photographs: instseg_jax/weights/pretrained/SOURCES.md.
-Measured:  segm AP 0.119, AP50 0.293 (building AP 0.175, balloon 0.064), seed 0, 1,620 steps of 4 images, two CPU cores.
+Measured:  segm AP 0.119, AP50 0.293 (building AP 0.175, balloon 0.064), seed 0, 1,620 steps of 4 images, two CPU
+           cores.
 """
 
 import quickstart

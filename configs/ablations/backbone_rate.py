@@ -2,8 +2,9 @@
 
 Command:   python run.py sweep --config=configs/ablations/backbone_rate.py --config.data.dir=balloon --seeds=2
            --workdir=runs/ablations
-Hardware:  two CPU cores.
-Answer:    not yet run.
+Hardware:  two CPU cores, a run on one: about five minutes.
+Answer:    as fast, where nothing is pretrained: mAP@0.5 0.137 ± 0.010 (mAP 0.068 ± 0.006) against 0.064 ± 0.007
+           (0.032 ± 0.008) at a tenth of the rate.
 """
 
 import base

@@ -2,8 +2,9 @@
 
 Command:   python run.py sweep --config=configs/ablations/copy_paste.py --config.data.dir=balloon --seeds=2
            --workdir=runs/ablations
-Hardware:  two CPU cores.
-Answer:    not yet run.
+Hardware:  two CPU cores, a run on one: about five minutes.
+Answer:    nothing beyond the spread: mAP@0.5 0.137 ± 0.010 without, 0.124 ± 0.019 with it; mAP 0.068 ± 0.006, 0.058 ±
+           0.017.
 """
 
 import base

@@ -2,8 +2,9 @@
 
 Command:   python run.py sweep --config=configs/ablations/denoising.py --config.data.dir=balloon --seeds=2
            --workdir=runs/ablations
-Hardware:  two CPU cores.
-Answer:    not yet run.
+Hardware:  two CPU cores, a run on one: about five minutes.
+Answer:    yes: mAP@0.5 0.094 ± 0.020 without, 0.137 ± 0.010 with 20, 0.165 ± 0.010 with 60; mAP 0.049 ± 0.004,
+           0.068 ± 0.006, 0.065 ± 0.018.
 """
 
 import base

@@ -2,8 +2,9 @@
 
 Command:   python run.py sweep --config=configs/ablations/letterbox.py --config.data.dir=balloon --seeds=2
            --workdir=runs/ablations
-Hardware:  two CPU cores.
-Answer:    not yet run.
+Hardware:  two CPU cores, a run on one: about five minutes.
+Answer:    keep their shape: mAP@0.5 0.180 ± 0.005 against 0.137 ± 0.010 stretched; mAP 0.084 ± 0.012, 0.068 ± 0.006.
+           Balloons are round, and stretching makes them anything.
 """
 
 import base

@@ -2,8 +2,9 @@
 
 Command:   python run.py sweep --config=configs/ablations/num_queries.py --config.data.dir=balloon --seeds=2
            --workdir=runs/ablations
-Hardware:  two CPU cores.
-Answer:    not yet run.
+Hardware:  two CPU cores, a run on one: about five minutes.
+Answer:    more is better: mAP@0.5 0.110 ± 0.007 with 20, 0.137 ± 0.010 with 50, 0.160 ± 0.001 with 100; mAP 0.055 ±
+           0.001, 0.068 ± 0.006, 0.084 ± 0.004.
 """
 
 import base

@@ -1,8 +1,12 @@
 """What does each part of the preset for small data sets bring on aerial pictures, and what would more bring?
 
 Command:   python run.py sweep --config=configs/ablations/recipe.py --config.data.dir=vhr10_mini --workdir=runs/recipe
-Hardware:  two CPU cores, a run on one.
-Answer:    not yet run.
+Hardware:  two CPU cores, a run on one: about five minutes.
+Answer:    mAP@0.5 (mAP) of masks after 510 steps, one seed: preset 0.068 (0.038). Each part less: from nothing 0.005
+           (0.003), matched by boxes alone 0.040 (0.020), reference boxes from masks 0.054 (0.029), constant rate
+           0.057 (0.031), long average 0.073 (0.040), no zoom 0.086 (0.046). More: 320 px 0.074 (0.039), copy-paste
+           0.078 (0.042), 300 queries 0.083 (0.042). The start decides; differences below some 0.02 say nothing with
+           one seed. The plain recipe (configs/mask_rtdetr.py:n) has 0.000 after the same steps.
 """
 
 import finetune
