@@ -202,9 +202,7 @@ def _start_from_weights(config: ConfigDict, variables: dict, class_names: Sequen
     """Return `variables` with the values of `model.weights`, and a summary. Raises ValueError where they don't fit."""
     found = weights_room.read_weights(config.weights)
     try:
-        return weights_room.merge_weights(
-            variables, found, class_names=class_names, skip=tuple(config.get("weights_skip") or ())
-        )
+        return weights_room.merge_weights(variables, found, class_names=class_names, skip=config.weights_skip or ())
     except ValueError as error:
         raise ValueError(
             f"model.weights={config.weights!r}: {error}; model.weights_skip takes such patterns, "
