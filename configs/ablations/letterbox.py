@@ -4,7 +4,7 @@ Command:   python run.py sweep --config=configs/ablations/letterbox.py --config.
            --workdir=runs/ablations
 Hardware:  two CPU cores, a run on one: about five minutes.
 Answer:    keep their shape: mAP@0.5 0.180 ± 0.005 against 0.137 ± 0.010 stretched; mAP 0.084 ± 0.012, 0.068 ± 0.006.
-           Balloons are round, and stretching makes them anything.
+           Balloons are round, which stretching hides; pictures of other things may answer otherwise.
 """
 
 import base

@@ -1,6 +1,7 @@
 """The verb `train`: from a config to a trained model, resumable at any step.
 
-The step is dispatched before the previous one's numbers are fetched, so the device never waits for the host.
+The numbers of a step are fetched after the next one is on its way. Once in a step the host is waited for: the matching
+is solved there, between two programs (see `step.py`).
 """
 
 import contextlib
@@ -44,6 +45,7 @@ from instseg_jax.training.workdir import (
     tell_no_room,
 )
 from instseg_jax.weights import checkpoint
+from instseg_jax.weights.merge import MergeSummary
 
 SHOWN_SCORES = ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50")
 
@@ -198,7 +200,7 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     return run, sharding.put_replicated(state, mesh), step_function
 
 
-def _start_from_weights(config: ConfigDict, variables: dict, class_names: Sequence[str]):
+def _start_from_weights(config: ConfigDict, variables: dict, class_names: Sequence[str]) -> tuple[dict, MergeSummary]:
     """Return `variables` with the values of `model.weights`, and a summary. Raises ValueError where they don't fit."""
     found = weights_room.read_weights(config.weights)
     try:
