@@ -253,44 +253,60 @@ def test_the_token():
         assert running.send(b"", path="/health", method="GET")[0] == 200
 
 
-def slow_pipeline(seconds: float, *, batch_size: int = 1):
-    pipe = make_pipeline(batch_size=batch_size)
-    sizes = []
+def held_pipeline(*, batch_size: int = 1):
+    """A pipeline whose network waits for the event, and the sizes of the batches that it was given."""
+    pipe, gate, sizes = make_pipeline(batch_size=batch_size), threading.Event(), []
 
     def run(images):
         sizes.append(int((images.reshape(len(images), -1).max(axis=1) > 0).sum()))
-        time.sleep(seconds)
+        assert gate.wait(60)
         return pipe.run(images)
 
-    return dataclasses.replace(pipe, run=run), sizes
+    return dataclasses.replace(pipe, run=run), gate, sizes
 
 
-def in_parallel(count: int, call) -> list:
+def wait_for_requests(running: Running, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while running.app.state.server.active < count:
+        assert time.monotonic() < deadline, "the requests did not arrive"
+        time.sleep(0.01)
+
+
+def start_in_parallel(count: int, call) -> tuple[list[threading.Thread], list]:
     results = [None] * count
     threads = [threading.Thread(target=lambda i=i: results.__setitem__(i, call(i))) for i in range(count)]
     for thread in threads:
         thread.start()
+    return threads, results
+
+
+def join(threads: list[threading.Thread]) -> None:
     for thread in threads:
-        thread.join()
-    return results
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def test_a_full_queue_refuses():
-    pipe, _ = slow_pipeline(0.4)
-    with Running(pipe, dataclasses.replace(LIMITS, queue_size=3)) as running:
-        answers = in_parallel(8, lambda _: running.send({"image": in_base64(encode(PICTURE))}))
-    statuses = sorted(status for status, _, _ in answers)
-    assert statuses == [200] * 3 + [429] * 5
-    assert all(is_error(answer, 429) and headers["retry-after"] for status, answer, headers in answers if status == 429)
+    pipe, gate, _ = held_pipeline()
+    body = {"image": in_base64(encode(PICTURE))}
+    with Running(pipe, dataclasses.replace(LIMITS, queue_size=3, timeout=60.0)) as running:
+        threads, accepted = start_in_parallel(3, lambda _: running.send(body))
+        wait_for_requests(running, 3)
+        for _ in range(5):
+            status, answer, headers = running.send(body)
+            assert status == 429 and is_error(answer, 429) and headers["retry-after"]
+        gate.set()
+        join(threads)
+        assert [status for status, _, _ in accepted] == [200] * 3
+        assert running.send(body)[0] == 200
 
 
 def test_a_late_answer_is_given_up():
-    pipe, _ = slow_pipeline(1.0)
+    pipe, gate, _ = held_pipeline()
     with Running(pipe, dataclasses.replace(LIMITS, timeout=0.3)) as running:
-        started = time.monotonic()
         status, answer, _ = running.send({"image": in_base64(encode(PICTURE)), "logId": "late"})
         assert status == 504 and is_error(answer, 504) and answer["logId"] == "late"
-        assert time.monotonic() - started < 0.9
+        gate.set()  # only now: nobody waited for the network
 
 
 def test_a_body_that_does_not_come_is_given_up():
@@ -304,10 +320,14 @@ def test_a_body_that_does_not_come_is_given_up():
 
 
 def test_requests_share_batches():
-    pipe, sizes = slow_pipeline(0.2, batch_size=4)
-    with Running(pipe, dataclasses.replace(LIMITS, max_wait=0.05)) as running:
+    pipe, gate, sizes = held_pipeline(batch_size=4)
+    with Running(pipe, dataclasses.replace(LIMITS, max_wait=0.05, timeout=60.0)) as running:
         images = [picture((i % 3, 2 * i, i, 2 * i + 10, i + 9)) for i in range(12)]
-        answers = in_parallel(12, lambda i: running.send({"image": in_base64(encode(images[i]))})[1])
+        threads, answers = start_in_parallel(12, lambda i: running.send({"image": in_base64(encode(images[i]))})[1])
+        wait_for_requests(running, 12)
+        gate.set()
+        join(threads)
+    # Two threads may take what there is at first; the rest has arrived by then and fills its batches.
     assert sum(sizes) == 12 and max(sizes) == 4 and len(sizes) < 9
     for i, answer in enumerate(answers):  # everyone gets their own
         ((box, name),) = [(found["bbox"], found["categoryName"]) for found in answer["result"]["instances"]]
@@ -316,19 +336,12 @@ def test_requests_share_batches():
 
 
 def test_what_was_accepted_is_finished_at_shutdown():
-    pipe, _ = slow_pipeline(0.3)
+    pipe, gate, _ = held_pipeline()
     with Running(pipe, LIMITS) as running:
-        answers = []
-        threads = [
-            threading.Thread(target=lambda: answers.append(running.send({"image": in_base64(encode(PICTURE))})[0]))
-            for _ in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        while running.app.state.server.active < 4:
-            time.sleep(0.01)
-    for thread in threads:
-        thread.join()
+        threads, answers = start_in_parallel(4, lambda _: running.send({"image": in_base64(encode(PICTURE))})[0])
+        wait_for_requests(running, 4)
+        threading.Timer(0.3, gate.set).start()  # after the server was told to stop
+    join(threads)
     assert answers == [200] * 4
     with pytest.raises(RuntimeError, match="closed"):
         running.app.state.server.batcher.submit(None)

@@ -127,20 +127,24 @@ def made_up_logits(
 
 @contextlib.contextmanager
 def memory_above() -> Iterator[list[float]]:
-    """Watch the process's memory while inside: afterwards the list holds the most above the start, in MB.
+    """Watch the process's memory while inside: the list holds the most above the start so far, in MB.
 
-    It stays empty where the system doesn't tell (only Linux does).
+    It stays empty where the system doesn't tell (only Linux does). What comes and goes between two samples is missed.
     """
     found: list[float] = []
     start = _resident_mb()
     if start is None:
         yield found
         return
-    highest, is_done = [start], threading.Event()
+    found.append(0.0)
+    is_done = threading.Event()
+
+    def sample() -> None:
+        found[0] = max(found[0], (_resident_mb() or 0.0) - start)
 
     def watch() -> None:
         while not is_done.wait(SAMPLING_S):
-            highest.append(_resident_mb() or 0.0)
+            sample()
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -149,7 +153,7 @@ def memory_above() -> Iterator[list[float]]:
     finally:
         is_done.set()
         watcher.join()
-        found.append(max(*highest, _resident_mb() or 0.0) - start)
+        sample()
 
 
 def peak_memory_mb() -> float:
