@@ -32,4 +32,7 @@ def sweep(add):
     add({"optimizer.schedule": "constant"}, name="constant rate")
     add({"optimizer.ema_decay": 0.9999, "optimizer.ema_ramp_steps": 2000}, name="long average")
     add({"model.num_queries": 300}, name="300 queries")
+    add({"data.resize": "letterbox"}, name="letterbox")
+    add({"denoising.num_denoising": 100}, name="100 denoising queries")
+    add({"data.resize": "letterbox", "denoising.num_denoising": 100}, name="letterbox, 100 denoising queries")
     add({"loss.match_mask_bce_weight": 0.0, "loss.match_mask_dice_weight": 0.0}, name="matched by boxes alone")

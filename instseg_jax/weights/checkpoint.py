@@ -67,8 +67,9 @@ def library_versions() -> dict[str, str]:
 
 
 def make_manager(directory: str | os.PathLike[str], *, max_to_keep: int) -> ocp.CheckpointManager:
-    """Return the manager of a checkpoints folder, which is created; leftovers of a killed save are removed.
+    """Return the manager of a checkpoints folder, which is created.
 
+    Leftovers of a killed save are removed by a thread beside what follows, before the next save at the latest.
     Use it in a `with` block, or close it: a save that is still being written when Python ends is lost. With several
     processes every one of them makes, saves and restores. Raises OSError when the folder can't be made.
     """
