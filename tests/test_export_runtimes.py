@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -415,6 +416,20 @@ def test_sampling_for_litert_is_that_of_the_network():
     with litert.replaced_operations():
         assert jax.lax.top_k is litert.top_k and deformable_attention.sample_levels is litert.sample_levels
     assert (jax.lax.top_k, deformable_attention.sample_levels) == before
+
+
+def test_the_network_can_be_traced_with_what_litert_gets():
+    """Also where TensorFlow is not installed: the replacements take what the network calls them with."""
+    model, variables = instseg_jax.create_model("mask_rtdetr_n", num_classes=3)
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    wanted = jax.eval_shape(model.apply, variables, images)
+    with (
+        litert.replaced_operations(),
+        mock.patch.object(deformable_attention, "sample_levels", wraps=litert.sample_levels) as sampling,
+    ):
+        found = jax.eval_shape(lambda v, x: model.apply(v, x), variables, images)
+    assert sampling.call_count == 3  # decoder layers
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), wanted)
 
 
 # --- the file that ships --------------------------------------------------------------------------------------------

@@ -72,9 +72,17 @@ def top_k(x: jax.Array, k: int, **_: object) -> tuple[jax.Array, jax.Array]:
 
 
 def sample_levels(
-    value: jax.Array, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: jax.Array, weights: jax.Array
+    value: jax.Array,
+    spatial_shapes: Sequence[tuple[int, int]],
+    sampling_locations: jax.Array,
+    weights: jax.Array,
+    *,
+    fused: bool = False,
 ) -> jax.Array:
-    """`deformable_attention.sample_levels` with three axes at most: query and head in one, level and point in one."""
+    """`deformable_attention.sample_levels` with three axes at most: query and head in one, level and point in one.
+
+    `fused` changes nothing here.
+    """
     batch, tokens, heads, channels = value.shape
     queries, levels, points = sampling_locations.shape[1], sampling_locations.shape[3], sampling_locations.shape[4]
     sizes = [height * width for height, width in spatial_shapes]
