@@ -20,7 +20,7 @@ def test_the_file_is_small_and_says_itself_what_it_is():
     assert PATH.stat().st_size < 6e6
     assert (PATH.parent / "SOURCES.md").is_file()
     found = read_weights(PRETRAINED)
-    assert found.class_names == ("building", "balloon")
+    assert found.class_names[:2] == ("building", "balloon") and len(found.class_names) == 14
     assert found.metadata["config"]["model"]["name"] == "mask_rtdetr_n"
     assert found.metadata["config"]["data"]["dir"] == ""
     assert "/tmp" not in json.dumps(found.metadata) and "/home" not in json.dumps(found.metadata)
@@ -29,7 +29,7 @@ def test_the_file_is_small_and_says_itself_what_it_is():
 
 def test_fields_of_the_model_change_before_it_is_built():
     as_saved, changed = load_model(PRETRAINED), load_model(PRETRAINED, overrides={"model.num_queries": "7"})
-    assert as_saved.network.num_queries == 50
+    assert as_saved.network.num_queries == 100
     assert changed.network.num_queries == 7
     with pytest.raises(ValueError, match="num_query"):
         load_model(PRETRAINED, overrides={"model.num_query": "7"})

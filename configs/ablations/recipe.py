@@ -34,5 +34,4 @@ def sweep(add):
     add({"model.num_queries": 300}, name="300 queries")
     add({"data.resize": "letterbox"}, name="letterbox")
     add({"denoising.num_denoising": 100}, name="100 denoising queries")
-    add({"data.resize": "letterbox", "denoising.num_denoising": 100}, name="letterbox, 100 denoising queries")
     add({"loss.match_mask_bce_weight": 0.0, "loss.match_mask_dice_weight": 0.0}, name="matched by boxes alone")
