@@ -37,6 +37,8 @@ FIELDS = {
         "data.train_sizes",
         "data.augment.copy_paste_probability",
         "data.augment.scale_jitter",
+        "data.resize",
+        "denoising.num_denoising",
         "optimizer.schedule",
         "optimizer.ema_decay",
         "optimizer.ema_ramp_steps",
