@@ -4,8 +4,8 @@ Command:   python run.py train --config=configs/finetune.py:l --config.data.dir=
            size n starts from the package's own small weights (--config.model.weights= for nothing at all)
 Source:    configs/mask_rtdetr.py, changed where its 72 epochs of COCO do not fit a few hundred images.
 Measured:  size n, 192 px, 4 images a step, against configs/mask_rtdetr.py:n in the same number of steps (seed 0; segm
-           AP, AP50 at the end): fruits_nuts (14 / 4 images), 501 steps: 0.512, 0.873, from nothing 0.259, 0.439,
-           plain 0.000, 0.000. vhr10_mini (120 / 40 images), 510 steps: 0.038, 0.068, from nothing 0.003, 0.005, plain
+           AP, AP50 at the end): fruits_nuts (14 / 4 images), 501 steps: 0.656, 0.934, from nothing 0.259, 0.439,
+           plain 0.000, 0.000. vhr10_mini (120 / 40 images), 510 steps: 0.072, 0.126, from nothing 0.003, 0.005, plain
            0.000, 0.000. The plain recipe is still in its warm-up of 2,000 steps then. Both with
            --config.data.image_size=192 "--config.data.train_sizes=(192,)" --config.train.batch_size=4 and
            --config.train.epochs=167 or 17. What each part brings: configs/ablations/recipe.py
