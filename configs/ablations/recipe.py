@@ -7,8 +7,9 @@ Answer:    the start decides. mAP@0.5 (mAP) of masks after 510 steps, seed 0: pr
            package's earlier weights (144 pictures, 1,620 steps), two seeds: preset 0.060 ± 0.012, from nothing 0.008 ±
            0.004, reference boxes from masks 0.043 ± 0.016, matched by boxes alone 0.045 ± 0.006, letterbox 0.048 ±
            0.019, constant rate 0.051 ± 0.009, long average 0.062 ± 0.015, 100 denoising queries 0.065 ± 0.001,
-           copy-paste 0.068 ± 0.015, 300 queries 0.077 ± 0.009, no zoom 0.081 ± 0.007, 320 px 0.083 ± 0.012. What differs
-           by less than two spreads is no finding. The plain recipe (configs/mask_rtdetr.py:n) has 0.000 after the same steps.
+           copy-paste 0.068 ± 0.015, 300 queries 0.077 ± 0.009, no zoom 0.081 ± 0.007, 320 px 0.083 ± 0.012.
+           What differs by less than two spreads is no finding. The plain recipe (configs/mask_rtdetr.py:n) has 0.000
+           after the same steps.
 """
 
 import finetune
