@@ -8,7 +8,7 @@ Measured:  size n, 192 px, 4 images a step, against configs/mask_rtdetr.py:n in 
            plain 0.000, 0.000. vhr10_mini (120 / 40 images), 510 steps: 0.072, 0.126, from nothing 0.003, 0.005, plain
            0.000, 0.000. The plain recipe is still in its warm-up of 2,000 steps then. Both with
            --config.data.image_size=192 "--config.data.train_sizes=(192,)" --config.train.batch_size=4 and
-           --config.train.epochs=167 or 17, evaluated once, at the end (--config.eval.every_epochs=167 or 17; more often,
+           --config.train.epochs=167 or 17, evaluated once (--config.eval.every_epochs=167 or 17; more often,
            early stopping may end a run before). What each part brings: configs/ablations/recipe.py
 """
 
