@@ -63,7 +63,7 @@ def create_pipeline(pipeline: str | os.PathLike[str] | None = None, **options: A
     from instseg_jax.inference.pipeline import create_pipeline as create
 
     def accelerate(*args: Any, **settings: Any) -> Any:
-        from instseg_jax.deploy.accelerate import accelerate as quickest  # only when use_hpip asks for it
+        from instseg_jax.export.accelerate import accelerate as quickest  # only when use_hpip asks for it
 
         return quickest(*args, **settings)
 
@@ -97,7 +97,7 @@ def evaluate(config: "ConfigDict", weights: str | os.PathLike[str]) -> dict:
 
     Raises: FileNotFoundError or ValueError in one sentence when there are no weights or they do not fit the data.
     """
-    from instseg_jax.verbs_evaluation import evaluate_weights
+    from instseg_jax.scoring.run import evaluate_weights
 
     metrics, _ = evaluate_weights(config, weights)
     return metrics

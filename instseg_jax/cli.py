@@ -6,6 +6,7 @@ Errors that a user can mend are one sentence and exit code 1; `--debug` shows wh
 
 import argparse
 import difflib
+import importlib
 import os
 import pathlib
 import sys
@@ -16,6 +17,16 @@ import instseg_jax
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 HUGE_PAGES_SWITCH = "INSTSEG_HUGE_PAGES"
 OPENCV_SWITCH = "OPENCV_LOG_LEVEL"
+VERB_FILES = {  # the file of `verbs/` that holds a verb, where it has another name
+    "check_dataset": "data",
+    "convert": "data",
+    "split": "data",
+    "prepare": "data",
+    "serve": "predict",
+    "get_pipeline_config": "predict",
+    "import_weights": "weights",
+    "export_weights": "weights",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -264,22 +275,17 @@ def call(*arguments: str) -> int:
 
 
 def run_verb(options: argparse.Namespace, overrides: dict[str, str]) -> int | None:
-    """Load the config and call the verb's function."""
-    from instseg_jax import verbs
-    from instseg_jax.config import load_config
+    """Call the verb's function, in the file of `verbs/` that has its name or stands in VERB_FILES."""
     from instseg_jax.devices import join_processes, keep_compiled_programs
 
     processes = [getattr(options, name, None) for name in ("coordinator", "num_processes", "process_id")]
     if getattr(options, "distributed", False) or processes != [None] * 3:
         join_processes(*processes)
-    if options.verb == "sweep":  # starts processes that load the config with more overrides
-        return verbs.sweep(overrides, options)
-    config = load_config(options.config, overrides) if options.config else None
-    keep_compiled_programs(pathlib.Path(options.workdir) / "compiled")
-    if config is None and options.verb in ("evaluate", "predict", "serve", "export", "export_weights"):
-        # The config of the checkpoint is used; overrides apply to it.
-        return getattr(verbs, options.verb)(overrides, options)
-    return getattr(verbs, options.verb)(config, options)
+    options.overrides = overrides
+    if options.verb != "sweep":  # which starts processes that do this each for itself
+        keep_compiled_programs(pathlib.Path(options.workdir) / "compiled")
+    file = importlib.import_module(f"instseg_jax.verbs.{VERB_FILES.get(options.verb, options.verb)}")
+    return getattr(file, options.verb)(options)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Pictures: decoding, and resizing to the network's input. Numpy and OpenCV only."""
 
+import pathlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,10 @@ INTERPOLATIONS = {
     "cubic": cv2.INTER_CUBIC,
     "lanczos": cv2.INTER_LANCZOS4,
 }
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -128,3 +133,8 @@ def preprocess(
     """
     content = content_size(image.shape[:2], size, resize)
     return resize_pixels(image, content, size, interpolation), content
+
+
+def is_video(path: str | pathlib.Path) -> bool:
+    """Whether a file is a video, by its suffix."""
+    return pathlib.PurePath(path).suffix.lower() in VIDEO_SUFFIXES

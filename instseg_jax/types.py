@@ -136,3 +136,16 @@ class Detections:
     labels: HostOrDeviceArray  # [B, T] int32
     boxes_xyxy: HostOrDeviceArray  # [B, T, 4] normalised corners, not clipped
     mask_logits: HostOrDeviceArray  # [B, T, h, w]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instances:
+    """The instances of one image, in pixels of the original image, by falling score."""
+
+    scores: np.ndarray  # [n] float32, 0..1
+    labels: np.ndarray  # [n] int32, class index
+    boxes_xyxy_px: np.ndarray  # [n, 4] float32, not clipped to the image
+    masks: list[dict]  # n COCO RLEs {"size": [height, width], "counts": str} of the whole image
+
+    def __len__(self) -> int:
+        return len(self.scores)

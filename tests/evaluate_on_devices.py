@@ -31,9 +31,9 @@ class Network:
 def main(file: str, batch_size: int, num_processes: int, index: int, port: int, views: str) -> None:
     if num_processes > 1:
         jax.distributed.initialize(f"localhost:{port}", num_processes, index)
-    from instseg_jax import verbs_evaluation
     from instseg_jax.config import load_config
     from instseg_jax.inference.predictor import LoadedModel
+    from instseg_jax.scoring.run import score_model
 
     config = load_config(
         "configs/quickstart.py",
@@ -48,7 +48,7 @@ def main(file: str, batch_size: int, num_processes: int, index: int, port: int, 
         [[1.0, -0.8, 0.5, 0.0, 2.0, -0.3], [1.0, -0.7, -1.0, 1.0, 0.1, 0.7], [1.0, -0.9, 0.5, -1.0, 1.0, 0.2]]
     )
     model = LoadedModel(Network(), {"params": {"w": w}}, config, ("building",), (1,), {}, "")
-    evaluated = verbs_evaluation.score_model(model, "made up", tuple(filter(None, views.split(","))))
+    evaluated = score_model(model, "made up", tuple(filter(None, views.split(","))))
     content = {
         "devices": len(jax.devices()),
         "processes": jax.process_count(),

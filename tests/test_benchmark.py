@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from instseg_jax.benchmarks.inference import STEPS, made_up_logits, measure_encoding, time_inference
 from instseg_jax.cli import main
 from instseg_jax.evaluation.coco import coco_results
-from instseg_jax.inference.benchmark import STEPS, made_up_logits, measure_encoding, memory_above, time_inference
+from instseg_jax.memory import memory_above
 from instseg_jax.types import Batch, Detections, Outputs, Targets
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +55,7 @@ def test_every_step_is_timed(tmp_path, batch_size):
 WATCHED = """
 import time
 import numpy as np
-from instseg_jax.inference.benchmark import memory_above
+from instseg_jax.benchmarks.inference import memory_above
 with memory_above() as above:
     before = list(above)
     held = np.ones(30_000_000)
@@ -126,7 +127,7 @@ def test_training_is_timed_for_every_size(monkeypatch, tmp_path):
     def stand_in(config, *, repeats):
         return {"model": config.model.name, "repeats": repeats}
 
-    monkeypatch.setattr("instseg_jax.training.benchmark.run_benchmark", stand_in)
+    monkeypatch.setattr("instseg_jax.benchmarks.training.run_benchmark", stand_in)
     arguments = ["--parts=training", "--sizes=n,l", "--repeats=2", f"--workdir={tmp_path}"]
     assert main(["benchmark", *arguments]) == 0
     written = json.loads((tmp_path / "benchmark.json").read_text())

@@ -15,8 +15,8 @@ import pytest
 import scipy.stats
 from ml_collections import ConfigDict
 
+from instseg_jax.devices import make_mesh, put_batch, split_over_batch
 from instseg_jax.models.denoising import make_denoising_queries
-from instseg_jax.sharding import make_mesh, put_batch, split_over_batch
 from instseg_jax.training.criterion import (
     LossSettings,
     PointDraws,

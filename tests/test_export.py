@@ -14,13 +14,14 @@ from export_case import CATEGORY_IDS, CLASS_NAMES, DETECTIONS, QUERIES, SIZE, ke
 from instseg_jax.cli import main
 from instseg_jax.config import load_config
 from instseg_jax.data import coco
-from instseg_jax.deploy import export as export_room
-from instseg_jax.deploy.export import Request, export_model
-from instseg_jax.deploy.parity import Found, compare_runs, find_warnings, pair_detections
+from instseg_jax.export import export as export_room
+from instseg_jax.export.export import Request, export_model
+from instseg_jax.export.parity import Found, compare_runs, find_warnings, pair_detections
 from instseg_jax.inference.predictor import load_model, make_predict
 from instseg_jax.inference.runtimes import find_export, open_export, read_export
+from instseg_jax.scoring.pictures import comparison_images
 from instseg_jax.types import Detections
-from instseg_jax.verbs_export import check_best_export, comparison_images, export_best
+from instseg_jax.verbs.export import check_best_export, export_best
 from instseg_jax.weights import checkpoint
 
 

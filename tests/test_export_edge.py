@@ -12,10 +12,10 @@ from PIL import Image
 
 import instseg_jax
 from instseg_jax.data import coco
-from instseg_jax.deploy import writers
-from instseg_jax.deploy.export import Request, export_model
+from instseg_jax.export import writers
+from instseg_jax.export.export import Request, export_model
 from instseg_jax.inference.predictor import load_model
-from instseg_jax.verbs_export import calibration_images, comparison_images
+from instseg_jax.scoring.pictures import calibration_images, comparison_images
 
 
 @pytest.mark.slow

@@ -19,18 +19,19 @@ from PIL import Image
 import instseg_jax
 from instseg_jax.cli import main
 from instseg_jax.data import coco
-from instseg_jax.deploy import accelerate as accelerate_room
-from instseg_jax.deploy import litert, postprocess, writers
-from instseg_jax.deploy.export import Request, export_model
-from instseg_jax.deploy.parity import BOUNDS
+from instseg_jax.export import accelerate as accelerate_room
+from instseg_jax.export import litert, standalone, writers
+from instseg_jax.export.export import Request, export_model
+from instseg_jax.export.parity import BOUNDS
 from instseg_jax.images import INTERPOLATIONS, resize_pixels
 from instseg_jax.inference import runtimes
+from instseg_jax.inference.pipeline_config import parse_hpi_config
 from instseg_jax.inference.postprocess import upsample_masks
 from instseg_jax.inference.predictor import load_model
-from instseg_jax.inference.runtimes import find_export, open_export, parse_hpi_config, read_export, run_in_batches
+from instseg_jax.inference.runtimes import find_export, open_export, read_export, run_in_batches
 from instseg_jax.masks import encode_mask
 from instseg_jax.models import deformable_attention
-from instseg_jax.verbs_export import calibration_images, comparison_images
+from instseg_jax.scoring.pictures import calibration_images, comparison_images
 from instseg_jax.weights import PRETRAINED, checkpoint
 
 FORMATS = ("stablehlo", "onnx", "ort", "openvino", "litert")
@@ -189,7 +190,7 @@ def test_thresholds_are_stored_in_an_export(exports, tmp_path):
     runtimes.save_export_thresholds(read_export(tmp_path / "e"), {"overall": 0.6, "classes": {"tree": 0.1}})
     pipeline = instseg_jax.create_pipeline(weights=tmp_path / "e", device="cpu")
     np.testing.assert_array_equal(pipeline.thresholds, [0.6, 0.1, 0.6])
-    assert postprocess.load(tmp_path / "e").config["thresholds"] == [0.6, 0.1, 0.6]
+    assert standalone.load(tmp_path / "e").config["thresholds"] == [0.6, 0.1, 0.6]
 
 
 # --- what does not fit ----------------------------------------------------------------------------------------------
@@ -383,12 +384,12 @@ def test_channels_and_16_bits_travel_with_the_export(format, tmp_path):
     assert read_export(folder).settings["preprocessing"]["channel_ranges"] == [list(pair) for pair in ranges]
     pipeline = instseg_jax.create_pipeline(weights=folder, device="cpu", threshold=0.1)
     assert same_instances(pipeline(str(tmp_path / "bands.npy"))[0], one)
-    export = postprocess.load(folder)
-    picture = postprocess.read_image(tmp_path / "bands.npy", export.config)
-    found = postprocess.segment(export, picture, 0.1)
+    export = standalone.load(folder)
+    picture = standalone.read_image(tmp_path / "bands.npy", export.config)
+    found = standalone.segment(export, picture, 0.1)
     assert [box["label"] for box in found["boxes"]] == [box["label"] for box in one.boxes]
     with pytest.raises(ValueError, match="the model takes 2 channels"):
-        postprocess.scale_channels(np.zeros((4, 4, 3), np.uint16), export.config)
+        standalone.scale_channels(np.zeros((4, 4, 3), np.uint16), export.config)
 
 
 # --- what LiteRT gets in place of operations that it lacks ------------------------------------------------------------
@@ -441,7 +442,7 @@ def test_resizing_in_numpy_is_that_of_opencv_to_a_grey_level(interpolation):
     noise = rng.integers(0, 256, (37, 53, 3)).astype(np.uint8)
     for content in ((64, 64), (20, 30), (64, 30), (20, 90), (37, 53)):
         wanted = resize_pixels(noise, content, content, interpolation) * 255
-        found = postprocess.resize_numpy(noise, content, interpolation).astype(np.float32)
+        found = standalone.resize_numpy(noise, content, interpolation).astype(np.float32)
         assert np.abs(found - wanted).max() <= 1.01, content
 
 
@@ -451,9 +452,9 @@ def test_masks_are_enlarged_and_encoded_as_in_the_package():
     for content, original in (((64, 64), (100, 77)), ((48, 64), (30, 40)), ((64, 33), (200, 101))):
         sizes = {"input_size": (64, 64), "content_size": content, "original_size": original}
         for mask, wanted in zip(logits, upsample_masks(logits, **sizes), strict=True):
-            found = postprocess.enlarge_mask(mask, (64, 64), content, original)
+            found = standalone.enlarge_mask(mask, (64, 64), content, original)
             assert 0 < wanted.sum() < wanted.size
             np.testing.assert_array_equal(found, wanted)
-            assert postprocess.mask_to_rle(found) == encode_mask(wanted)
+            assert standalone.mask_to_rle(found) == encode_mask(wanted)
     for mask in (np.zeros((3, 4), bool), np.ones((3, 4), bool), np.eye(5, dtype=bool)):
-        assert postprocess.mask_to_rle(mask) == encode_mask(mask)
+        assert standalone.mask_to_rle(mask) == encode_mask(mask)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from instseg_jax.inference import figures
-from instseg_jax.inference.geo import Georeference
-from instseg_jax.inference.results import Result
+from instseg_jax.geo.georeference import Georeference
 from instseg_jax.masks import encode_mask
+from instseg_jax.results import figures
+from instseg_jax.results.result import Result
 
 GREY = np.full((40, 60, 3), 128, np.uint8)
 RED, GREEN = (255, 0, 0), (0, 255, 0)

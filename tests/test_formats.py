@@ -10,12 +10,12 @@ from fake_model import CATEGORY_IDS, CLASS_NAMES, make_pipeline, picture
 from PIL import Image
 from pycocotools.coco import COCO
 
-from instseg_jax.inference.formats import to_coco_dataset
-from instseg_jax.inference.polygons import rle_to_polygons
-from instseg_jax.inference.results import Result
-from instseg_jax.inference.saving import check_formats, save_results
-from instseg_jax.inference.video import VideoFile
 from instseg_jax.masks import decode_rle, encode_mask, rasterize_polygons
+from instseg_jax.outlines import rle_to_polygons
+from instseg_jax.results.formats import to_coco_dataset
+from instseg_jax.results.result import Result
+from instseg_jax.results.saving import check_formats, save_results
+from instseg_jax.results.video import VideoFile
 
 SIZE = (60, 80)
 

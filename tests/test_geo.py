@@ -8,12 +8,12 @@ import pytest
 from fake_model import make_pipeline, picture
 from pycocotools import mask as mask_api
 
-from instseg_jax.inference import geo
-from instseg_jax.inference.geo import Georeference
-from instseg_jax.inference.rasters import RasterImage, write_geotiff
-from instseg_jax.inference.results import Result
-from instseg_jax.inference.windows import Window
+from instseg_jax.geo import georeference
+from instseg_jax.geo.georeference import Georeference
+from instseg_jax.geo.rasters import RasterImage, write_geotiff
 from instseg_jax.masks import encode_mask
+from instseg_jax.results.result import Result
+from instseg_jax.windows import Window
 
 rasterio = pytest.importorskip("rasterio")
 features = pytest.importorskip("rasterio.features")
@@ -56,7 +56,7 @@ def test_round_trip_to_a_tenth_of_a_pixel(tmp_path, pipe, tile):
         image = with_hole()
     path = write_raster(tmp_path / "field.tif", image)
     (result,) = pipe.predict(path, tile=tile, overlap=0.25)
-    content = json.loads(geo.write_geojson(tmp_path / "field.geojson", result).read_text())
+    content = json.loads(georeference.write_geojson(tmp_path / "field.geojson", result).read_text())
     (feature,) = content["features"]
     assert content["crs"]["properties"]["name"] == "urn:ogc:def:crs:EPSG::32633"
     ((outer, hole),) = feature["geometry"]["coordinates"]
@@ -80,10 +80,12 @@ def test_square_metres_are_those_of_the_ground(tmp_path):
     mercator = rasterio.crs.CRS.from_epsg(3857)
     place = Georeference((1.0, 0.0, 1_000_000.0, 0.0, -1.0, y), mercator.to_wkt(), 3857)
     box = {"cls_id": 0, "label": "red", "score": 0.9, "coordinate": [10, 20, 50, 60]}
-    (feature,) = geo.to_geojson(Result("a.tif", (100, 100), [box], [encode_mask(mask)], georeference=place))["features"]
+    (feature,) = georeference.to_geojson(Result("a.tif", (100, 100), [box], [encode_mask(mask)], georeference=place))[
+        "features"
+    ]
     assert feature["properties"]["area_m2"] == pytest.approx(1600 / 4, rel=5e-3)
     degrees = Georeference((1e-5, 0.0, 15.0, 0.0, -1e-5, 45.0), rasterio.crs.CRS.from_epsg(4326).to_wkt(), 4326)
-    content = geo.to_geojson(Result("a.tif", (100, 100), [box], [encode_mask(mask)], georeference=degrees))
+    content = georeference.to_geojson(Result("a.tif", (100, 100), [box], [encode_mask(mask)], georeference=degrees))
     # A degree at 45 north is 111,132 m of latitude and 78,847 m of longitude.
     assert content["features"][0]["properties"]["area_m2"] == pytest.approx(1600 * 1.11132 * 0.78847, rel=1e-3)
     assert "crs" not in content
@@ -92,7 +94,7 @@ def test_square_metres_are_those_of_the_ground(tmp_path):
 def test_rings_run_as_geojson_wants_them(tmp_path, pipe):
     shapely = pytest.importorskip("shapely.geometry")
     (result,) = pipe.predict(write_raster(tmp_path / "field.tif", with_hole()), tile=64)
-    shape = shapely.shape(geo.to_geojson(result)["features"][0]["geometry"])
+    shape = shapely.shape(georeference.to_geojson(result)["features"][0]["geometry"])
     (part,) = shape.geoms
     assert shape.is_valid and part.exterior.is_ccw and not part.interiors[0].is_ccw
 
@@ -101,7 +103,7 @@ def test_a_picture_without_a_place_is_in_pixels():
     mask = np.zeros((20, 20), bool)
     mask[2:5, 3:9] = True
     box = {"cls_id": 0, "label": "red", "score": 0.9, "coordinate": [3, 2, 9, 5]}
-    content = geo.to_geojson(Result("a.png", (20, 20), [box], [encode_mask(mask)]))
+    content = georeference.to_geojson(Result("a.png", (20, 20), [box], [encode_mask(mask)]))
     ((ring,),) = content["features"][0]["geometry"]["coordinates"]
     assert {tuple(p) for p in ring} == {(3, 2), (9, 2), (9, 5), (3, 5)}
     assert content["features"][0]["properties"]["area_m2"] is None and "crs" not in content
@@ -109,14 +111,14 @@ def test_a_picture_without_a_place_is_in_pixels():
 
 def test_geopackage(tmp_path, pipe):
     (result,) = pipe.predict(write_raster(tmp_path / "field.tif", with_hole()), tile=64)
-    path = geo.write_geopackage(tmp_path / "field.gpkg", result)
+    path = georeference.write_geopackage(tmp_path / "field.gpkg", result)
     database = sqlite3.connect(path)
     assert database.execute("PRAGMA application_id").fetchone() == (0x47504B47,)
     (row,) = database.execute("SELECT label, score, area_px, geom FROM instances").fetchall()
     assert row[0] == "red" and row[2] == 540
     assert database.execute("SELECT srs_id FROM gpkg_geometry_columns").fetchone() == (32633,)
     shapely = pytest.importorskip("shapely")
-    (feature,) = geo.to_geojson(result)["features"]
+    (feature,) = georeference.to_geojson(result)["features"]
     from_json = shapely.geometry.shape(feature["geometry"])
     assert shapely.from_wkb(row[3][8:]).equals(from_json)
     bounds = database.execute("SELECT min_x, min_y, max_x, max_y FROM gpkg_contents").fetchone()
@@ -125,7 +127,7 @@ def test_geopackage(tmp_path, pipe):
 
 
 def test_an_empty_geopackage(tmp_path):
-    path = geo.write_geopackage(tmp_path / "none.gpkg", Result("a.png", (20, 20), [], []))
+    path = georeference.write_geopackage(tmp_path / "none.gpkg", Result("a.png", (20, 20), [], []))
     database = sqlite3.connect(path)
     assert database.execute("SELECT COUNT(*) FROM instances").fetchone() == (0,)
     database.close()
@@ -171,10 +173,10 @@ def test_a_place_of_its_own_crs_is_kept(tmp_path, pipe):
     (result,) = pipe.predict(
         write_raster(tmp_path / "a.tif", with_hole(), crs=rasterio.crs.CRS.from_proj4(local)), tile=64
     )
-    assert "Transverse_Mercator" in geo.to_geojson(result)["crs"]["properties"]["name"]
-    assert geo.write_geopackage(tmp_path / "a.gpkg", result).stat().st_size > 0
+    assert "Transverse_Mercator" in georeference.to_geojson(result)["crs"]["properties"]["name"]
+    assert georeference.write_geopackage(tmp_path / "a.gpkg", result).stat().st_size > 0
     (result,) = pipe.predict(write_raster(tmp_path / "b.tif", with_hole(), crs=None), tile=64)
-    (feature,) = geo.to_geojson(result)["features"]
+    (feature,) = georeference.to_geojson(result)["features"]
     assert feature["properties"]["area_m2"] is None and feature["geometry"]["coordinates"][0][0][0][0] > 400_000
 
 

@@ -19,8 +19,8 @@ from test_training import TINY as TRAINED
 from test_training import write_subset
 
 from instseg_jax.config import load_config
+from instseg_jax.devices import make_mesh, put_micro_batches, put_replicated
 from instseg_jax.models.mask_rtdetr import build_model, initial_variables
-from instseg_jax.sharding import make_mesh, put_micro_batches, put_replicated
 from instseg_jax.training.optimizer import build_optimizer, build_schedule
 from instseg_jax.training.state import initial_state
 from instseg_jax.training.step import build_train_step

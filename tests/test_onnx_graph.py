@@ -14,8 +14,8 @@ from instseg_jax.inference.predictor import make_predict
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from instseg_jax.deploy.onnx_graph import OPSET, OUTPUTS, build_onnx  # noqa: E402
-from instseg_jax.deploy.onnx_translate import translate  # noqa: E402
+from instseg_jax.export.onnx_translate import translate  # noqa: E402
+from instseg_jax.export.writers import OPSET, OUTPUTS, build_onnx  # noqa: E402
 
 
 def run(graph, images):

@@ -8,8 +8,8 @@ from random_model import random_images, random_variables, small_model
 
 from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.postprocess import select_detections
+from instseg_jax.models.attention import MANY_TOKENS, MultiHeadAttention
 from instseg_jax.models.deformable_attention import sample_levels
-from instseg_jax.models.layers import MANY_TOKENS, MultiHeadAttention
 from instseg_jax.models.mask_rtdetr import count_parameters
 from instseg_jax.models.query_selection import masks_to_boxes
 from instseg_jax.types import FactoredOutputs, Outputs

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageDraw
 
-from instseg_jax.inference.crops import crop_bounds, crop_rle, paste_mask
-from instseg_jax.inference.polygons import bridge_holes, join_rings, ring_area, rle_to_polygons
+from instseg_jax.crops import crop_bounds, crop_rle, paste_mask
 from instseg_jax.masks import decode_rle, encode_mask, rasterize_polygons
+from instseg_jax.outlines import bridge_holes, join_rings, ring_area, rle_to_polygons
 
 MASKS = hnp.arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)))
 

@@ -10,10 +10,10 @@ from pycocotools import mask as mask_api
 
 from instseg_jax import files
 from instseg_jax.evaluation.coco import coco_metrics
-from instseg_jax.inference.postprocess import Instances, detections_to_instances
-from instseg_jax.inference.results import Result
+from instseg_jax.inference.postprocess import detections_to_instances
 from instseg_jax.masks import decode_rle, encode_mask
-from instseg_jax.types import Detections
+from instseg_jax.results.result import Result
+from instseg_jax.types import Detections, Instances
 
 HEIGHT, WIDTH = 40, 60
 CLASS_NAMES = ("cat", "dog", "Käfer")

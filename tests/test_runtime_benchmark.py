@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from random_model import random_images, random_variables, small_model
 
+from instseg_jax.benchmarks.runtimes import MATRIX, agreement, compare_runtimes
 from instseg_jax.cli import main
-from instseg_jax.deploy.runtime_benchmark import MATRIX, agreement, compare_runtimes
 from instseg_jax.types import Detections
 
 

@@ -23,9 +23,9 @@ import socket
 
 import uvicorn
 
-from instseg_jax.deploy import client, fetch
-from instseg_jax.deploy.batching import Batcher, QueueFullError
-from instseg_jax.deploy.server import Limits, make_app
+from instseg_jax.serving import client, fetch
+from instseg_jax.serving.batching import Batcher, QueueFullError
+from instseg_jax.serving.server import Limits, make_app
 
 PICTURE = picture((0, 10, 20, 30, 50), (2, 40, 8, 60, 28), size=(60, 64))
 LIMITS = Limits(queue_size=16, max_wait=0.01, timeout=10.0, max_body=200_000, max_pixels=500_000)
@@ -484,7 +484,7 @@ def test_urls_of_named_hosts_go_through_the_server(monkeypatch):
         asked.append((url, options["max_bytes"]))
         return encode(PICTURE)
 
-    monkeypatch.setattr("instseg_jax.deploy.server.fetch_url", fetch_url)
+    monkeypatch.setattr("instseg_jax.serving.server.fetch_url", fetch_url)
     with Running(make_pipeline(), limits) as running:
         status, answer, _ = running.send({"image": "https://images.example/a.png"})
         assert status == 200 and len(answer["result"]["instances"]) == 2

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from instseg_jax.config import load_config
+from instseg_jax.devices import check_batch_size, make_mesh, put_micro_batches, put_replicated
 from instseg_jax.models.mask_rtdetr import build_model, initial_variables
-from instseg_jax.sharding import check_batch_size, make_mesh, put_micro_batches, put_replicated
 from instseg_jax.training.optimizer import build_optimizer, build_schedule
 from instseg_jax.training.state import initial_state
 from instseg_jax.training.step import build_train_step

@@ -16,11 +16,11 @@ from PIL import Image
 from instseg_jax.config import load_config
 from instseg_jax.inference.mask_merging import WindowInstances, merge_windows
 from instseg_jax.inference.pipeline import build_pipeline
-from instseg_jax.inference.postprocess import Instances
 from instseg_jax.inference.tiling import Tiles, windows_of
-from instseg_jax.inference.windows import Window, fill_up, view_size
 from instseg_jax.masks import decode_rle, encode_mask, rasterize_polygons
-from instseg_jax.verbs_evaluation import score_model
+from instseg_jax.scoring.run import score_model
+from instseg_jax.types import Instances
+from instseg_jax.windows import Window, fill_up, view_size
 
 EMBEDDED = Path(__file__).parent.parent / "instseg_jax" / "data" / "embedded"
 TILES = Tiles(64, 0.25, False)
@@ -329,7 +329,7 @@ HUGE = """
     import resource, sys, time
     import numpy as np, rasterio
     from fake_model import make_pipeline
-    from instseg_jax.inference.saving import save_results
+    from instseg_jax.results.saving import save_results
 
     path, side = sys.argv[1], int(sys.argv[2])
     options = dict(driver="GTiff", width=side, height=side, count=3, dtype="uint8", tiled=True, blockxsize=512,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from instseg_jax.inference.tta import flip_back, merge_views, parse_views, scaled_sizes
+from instseg_jax.scoring.tta import flip_back, merge_views, parse_views, scaled_sizes
 from instseg_jax.types import Detections
 
 

@@ -6,8 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from instseg_jax.inference.visualize import draw_instances, instance_colors
 from instseg_jax.masks import encode_mask
+from instseg_jax.results.visualize import draw_instances, instance_colors
 
 
 def filled(size, x1, y1, x2, y2) -> np.ndarray:

@@ -12,8 +12,8 @@ import pytest
 import instseg_jax.weights as weights
 from instseg_jax.models.mask_rtdetr import abstract_variables, make_model
 from instseg_jax.weights import checkpoint, names
-from instseg_jax.weights.export import export_weights, read_safetensors, write_safetensors
 from instseg_jax.weights.paddle import read_pdparams, write_pdparams
+from instseg_jax.weights.state_dicts import export_weights, read_safetensors, write_safetensors
 
 SHAPES = json.loads(gzip.decompress((Path(__file__).parent / "data" / "official_shapes.json.gz").read_bytes()))
 READERS = {"pdparams": read_pdparams, "safetensors": read_safetensors}

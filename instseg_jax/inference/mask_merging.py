@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from pycocotools import mask as mask_api
 
-from instseg_jax.inference.crops import crop_rle, paste_mask
-from instseg_jax.inference.postprocess import Instances
-from instseg_jax.inference.windows import Window
+from instseg_jax.crops import crop_rle, paste_mask
 from instseg_jax.masks import compress_rle, rle_area, rle_box_xyxy_px
+from instseg_jax.types import Instances
+from instseg_jax.windows import Window
 
 MIN_COVERED = 0.5  # of the smaller mask: from here on two masks are one object
 MIN_WHOLE = 0.5  # of the largest part's area: a smaller "whole" object beside it is a fragment

@@ -4,14 +4,14 @@
 trained one. Every change is exact: outputs differ by rounding alone.
 
 Not here: what the form looks like (the attribute `folded` of the modules), and what is special to ONNX
-(`deploy/onnx_graph.py`).
+(`export/onnx_writer_tmp.py`).
 """
 
 from typing import Any
 
 import numpy as np
 
-from instseg_jax.models.layers import NORM_EPS
+from instseg_jax.models.linear import NORM_EPS
 from instseg_jax.models.mask_rtdetr import MaskRTDETR
 
 

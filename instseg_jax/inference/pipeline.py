@@ -19,22 +19,21 @@ from ml_collections import ConfigDict
 
 from instseg_jax.bands import build_bands
 from instseg_jax.config import load_config
-from instseg_jax.devices import select_devices
+from instseg_jax.devices import make_mesh, select_devices
 from instseg_jax.inference import predictor, tiling
-from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_config
-from instseg_jax.inference.results import Result
-from instseg_jax.inference.runtimes import find_export, parse_hpi_config, with_backend
+from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_config, parse_hpi_config
+from instseg_jax.inference.runtimes import find_export, with_backend
 from instseg_jax.inference.sources import Source, find_sources, with_bands
 from instseg_jax.inference.streaming import Feeding, Found, stream_instances
 from instseg_jax.models.variants import canonical_name
-from instseg_jax.sharding import make_mesh
+from instseg_jax.results.result import Result
 from instseg_jax.types import Detections
 from instseg_jax.weights import PACKAGED_WEIGHTS, PRETRAINED
 
 DEFAULT_WEIGHTS = "output"  # where a training leaves its weights when it is not told otherwise
 DEFAULT_THRESHOLD = 0.5  # where neither call nor weights nor YAML say one
 Threshold = float | Mapping[str, float]
-Accelerate = Callable[..., predictor.LoadedModel]  # see `deploy/accelerate.py`
+Accelerate = Callable[..., predictor.LoadedModel]  # see `export/accelerate.py`
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,9 @@ KEYS = ("pipeline_name", "SubModules", "Serving", "use_hpip", "hpi_config", "dev
 MODULE_KEYS = ("module_name", "model_name", "model_dir", "batch_size", "threshold")
 SERVING_KEYS = ("visualize",)
 
+HPI_KEYS = ("backend", "backend_config", "auto_config")
+HPI_BACKENDS = ("onnxruntime", "openvino", "xla")  # xla: the network as JAX compiles it
+
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
@@ -113,3 +116,44 @@ def _check_keys(content: Any, known: tuple[str, ...], where: str) -> None:
             near = difflib.get_close_matches(str(key), known, 1, 0.5)
             hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
             raise ValueError(f"{where} has an unknown key {key!r}{hint}")
+
+
+@dataclasses.dataclass(frozen=True)
+class HighPerformance:
+    """What `hpi_config` asks for."""
+
+    backend: str | None = None  # one of HPI_BACKENDS; None: the quickest
+    num_threads: int | None = None  # of the CPU; None: as the runtime likes
+
+
+def parse_hpi_config(content: Mapping[str, Any] | None) -> HighPerformance:
+    """Read the official `hpi_config`: backend, backend_config.cpu_num_threads (also below the backend's name).
+
+    `auto_config` (whether to find the quickest) is true where no backend is named. Raises: ValueError for keys and
+    backends that mean nothing here, such as those of Paddle and TensorRT.
+    """
+    content = dict(content or {})
+    for key in content:
+        if key not in HPI_KEYS:
+            raise ValueError(f"hpi_config.{key} means nothing here; it may hold {', '.join(HPI_KEYS)}")
+    backend = content.get("backend")
+    if backend is not None and backend not in HPI_BACKENDS:
+        raise ValueError(f"hpi_config.backend is {backend!r}, it must be one of {', '.join(HPI_BACKENDS)}")
+    if backend is None and content.get("auto_config", True) is not True:
+        raise ValueError(f"hpi_config.auto_config is off, so backend must name one of {', '.join(HPI_BACKENDS)}")
+    inner = dict(content.get("backend_config") or {})
+    if set(inner) & set(HPI_BACKENDS):  # one section a backend
+        unknown = sorted(set(inner) - set(HPI_BACKENDS))
+        if unknown:
+            raise ValueError(
+                f"hpi_config.backend_config has {unknown[0]!r} beside sections of {', '.join(HPI_BACKENDS)}"
+            )
+        inner = dict(inner.get(backend or "onnxruntime") or {})
+    threads = inner.pop("cpu_num_threads", None)
+    if inner:
+        raise ValueError(f"hpi_config.backend_config.{next(iter(inner))} means nothing here; cpu_num_threads does")
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise ValueError(f"cpu_num_threads is {threads!r}, it must be a whole number of at least 1")
+    if threads is not None and backend == "xla":
+        raise ValueError("cpu_num_threads can't be set for xla, which takes all cores")
+    return HighPerformance(backend, threads)

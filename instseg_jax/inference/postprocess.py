@@ -18,23 +18,10 @@ import numpy as np
 
 from instseg_jax import boxes
 from instseg_jax.masks import edges_to_rle
-from instseg_jax.types import Detections, FactoredOutputs, Outputs
+from instseg_jax.types import Detections, FactoredOutputs, Instances, Outputs
 
 # Pixels sampled at a time: few enough for a core's cache, enough to hide the cost of the calls.
 BLOCK_PIXELS = 1 << 18
-
-
-@dataclasses.dataclass(frozen=True)
-class Instances:
-    """The instances of one image, in pixels of the original image, by falling score."""
-
-    scores: np.ndarray  # [n] float32, 0..1
-    labels: np.ndarray  # [n] int32, class index
-    boxes_xyxy_px: np.ndarray  # [n, 4] float32, not clipped to the image
-    masks: list[dict]  # n COCO RLEs {"size": [height, width], "counts": str} of the whole image
-
-    def __len__(self) -> int:
-        return len(self.scores)
 
 
 @dataclasses.dataclass(frozen=True)

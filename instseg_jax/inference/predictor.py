@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
 from instseg_jax.config import add_missing_fields, load_config, override
+from instseg_jax.devices import put_batch, put_replicated, split_over_batch
 from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.inference.runtimes import Export, find_export, open_export, read_export
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, abstract_variables, build_model
-from instseg_jax.sharding import put_batch, put_replicated, split_over_batch
 from instseg_jax.types import Detections, HostOrDeviceArray, Outputs
 from instseg_jax.weights import Weights, checkpoint
 
@@ -190,3 +190,10 @@ def import_checkpoint(config: ConfigDict, source: str, folder: str | os.PathLike
     metadata = {"step": 0, "score": None} | describe(model) | {"source": str(source)}
     checkpoint.save_inference_checkpoint(folder, model.variables, metadata)
     return model.summary
+
+
+def load_with_overrides(source: str | os.PathLike[str], spec: str | None, overrides: dict[str, str]) -> LoadedModel:
+    """A model by its weights, with the config that `spec` (`--config`) names, else its own; overrides apply to it."""
+    if spec is None:
+        return load_model(source, overrides=overrides)
+    return load_model(source, load_config(spec, overrides))

@@ -1,6 +1,6 @@
 """Exported models in place of checkpoints: finding an export's folder, and running it as a function of images.
 
-An export is a folder with `config.json` and a model file, made by `deploy/export.py`. It brings its own
+An export is a folder with `config.json` and a model file, made by `export/export.py`. It brings its own
 post-selection: it takes images and gives the best detections, as `postprocess.select_detections` does. Which runtime
 runs it follows from its format; ONNX files run in ONNX Runtime and in OpenVINO.
 """
@@ -38,8 +38,6 @@ BACKENDS = {  # what runs a format, the usual one first
 EXTRAS = {"onnxruntime": "export", "openvino": "openvino", "litert": "litert"}
 OUTPUTS = ("scores", "labels", "boxes_xyxy", "mask_logits")
 
-HPI_KEYS = ("backend", "backend_config", "auto_config")
-HPI_BACKENDS = ("onnxruntime", "openvino", "xla")  # xla: the network as JAX compiles it
 
 Run = Callable[[np.ndarray], tuple[np.ndarray, ...]]
 
@@ -63,47 +61,6 @@ class Export:
     def batch_size(self) -> int | None:
         """Images a call; None where any number goes."""
         return None if self.settings["dynamic_batch"] else int(self.settings["batch"])
-
-
-@dataclasses.dataclass(frozen=True)
-class HighPerformance:
-    """What `hpi_config` asks for."""
-
-    backend: str | None = None  # one of HPI_BACKENDS; None: the quickest
-    num_threads: int | None = None  # of the CPU; None: as the runtime likes
-
-
-def parse_hpi_config(content: Mapping[str, Any] | None) -> HighPerformance:
-    """Read the official `hpi_config`: backend, backend_config.cpu_num_threads (also below the backend's name).
-
-    `auto_config` (whether to find the quickest) is true where no backend is named. Raises: ValueError for keys and
-    backends that mean nothing here, such as those of Paddle and TensorRT.
-    """
-    content = dict(content or {})
-    for key in content:
-        if key not in HPI_KEYS:
-            raise ValueError(f"hpi_config.{key} means nothing here; it may hold {', '.join(HPI_KEYS)}")
-    backend = content.get("backend")
-    if backend is not None and backend not in HPI_BACKENDS:
-        raise ValueError(f"hpi_config.backend is {backend!r}, it must be one of {', '.join(HPI_BACKENDS)}")
-    if backend is None and content.get("auto_config", True) is not True:
-        raise ValueError(f"hpi_config.auto_config is off, so backend must name one of {', '.join(HPI_BACKENDS)}")
-    inner = dict(content.get("backend_config") or {})
-    if set(inner) & set(HPI_BACKENDS):  # one section a backend
-        unknown = sorted(set(inner) - set(HPI_BACKENDS))
-        if unknown:
-            raise ValueError(
-                f"hpi_config.backend_config has {unknown[0]!r} beside sections of {', '.join(HPI_BACKENDS)}"
-            )
-        inner = dict(inner.get(backend or "onnxruntime") or {})
-    threads = inner.pop("cpu_num_threads", None)
-    if inner:
-        raise ValueError(f"hpi_config.backend_config.{next(iter(inner))} means nothing here; cpu_num_threads does")
-    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
-        raise ValueError(f"cpu_num_threads is {threads!r}, it must be a whole number of at least 1")
-    if threads is not None and backend == "xla":
-        raise ValueError("cpu_num_threads can't be set for xla, which takes all cores")
-    return HighPerformance(backend, threads)
 
 
 def find_export(source: str | os.PathLike[str]) -> Path | None:

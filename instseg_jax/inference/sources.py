@@ -18,11 +18,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from instseg_jax.bands import Bands, read_bands
-from instseg_jax.images import decode_image, read_image, to_rgb
-from instseg_jax.inference.rasters import RasterImage, open_raster
-from instseg_jax.inference.results import IMAGE_SUFFIXES
+from instseg_jax.geo.rasters import RasterImage, open_raster
+from instseg_jax.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, decode_image, is_video, read_image, to_rgb
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 URL_PREFIXES = ("http://", "https://")
 MAX_DOWNLOAD = 256 << 20  # bytes of a picture at a URL
 DOWNLOAD_SECONDS = 30
@@ -82,11 +80,6 @@ def find_files(source: str | pathlib.Path) -> list[pathlib.Path]:
             raise FileNotFoundError(f"there is no picture or video that matches {str(source)!r}")
         return found
     raise FileNotFoundError(f"there is no file or folder {path}")
-
-
-def is_video(path: str | pathlib.Path) -> bool:
-    """Whether a file is a video, by its suffix."""
-    return pathlib.PurePath(path).suffix.lower() in VIDEO_SUFFIXES
 
 
 def read_video(path: str | pathlib.Path) -> Iterator[np.ndarray]:

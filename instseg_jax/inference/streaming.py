@@ -16,9 +16,9 @@ import numpy as np
 
 from instseg_jax.bands import Bands, show_bands
 from instseg_jax.images import preprocess
-from instseg_jax.inference.postprocess import Instances, detections_to_instances
+from instseg_jax.inference.postprocess import detections_to_instances
 from instseg_jax.inference.sources import Source
-from instseg_jax.types import Detections
+from instseg_jax.types import Detections, Instances
 
 THREADS = 4  # that decode, and as many that encode: numpy, OpenCV and pycocotools let go of the interpreter
 BATCHES_AHEAD = 2  # decoded before their turn, and encoding after it: what bounds the memory

@@ -16,7 +16,7 @@ import numpy as np
 from instseg_jax.inference.mask_merging import WindowInstances, merge_windows
 from instseg_jax.inference.sources import Source
 from instseg_jax.inference.streaming import Found
-from instseg_jax.inference.windows import Window, fill_up, view_size
+from instseg_jax.windows import Window, fill_up, view_size
 
 OVERVIEW_SIDE = 2048  # pixels of the longer side of the view in which large objects are looked for
 MAX_PIXELS = 2**32 - 1  # pycocotools counts in 32 bits

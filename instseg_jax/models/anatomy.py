@@ -1,7 +1,7 @@
 """What happens inside the network on the way from images to masks, by name.
 
 The modules note their intermediate values (`sow`); here they are gathered, named and brought into one form, for looking
-at and for research. Prediction and training do not come past here. Drawing is in `inference/figures.py`.
+at and for research. Prediction and training do not come past here. Drawing is in `results/figures.py`.
 """
 
 import dataclasses

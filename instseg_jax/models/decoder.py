@@ -13,23 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from instseg_jax import boxes as box_ops
+from instseg_jax.models.attention import LayerNorm, MultiHeadAttention
+from instseg_jax.models.convolution import BatchNorm, Conv
 from instseg_jax.models.deformable_attention import DeformableAttention
-from instseg_jax.models.layers import (
-    MLP,
-    BatchNorm,
-    Conv,
-    Dense,
-    Initializer,
-    LayerNorm,
-    MultiHeadAttention,
-    constant,
-    declare,
-    linear_default,
-    normal,
-    xavier_uniform,
-    zero_bias,
-    zero_kernel,
-)
+from instseg_jax.models.initial_values import Initializer, constant, declare, normal, xavier_uniform
+from instseg_jax.models.linear import MLP, Dense, linear_default, zero_bias, zero_kernel
 from instseg_jax.models.query_selection import make_anchors, masks_to_boxes, take_rows
 from instseg_jax.types import DenoisingQueries, FactoredOutputs, Outputs, Predictions, TrainingOutputs
 

@@ -11,7 +11,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from instseg_jax.models.layers import Dense, Initializer, softmax, zero_bias, zero_kernel
+from instseg_jax.models.attention import softmax
+from instseg_jax.models.initial_values import Initializer
+from instseg_jax.models.linear import Dense, zero_bias, zero_kernel
 from instseg_jax.types import DATA_AXIS
 
 
@@ -88,7 +90,7 @@ def weighted_rows(rows: Array, index: Array, share: Array) -> Array:
     """Sum of rows [N, C] with shares: index, share [..., P] -> [..., C].
 
     XLA makes one loop of it that holds no [..., P, C] array: for 300 queries 0.6 ms of CPU time, where a gather and a
-    product take 4 to 8. The name is known to `deploy/onnx_operators.py`.
+    product take 4 to 8. The name is known to `export/onnx_operators.py`.
     """
     parts = [
         share[..., p, None] * jnp.take(rows, index[..., p], axis=0, mode="clip").astype(share.dtype)

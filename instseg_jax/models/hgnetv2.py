@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from instseg_jax.models.layers import ConvNorm
+from instseg_jax.models.convolution import ConvNorm
 from instseg_jax.models.variants import Stage
 
 

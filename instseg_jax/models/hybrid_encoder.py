@@ -11,19 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from instseg_jax.models.layers import (
-    BatchNorm,
-    Conv,
-    ConvNorm,
-    Dense,
-    LayerNorm,
-    MultiHeadAttention,
-    fan_in_uniform,
-    gelu,
-    linear_default,
-    upsample_bilinear_2x,
-    upsample_nearest_2x,
-)
+from instseg_jax.models.attention import LayerNorm, MultiHeadAttention, gelu
+from instseg_jax.models.convolution import BatchNorm, Conv, ConvNorm
+from instseg_jax.models.initial_values import fan_in_uniform
+from instseg_jax.models.linear import Dense, linear_default
+from instseg_jax.models.sampling import upsample_bilinear_2x, upsample_nearest_2x
 
 
 def _fan_in_kernel(fan_in: int, fan_out: int):

@@ -12,7 +12,7 @@ from jax import Array
 from instseg_jax.models.decoder import MaskRTDETRTransformer
 from instseg_jax.models.hgnetv2 import HGNetV2
 from instseg_jax.models.hybrid_encoder import MaskHybridEncoder
-from instseg_jax.models.layers import recorded_initializers
+from instseg_jax.models.initial_values import recorded_initializers
 from instseg_jax.models.variants import VARIANTS, Variant, canonical_name
 from instseg_jax.types import DenoisingQueries, FactoredOutputs, Outputs, TrainingOutputs
 

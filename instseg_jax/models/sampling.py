@@ -66,3 +66,26 @@ def _sample_map_backward(residuals: tuple[Array, Array], gradient: Array) -> tup
 
 
 sample_map.defvjp(_sample_map_forward, _sample_map_backward)
+
+
+@jax.jit
+def upsample_nearest_2x(x: Array) -> Array:
+    """[B, H, W, C] -> [B, 2H, 2W, C], every value repeated."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def _double_axis(x: Array, axis: int) -> Array:
+    first = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
+    last = jax.lax.slice_in_dim(x, x.shape[axis] - 1, x.shape[axis], axis=axis)
+    before = jnp.concatenate([first, jax.lax.slice_in_dim(x, 0, x.shape[axis] - 1, axis=axis)], axis=axis)
+    after = jnp.concatenate([jax.lax.slice_in_dim(x, 1, x.shape[axis], axis=axis), last], axis=axis)
+    doubled = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis=axis + 1)
+    return doubled.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
+
+
+@jax.jit
+def upsample_bilinear_2x(x: Array) -> Array:
+    """[B, H, W, C] -> [B, 2H, 2W, C], bilinear with half-pixel centres, by slices: the weights are 1/4, 3/4."""
+    return _double_axis(_double_axis(x, 1), 2)

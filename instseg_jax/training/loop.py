@@ -21,11 +21,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from instseg_jax import sharding
 from instseg_jax import weights as weights_room
 from instseg_jax.data import coco, loader
 from instseg_jax.data.source import build_dataset, with_channel_ranges
-from instseg_jax.devices import select_devices
+from instseg_jax.devices import check_batch_size, make_mesh, put_micro_batches, put_replicated, select_devices
 from instseg_jax.files import write_json
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, build_model, count_parameters, initial_variables
 from instseg_jax.training.curves import draw_training
@@ -153,8 +152,8 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     """
     config = with_channel_ranges(config)
     devices = select_devices(config.device)
-    mesh = sharding.make_mesh(devices)
-    sharding.check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.micro_batches)
+    mesh = make_mesh(devices)
+    check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.micro_batches)
     if config.log.tensorboard:
         check_tensorboard()
     splits = {split: build_dataset(config.data, split) for split in ("train", "val")}
@@ -197,7 +196,7 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
         logger.info("memory comes in huge pages (GLIBC_TUNABLES is set; INSTSEG_HUGE_PAGES=0 leaves it alone)")
     run = Run(config, workdir, mesh, model, train_loader, score, total_steps, logger)
     step_function = build_train_step(config, model, optimizer, schedule, multipliers, mesh)
-    return run, sharding.put_replicated(state, mesh), step_function
+    return run, put_replicated(state, mesh), step_function
 
 
 def _start_from_weights(config: ConfigDict, variables: dict, class_names: Sequence[str]) -> tuple[dict, MergeSummary]:
@@ -252,7 +251,7 @@ def _run_steps(run: Run, step_function, state: TrainState, manager, history: His
                     end = "stopped early"
                     break
                 batch = next(batches)
-                parts = sharding.put_micro_batches(batch, run.mesh, config.train.micro_batches)
+                parts = put_micro_batches(batch, run.mesh, config.train.micro_batches)
                 state, metrics = step_function(state, parts)
                 if pending is not None:
                     bad_steps = bad_steps + 1 if fetch(*pending) else 0

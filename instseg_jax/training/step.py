@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from instseg_jax import sharding
+from instseg_jax.devices import replicated
 from instseg_jax.models.denoising import make_denoising_queries
 from instseg_jax.models.mask_rtdetr import MaskRTDETR
 from instseg_jax.training.criterion import (
@@ -72,7 +72,7 @@ def build_train_step(
     """
     settings = build_loss_settings(config.loss)
     noise = dict(config.denoising)
-    copied = sharding.replicated(mesh)
+    copied = replicated(mesh)
 
     def program(function: Callable, **options) -> Callable:
         compiled = jax.jit(function, compiler_options=compiler_options, **options)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import jax
 
-from instseg_jax import sharding
 from instseg_jax.data import coco, loader
+from instseg_jax.devices import put_batch
 from instseg_jax.evaluation.coco import coco_metrics, collect_results, write_evaluation
 from instseg_jax.evaluation.processes import gather_results
 from instseg_jax.inference.predictor import make_predict
@@ -31,7 +31,7 @@ def build_score(config, model: MaskRTDETR, dataset: coco.CocoDataset, mesh: jax.
     predict = make_predict(model, num_detections=num_detections, mesh=mesh)
 
     def score(variables: dict) -> tuple[dict[str, float | None], list[dict]]:
-        pairs = ((predict(variables, sharding.put_batch(b.images, mesh)), b) for b in val_loader.batches())
+        pairs = ((predict(variables, put_batch(b.images, mesh)), b) for b in val_loader.batches())
         image_ids = [image.id for image in dataset.images]
         results = gather_results(collect_results(pairs, image_ids=image_ids, category_ids=dataset.category_ids))
         limit = max(100, num_detections)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from instseg_jax.weights.download import KNOWN_WEIGHTS, fetch_weights, is_downloadable
-from instseg_jax.weights.export import read_safetensors, read_safetensors_metadata
 from instseg_jax.weights.merge import MergeSummary, is_backbone_state, load_backbone, merge_variables
 from instseg_jax.weights.names import COCO_CLASSES, official_to_flax
 from instseg_jax.weights.paddle import read_pdparams
+from instseg_jax.weights.state_dicts import read_safetensors, read_safetensors_metadata
 
 PRETRAINED = "mask_rtdetr_n_pretrained"
 PACKAGED_WEIGHTS = {PRETRAINED: Path(__file__).parent / "pretrained" / "mask_rtdetr_n.safetensors"}

@@ -10,11 +10,12 @@ from reference import CASES, load_json
 
 from instseg_jax.inference.postprocess import detections_to_instances, select_detections
 from instseg_jax.masks import decode_rle
+from instseg_jax.models.attention import MultiHeadAttention
 from instseg_jax.models.deformable_attention import DeformableAttention
 from instseg_jax.models.hgnetv2 import Stem
 from instseg_jax.models.hybrid_encoder import CSPRepLayer, sine_position_embedding
-from instseg_jax.models.layers import MultiHeadAttention, upsample_bilinear_2x, upsample_nearest_2x
 from instseg_jax.models.query_selection import make_anchors, masks_to_boxes
+from instseg_jax.models.sampling import upsample_bilinear_2x, upsample_nearest_2x
 from instseg_jax.types import Outputs
 from instseg_jax.weights.names import flax_to_official, official_to_flax
 

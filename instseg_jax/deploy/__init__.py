@@ -1,1 +1,0 @@
-"""Serving: a pipeline behind HTTP. The web framework is in `server.py` alone."""

@@ -1,0 +1,254 @@
+"""Exports: a trained model as a folder that other runtimes read, with proof that it finds the same.
+
+    model.FORMAT        takes images, gives the best detections (see `writers.py`); OpenVINO's has model.bin beside it
+    config.json         classes, preprocessing, thresholds, inputs and outputs, versions
+    postprocess.py      runs the export with numpy and its runtime alone, from a picture to instances
+    parity.json         how far the export is from the checkpoint, on real images
+
+The folder is written aside and moved into place, so that an export that was there is lost to no failure. Where images
+and scores come from is the caller's: no data set is read here.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from instseg_jax.export import parity, writers
+from instseg_jax.files import write_json, write_text
+from instseg_jax.inference.pipeline import pick_threshold
+from instseg_jax.inference.pipeline_config import load_pipeline_config
+from instseg_jax.inference.predictor import LoadedModel, load_exported, make_predict
+from instseg_jax.inference.runtimes import CONFIG, MODEL_FILES, open_export, read_export
+from instseg_jax.models.mask_rtdetr import SIZE_DIVISOR
+
+FORMATS = tuple(MODEL_FILES)
+PRECISIONS = {  # format -> what --half and --int8 make of it; a format that lacks one can't be asked for it
+    "stablehlo": {"half": "bfloat16"},
+    "onnx": {"half": "float16", "int8": "int8"},
+    "ort": {"int8": "int8"},  # its optimizer would turn stored float16 back
+    "openvino": {"half": "bfloat16", "int8": "int8"},
+    "litert": {"half": "float16"},
+}
+VERSIONED = (
+    "instseg_jax",
+    "jax",
+    "flax",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "litert-torch",
+    "numpy",
+)
+POSTPROCESS = Path(__file__).with_name("postprocess.py")
+
+Score = Callable[[LoadedModel], dict[str, float | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for."""
+
+    format: str
+    batch: int
+    size: int  # of the square input, in pixels
+    dynamic_batch: bool = False
+    precision: str = ""  # "", half or int8
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"--format is {self.format!r}, it must be one of {', '.join(FORMATS)}")
+        if self.size < SIZE_DIVISOR or self.size % SIZE_DIVISOR:
+            raise ValueError(f"--size is {self.size}, it must be a multiple of {SIZE_DIVISOR} pixels")
+        if self.batch < 1:
+            raise ValueError(f"--batch is {self.batch}, it must be at least 1")
+        allowed = PRECISIONS[self.format]
+        if self.precision and self.precision not in allowed:
+            others = ", ".join(f"--{name}" for name in allowed) or "neither"
+            raise ValueError(f"--{self.precision} is not there for {self.format}, which has {others}")
+        if self.dynamic_batch and self.format == "litert":
+            raise ValueError("--dynamic_batch is not there for litert: its files have one batch size")
+
+    @property
+    def precision_name(self) -> str:
+        """What the weights are stored as, by format: float32, float16, bfloat16 or int8."""
+        return PRECISIONS[self.format][self.precision] if self.precision else "float32"
+
+
+def export_model(
+    model: LoadedModel,
+    folder: str | os.PathLike[str],
+    request: Request,
+    *,
+    source: str,
+    images: Sequence[np.ndarray],
+    calibration: Sequence[np.ndarray] = (),
+    score: Score | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Write an export of a loaded checkpoint into `folder`, replacing what is there; return its parity.json.
+
+    Args:
+      source: where the checkpoint is, to be told in the export.
+      images: [size, size, C] float32, as the network takes them, on which checkpoint and export are compared.
+      calibration: the same, from which the ranges of int8 values are taken.
+      score: metrics of a model with the key "segm/AP", to tell before and after; None: no AP is told.
+      say: told what is being done.
+
+    Raises: ValueError for what can't be exported, OSError where `folder` can't be written, ImportError that names the
+      extra where a library is missing.
+    """
+    folder = Path(folder).absolute()
+    network = model.network
+    if request.precision == "int8" and not len(calibration):
+        raise ValueError("--int8 needs pictures to calibrate on; name a folder of them with --calibration=DIR")
+    aside = _make_aside(folder)
+    try:
+        say(f"writing {request.format}, {request.precision_name}, {request.size} px")
+        started = time.monotonic()
+        shape = writers.Shape(
+            request.batch, request.size, model.config.data.channels, model.config.eval.num_detections,
+            request.dynamic_batch,
+        )  # fmt: skip
+        path = aside / MODEL_FILES[request.format]
+        said = writers.write(
+            path, network, model.variables, shape, format=request.format, precision=request.precision,
+            calibration=calibration,
+        )  # fmt: skip
+        seconds = time.monotonic() - started
+        write_json(aside / CONFIG, _describe(model, request, source, said), indent=2)
+        write_text(aside / "postprocess.py", POSTPROCESS.read_text(encoding="utf-8"))
+        report = _compare(model, aside, request, images, score, say)
+        report["seconds"] = {"writing": round(seconds, 1), "all": round(time.monotonic() - started, 1)}
+        report["megabytes"] = round(sum(file.stat().st_size for file in aside.glob("model.*")) / 1e6, 2)
+        write_json(aside / "parity.json", report, indent=2)
+        _replace(folder, aside)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return report
+
+
+def _compare(
+    model: LoadedModel,
+    folder: Path,
+    request: Request,
+    images: Sequence[np.ndarray],
+    score: Score | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """What parity.json says."""
+    say(f"comparing with the checkpoint on {len(images)} images")
+    sized = _with_size(model, request.size)
+    export = read_export(folder)
+    exported = load_exported(export)
+    count = model.config.eval.num_detections
+    predict = make_predict(model.network, num_detections=count)
+    report: dict[str, Any] = {
+        "format": request.format,
+        "precision": request.precision_name,
+        "images": len(images),
+        **parity.compare_runs(
+            lambda batch: predict(model.variables, jnp.asarray(batch)),
+            open_export(export, device="auto", num_detections=count),
+            images,
+        ),
+        "ap": None,
+        "bounds": parity.BOUNDS[request.precision_name],
+    }
+    if score is not None:
+        say("scoring the checkpoint and the export")
+        before, after = score(sized), score(exported)
+        ap, ap_after = before["segm/AP"], after["segm/AP"]
+        loss = None if ap is None or ap_after is None else ap - ap_after
+        report["ap"] = {"checkpoint": before, "export": after, "loss": loss}
+    report["warnings"] = parity.find_warnings(report, request.precision_name)
+    return report
+
+
+def _with_size(model: LoadedModel, size: int) -> LoadedModel:
+    config = model.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data.image_size = size
+    return dataclasses.replace(model, config=config)
+
+
+def _describe(model: LoadedModel, request: Request, source: str, said: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says."""
+    config = _with_size(model, request.size).config
+    ranges = config.data.channel_ranges if config.data.scaling == "percentile" else None
+    return {
+        "format": request.format,
+        "model_file": MODEL_FILES[request.format],
+        "precision": request.precision_name,
+        "compute_type": "bf16" if request.precision_name == "bfloat16" else "f32",
+        "model_name": config.model.name,
+        "source": source,
+        "batch": request.batch,
+        "dynamic_batch": request.dynamic_batch,
+        "num_detections": config.eval.num_detections,
+        **said,
+        "class_names": list(model.class_names),
+        "category_ids": list(model.category_ids),
+        "thresholds": pick_threshold(None, model, load_pipeline_config("instance_segmentation")).tolist(),
+        "stored_thresholds": model.thresholds,
+        "mask_threshold": 0.5,
+        "preprocessing": {
+            "size": [request.size, request.size],
+            "resize": config.data.resize,
+            "interpolation": config.data.eval_interpolation,
+            "channels": config.data.channels,
+            "channel_ranges": None if ranges is None else [list(pair) for pair in ranges],
+            "layout": "[batch, height, width, channel], RGB, float32, 0..1",
+        },
+        "config": json.loads(config.to_json_best_effort()),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _make_aside(folder: Path) -> Path:
+    """A new folder beside `folder`, hidden, on the same file system. Raises OSError that says what can't be written."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; an export is a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} holds something else than an export, and an export would replace it")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+        aside.mkdir()
+    except OSError as error:
+        raise type(error)(f"can't write an export to {folder} ({error.strerror})") from error
+    return aside
+
+
+def _replace(folder: Path, aside: Path) -> None:
+    """Put `aside` in the place of `folder`."""
+    previous = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.previous")
+    if folder.exists():
+        folder.rename(previous)
+    try:
+        aside.rename(folder)
+    except OSError:
+        if previous.exists():
+            previous.rename(folder)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)

@@ -1,0 +1,212 @@
+"""Where an image lies on the ground, and instances as maps: GeoJSON and GeoPackage in the image's own CRS.
+
+Pixel corner (0, 0), the top left of the top left pixel, is the origin of the affine transform, as in GDAL. The
+transform is applied once, to outlines along pixel edges (`polygons.py`). Areas in square metres are measured in an
+equal-area projection around the image (extra `geo`: rasterio), not in the image's CRS, which may distort them.
+"""
+
+import dataclasses
+import sqlite3
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from instseg_jax.files import write_bytes, write_json
+from instseg_jax.outlines import Polygon, ring_area, rle_to_polygons
+
+WGS84 = 4326
+GEOPACKAGE_ID, GEOPACKAGE_VERSION = 0x47504B47, 10300
+UNKNOWN_SRS = -1  # GeoPackage's id for Cartesian coordinates without a CRS
+
+
+class Located(Protocol):
+    """Instances of an image that lies somewhere, as `results.result.Result` has them."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...  # (height, width) of the image
+    @property
+    def boxes(self) -> list[dict]: ...  # label, cls_id, score of each instance
+    @property
+    def masks(self) -> list[dict]: ...  # COCO RLE of each
+    @property
+    def georeference(self) -> "Georeference | None": ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Georeference:
+    """An affine transform from pixels to the ground, and the CRS of the ground."""
+
+    transform: tuple[float, float, float, float, float, float]  # X = a x + b y + c, Y = d x + e y + f
+    wkt: str | None  # of the CRS; None: unknown
+    epsg: int | None
+
+    @classmethod
+    def of_raster(cls, file: Any) -> "Georeference | None":
+        """That of an open rasterio file; None when it has neither a transform nor a CRS."""
+        if file.crs is None and file.transform.is_identity:
+            return None
+        crs = file.crs
+        return cls(tuple(file.transform)[:6], crs.to_wkt() if crs else None, crs.to_epsg() if crs else None)
+
+    def to_ground(self, points: np.ndarray) -> np.ndarray:
+        """Pixel coordinates [P, 2] (x, y) to coordinates on the ground."""
+        a, b, c, d, e, f = self.transform
+        x, y = points[:, 0], points[:, 1]
+        return np.stack([a * x + b * y + c, d * x + e * y + f], axis=1)
+
+
+def to_geojson(result: Located) -> dict:
+    """Make a GeoJSON FeatureCollection of a result: a feature an instance, with its holes and parts.
+
+    In the image's CRS, which a `crs` member names where it is not WGS 84; without a georeference in pixels, y down.
+    Properties: label, cls_id, score, area_px, and area_m2 where the CRS is known.
+    """
+    features = [
+        {
+            "type": "Feature",
+            "geometry": {
+                "type": "MultiPolygon",
+                "coordinates": [[[*ring.tolist(), ring[0].tolist()] for ring in rings] for rings in parts],
+            },
+            "properties": properties,
+        }
+        for parts, properties in _features(result)
+    ]
+    collection: dict[str, Any] = {"type": "FeatureCollection"}
+    place = result.georeference
+    if place is not None and place.wkt is not None and place.epsg != WGS84:
+        name = f"urn:ogc:def:crs:EPSG::{place.epsg}" if place.epsg else place.wkt
+        collection["crs"] = {"type": "name", "properties": {"name": name}}
+    return collection | {"features": features}
+
+
+def write_geojson(path: str | Path, result: Located) -> Path:
+    """Write `to_geojson` to a file; return it."""
+    return write_json(path, to_geojson(result))
+
+
+def write_geopackage(path: str | Path, result: Located) -> Path:
+    """Write a result as a GeoPackage with one layer, `instances`, in the image's CRS; return the file."""
+    database = sqlite3.connect(":memory:")
+    try:
+        _fill_geopackage(database, result)
+        return write_bytes(path, database.serialize())
+    finally:
+        database.close()
+
+
+def _features(result: Located) -> list[tuple[list[list[np.ndarray]], dict]]:
+    """For each instance with mask pixels: its parts, each with outer ring and holes on the ground, and properties.
+
+    Outer rings run counter-clockwise and holes clockwise on the map (y up), as GeoJSON wants it.
+    """
+    place = result.georeference
+    areas_of = _area_measure(place, result.size)
+    features = []
+    for box, mask in zip(result.boxes, result.masks, strict=True):
+        polygons = rle_to_polygons(mask)
+        if not polygons:
+            continue
+        properties = {
+            "label": box["label"],
+            "cls_id": box["cls_id"],
+            "score": box["score"],
+            "area_px": round(sum(polygon.area for polygon in polygons)),
+            "area_m2": None if areas_of is None else sum(areas_of(polygon) for polygon in polygons),
+        }
+        features.append(([_on_the_ground(polygon, place) for polygon in polygons], properties))
+    return features
+
+
+def _on_the_ground(polygon: Polygon, place: Georeference | None) -> list[np.ndarray]:
+    rings = [ring if place is None else place.to_ground(ring) for ring in (polygon.outer, *polygon.holes)]
+    is_outer = [True] + [False] * len(polygon.holes)
+    return [ring if (ring_area(ring) > 0) == outer else ring[::-1] for ring, outer in zip(rings, is_outer, strict=True)]
+
+
+def _area_measure(place: Georeference | None, size: tuple[int, int]):
+    """A function from a polygon in pixels to its area in square metres; None where the CRS is unknown."""
+    if place is None or place.wkt is None:
+        return None
+    from rasterio.crs import CRS
+    from rasterio.warp import transform
+
+    crs = CRS.from_wkt(place.wkt)
+    middle = place.to_ground(np.array([[size[1] / 2, size[0] / 2]]))
+    (longitude,), (latitude,) = transform(crs, CRS.from_epsg(WGS84), middle[:, 0], middle[:, 1])
+    equal_area = CRS.from_proj4(f"+proj=laea +lat_0={latitude} +lon_0={longitude} +datum=WGS84 +units=m")
+
+    def area(polygon: Polygon) -> float:
+        total = 0.0
+        for sign, ring in [(1, polygon.outer)] + [(-1, hole) for hole in polygon.holes]:
+            ground = place.to_ground(ring)
+            x, y = transform(crs, equal_area, ground[:, 0], ground[:, 1])
+            total += sign * abs(ring_area(np.stack([x, y], axis=1)))
+        return total
+
+    return area
+
+
+def _fill_geopackage(database: sqlite3.Connection, result: Located) -> None:
+    """The tables that OGC 12-128 requires, and one of features."""
+    place = result.georeference
+    srs = UNKNOWN_SRS if place is None or place.wkt is None else place.epsg or 100_000
+    database.executescript(f"""
+        PRAGMA application_id = {GEOPACKAGE_ID};
+        PRAGMA user_version = {GEOPACKAGE_VERSION};
+        CREATE TABLE gpkg_spatial_ref_sys (
+            srs_name TEXT NOT NULL, srs_id INTEGER PRIMARY KEY, organization TEXT NOT NULL,
+            organization_coordsys_id INTEGER NOT NULL, definition TEXT NOT NULL, description TEXT);
+        CREATE TABLE gpkg_contents (
+            table_name TEXT NOT NULL PRIMARY KEY, data_type TEXT NOT NULL, identifier TEXT UNIQUE,
+            description TEXT DEFAULT '', last_change DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ','now')),
+            min_x DOUBLE, min_y DOUBLE, max_x DOUBLE, max_y DOUBLE, srs_id INTEGER REFERENCES gpkg_spatial_ref_sys);
+        CREATE TABLE gpkg_geometry_columns (
+            table_name TEXT NOT NULL PRIMARY KEY REFERENCES gpkg_contents, column_name TEXT NOT NULL,
+            geometry_type_name TEXT NOT NULL, srs_id INTEGER NOT NULL REFERENCES gpkg_spatial_ref_sys,
+            z TINYINT NOT NULL, m TINYINT NOT NULL);
+        CREATE TABLE instances (
+            fid INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL, geom MULTIPOLYGON, label TEXT, cls_id INTEGER, score DOUBLE,
+            area_px INTEGER, area_m2 DOUBLE);
+    """)
+    wgs84 = 'GEOGCS["WGS 84",DATUM["WGS_1984",SPHEROID["WGS 84",6378137,298.257223563]],PRIMEM["Greenwich",0],'
+    wgs84 += 'UNIT["degree",0.0174532925199433],AUTHORITY["EPSG","4326"]]'
+    rows = [
+        ("Undefined Cartesian", -1, "NONE", -1, "undefined", None),
+        ("Undefined geographic", 0, "NONE", 0, "undefined", None),
+        ("WGS 84", WGS84, "EPSG", WGS84, wgs84, None),
+    ]
+    if place is not None and place.wkt is not None and srs != WGS84:
+        rows.append(("CRS of the image", srs, "EPSG" if place.epsg else "NONE", srs, place.wkt, None))
+    database.executemany("INSERT INTO gpkg_spatial_ref_sys VALUES (?, ?, ?, ?, ?, ?)", rows)
+    features = _features(result)
+    points = np.concatenate([ring for parts, _ in features for rings in parts for ring in rings] or [np.zeros((1, 2))])
+    extent = (*points.min(axis=0).tolist(), *points.max(axis=0).tolist()) if features else (None,) * 4
+    database.execute(
+        "INSERT INTO gpkg_contents (table_name, data_type, identifier, min_x, min_y, max_x, max_y, srs_id) "
+        "VALUES ('instances', 'features', 'instances', ?, ?, ?, ?, ?)",
+        (*extent, srs),
+    )
+    database.execute("INSERT INTO gpkg_geometry_columns VALUES ('instances', 'geom', 'MULTIPOLYGON', ?, 0, 0)", (srs,))
+    database.executemany(
+        "INSERT INTO instances (geom, label, cls_id, score, area_px, area_m2) VALUES (?, ?, ?, ?, ?, ?)",
+        [
+            (_geometry_blob(parts, srs), *(properties[k] for k in ("label", "cls_id", "score", "area_px", "area_m2")))
+            for parts, properties in features
+        ],
+    )
+    database.commit()
+
+
+def _geometry_blob(parts: Sequence[Sequence[np.ndarray]], srs: int) -> bytes:
+    """A multipolygon as GeoPackage stores it: its header without envelope, then little-endian WKB."""
+    blob = [b"GP", struct.pack("<BBi", 0, 1, srs), struct.pack("<BII", 1, 6, len(parts))]
+    for rings in parts:
+        blob.append(struct.pack("<BII", 1, 3, len(rings)))
+        for ring in rings:
+            closed = np.concatenate([ring, ring[:1]])
+            blob += [struct.pack("<I", len(closed)), np.ascontiguousarray(closed, "<f8").tobytes()]
+    return b"".join(blob)

@@ -1,0 +1,171 @@
+"""Convolutions with their norms.
+
+Each takes the form that XLA runs fastest: 1x1 as a matrix product, depthwise as shifted multiply-adds (XLA's own
+depthwise convolution takes 30 times as long on a CPU), the rest as a convolution. No floating type is fixed, see
+`attention.py`.
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from instseg_jax.models.initial_values import Initializer, constant, declare, kaiming_normal
+from instseg_jax.models.linear import NORM_EPS, Activation
+
+BATCH_NORM_MOMENTUM = 0.9  # part of the old running value that is kept
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def depthwise_conv(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
+    """Depthwise convolution as a sum of shifted products: x [B, H, W, C], kernel [k, k, 1, C]."""
+    return _depthwise(x, kernel, stride, padding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _depthwise(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
+    """For the backward pass only x and the kernel are kept.
+
+    Automatic differentiation keeps a shifted copy of x for each of the k x k products, a quarter of all that a
+    training step of size L remembers.
+    """
+    windows = _shifted_windows(x, kernel.shape[0], stride, padding)
+    return functools.reduce(jnp.add, (window * tap for window, tap in zip(windows, _taps(kernel), strict=True)))
+
+
+def _taps(kernel: Array) -> list[Array]:
+    """[k, k, 1, C] -> k * k of [C]."""
+    return [kernel[dy, dx, 0] for dy in range(kernel.shape[0]) for dx in range(kernel.shape[0])]
+
+
+def _shifted_windows(x: Array, size: int, stride: int, padding: tuple[int, int]) -> list[Array]:
+    """What each tap of a size x size kernel sees, [B, H', W', C] each."""
+    x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
+    height, width = ((n - size) // stride * stride + 1 for n in x.shape[1:3])
+    shifts = [(dy, dx) for dy in range(size) for dx in range(size)]
+    return [x[:, dy : dy + height : stride, dx : dx + width : stride] for dy, dx in shifts]
+
+
+def _depthwise_forward(x: Array, kernel: Array, stride: int, padding: tuple[int, int]):
+    return _depthwise(x, kernel, stride, padding), (x, kernel)
+
+
+def _depthwise_backward(stride: int, padding: tuple[int, int], kept: tuple[Array, Array], gradient: Array):
+    x, kernel = kept
+    size = kernel.shape[0]
+    windows = _shifted_windows(x, size, stride, padding)
+    to_kernel = jnp.stack([jnp.sum(window * gradient, axis=(0, 1, 2)) for window in windows])
+    # To x: a convolution of the gradient, spread out by the stride, with the kernel turned round.
+    unseen = [(n + sum(padding) - size) % stride for n in x.shape[1:3]]
+    edges = [(size - 1 - padding[0], size - 1 - padding[1] + rest, stride - 1) for rest in unseen]
+    spread = jax.lax.pad(gradient, jnp.zeros((), gradient.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    return _depthwise(spread, kernel[::-1, ::-1], 1, (0, 0)), to_kernel.reshape(kernel.shape)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def convolve(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
+    """2-D convolution, NHWC x HWIO; a kernel with one input channel and as many outputs as x is depthwise."""
+    size, channels = kernel.shape[0], x.shape[-1]
+    if size == 1:
+        return x[:, ::stride, ::stride] @ kernel[0, 0]
+    if kernel.shape[2] == 1 and kernel.shape[3] == channels > 1:
+        return depthwise_conv(x, kernel, stride, padding)
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+class Conv(nn.Module):
+    """Convolution with symmetric padding (k - 1) // 2, or one row more below and right when k is even."""
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    depthwise: bool = False
+    use_bias: bool = False
+    kernel_init: Callable[[int, int], Initializer] = lambda fan_in, fan_out: kaiming_normal(fan_in)
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        k = self.kernel_size
+        in_channels = 1 if self.depthwise else x.shape[-1]
+        fan_in = k * k * in_channels
+        init = self.kernel_init(fan_in, k * k * self.features)
+        kernel = declare(self, "kernel", init, (k, k, in_channels, self.features))
+        bias = declare(self, "bias", constant(0.0), (self.features,)) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        before = (k - 1) // 2
+        y = convolve(x, kernel, self.stride, (before, k - 1 - before))
+        return y if bias is None else y + bias
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over [B, H, W]; with `frozen` it always uses (and keeps) the running statistics.
+
+    Under `jit` over a sharded batch the statistics are those of the global batch. The running variance is
+    the biased one, as PaddlePaddle's on a CPU.
+    """
+
+    frozen: bool = False
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        channels = (x.shape[-1],)
+        scale = declare(self, "scale", constant(1.0), channels)
+        bias = declare(self, "bias", constant(0.0), channels)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+        var = self.variable("batch_stats", "var", jnp.ones, channels)
+        if train and not self.frozen:
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # statistics in at least float32
+            batch_mean = wide.mean(axis=(0, 1, 2))
+            batch_var = jnp.square(wide - batch_mean).mean(axis=(0, 1, 2))
+            if not self.is_initializing():
+                keep = BATCH_NORM_MOMENTUM
+                mean.value = keep * mean.value + (1 - keep) * batch_mean.astype(mean.value.dtype)
+                var.value = keep * var.value + (1 - keep) * batch_var.astype(var.value.dtype)
+        else:
+            batch_mean, batch_var = mean.value, var.value
+        factor = scale * jax.lax.rsqrt(batch_var + NORM_EPS)
+        offset = bias - batch_mean * factor
+        x, factor, offset = nn.dtypes.promote_dtype(x, factor, offset, dtype=self.dtype)
+        return x * factor + offset
+
+
+class ConvNorm(nn.Module):
+    """Conv (no bias), batch norm, activation; parameters under `conv` and `bn`.
+
+    With `folded` the norm is part of the convolution, which then has a bias, see `inference/optimize.py`.
+    """
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    depthwise: bool = False
+    activation: Activation = None
+    frozen_norm: bool = False
+    kernel_init: Callable[[int, int], Initializer] = lambda fan_in, fan_out: kaiming_normal(fan_in)
+    folded: bool = False
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        x = Conv(
+            self.features,
+            self.kernel_size,
+            self.stride,
+            self.depthwise,
+            use_bias=self.folded,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+        if not self.folded:
+            x = BatchNorm(self.frozen_norm, dtype=self.dtype, name="bn")(x, train=train)
+        return x if self.activation is None else self.activation(x)

@@ -1,0 +1,133 @@
+"""The verbs that prepare data: `check_dataset`, `convert`, `split`, `prepare`; they hold no logic of the rooms."""
+
+import argparse
+import functools
+import pathlib
+from collections.abc import Iterable
+
+from ml_collections import ConfigDict
+
+from instseg_jax.config import load_config
+from instseg_jax.data import check, check_report, findings, repair
+from instseg_jax.data.convert import convert_dataset
+from instseg_jax.data.source import build_dataset
+from instseg_jax.data.split import check_percentages, split_dataset
+from instseg_jax.files import write_json
+from instseg_jax.progress import track
+from instseg_jax.results.visualize import draw_instances
+
+
+def check_dataset(options: argparse.Namespace) -> int:
+    """Look for everything that is wrong with a data set; 0 when it can be trained on."""
+    config = load_config(options.config, options.overrides)
+    workdir = pathlib.Path(options.workdir)
+    try:
+        result = _check_dataset(config, workdir, is_fixed=options.fix)
+    except (ValueError, OSError) as error:
+        failure = {"done_flag": False, "check_pass": False, "err_type": type(error).__name__, "err_msg": str(error)}
+        write_json(workdir / "check_dataset_result.json", failure, indent=2)
+        raise
+    print("\n".join(check_report.summarise(result, workdir)))
+    return 0 if result["check_pass"] else 1
+
+
+def _check_dataset(config: ConfigDict, workdir: pathlib.Path, *, is_fixed: bool) -> dict:
+    data, splits = config.data, ("train", "val")
+    if data.source != "folder":
+        raise ValueError(f"check_dataset looks at folders; data.source is {data.source!r}.")
+    channels = None if data.channels == 3 and data.scaling == "none" else data.channels
+    source, flaws = check.find_source(
+        _data_folder(config),
+        annotations={split: data[f"{split}_annotations"] for split in splits},
+        images={split: data[f"{split}_images"] for split in splits},
+    )
+    run = functools.partial(
+        check.check_dataset,
+        num_queries=config.model.num_queries,
+        max_instances=data.max_instances,
+        image_size=(data.image_size, data.image_size),
+        resize=data.resize,
+        channels=channels,
+        num_workers=data.num_workers,
+        progress=functools.partial(_progress, "checking"),
+        pictures={},
+    )
+    checked = run(source, flaws)
+    fixed = None
+    if is_fixed:
+        repaired, changes = repair.write_repaired(checked, workdir / check_report.FOLDER / "fixed")
+        again = run(repaired, flaws)
+        fixed = {
+            "files": {split: str(file) for split, (file, _) in repaired.splits.items()},
+            "check_pass": again.passed,
+            "changes": changes,
+            "findings": findings.group(again.flaws),
+        }
+    return check_report.write_report(workdir, checked, draw_instances, fixed)
+
+
+def convert(options: argparse.Namespace) -> int:
+    """LabelMe, VOC or YOLO annotations to COCO; with percentages also split into training and validation."""
+    config = load_config(options.config, options.overrides)
+    percentages = None
+    if options.train_percent is not None or options.val_percent is not None or options.group_by is not None:
+        percentages = (options.train_percent, options.val_percent)
+        check_percentages(*percentages)
+    source = _data_folder(config)
+    done = convert_dataset(
+        source,
+        options.src_dataset_type,
+        options.save_path or source,
+        labels=options.labels,
+        percentages=percentages,
+        group_by=options.group_by,
+        seed=config.seed,
+        progress=functools.partial(_progress, "converting"),
+    )
+    for note in done.notes:
+        print(f"note: {note}")
+    print(f"{len(done.categories)} classes: {', '.join(done.categories)}")
+    _print_parts(done.parts)
+    return 0
+
+
+def split(options: argparse.Namespace) -> int:
+    """Deal the pictures of a data set out to training and validation anew."""
+    config = load_config(options.config, options.overrides)
+    parts = split_dataset(
+        _data_folder(config),
+        train_percent=options.train_percent,
+        val_percent=options.val_percent,
+        group_by=options.group_by,
+        seed=config.seed,
+    )
+    _print_parts(parts)
+    return 0
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """Write a data set as TFDS, to be read with data.source=tfds."""
+    config = load_config(options.config, options.overrides)
+    from instseg_jax.data.tfds_builder import prepare_dataset  # importing TFDS takes a second
+
+    datasets = {split: build_dataset(config.data, split) for split in ("train", "val")}
+    folder = prepare_dataset(datasets, options.save_path)
+    for name, dataset in datasets.items():
+        print(f"{name}: {len(dataset)} images, {sum(map(len, dataset.annotations))} objects")
+    print(f"use it with --config.data.source=tfds --config.data.dir={folder}")
+    return 0
+
+
+def _print_parts(parts: dict[str, tuple[pathlib.Path, int, int]]) -> None:
+    for part, (file, num_images, num_objects) in parts.items():
+        print(f"{part}: {num_images} images, {num_objects} objects: {file}")
+
+
+def _data_folder(config: ConfigDict) -> str:
+    if not config.data.dir:
+        raise ValueError("data.dir is empty; name the data set's folder with --config.data.dir=DIR")
+    return config.data.dir
+
+
+def _progress(text: str, items: Iterable, total: int) -> Iterable:
+    return track(items, text, total)

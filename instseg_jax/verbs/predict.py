@@ -1,0 +1,122 @@
+"""The verbs that run a pipeline: `predict`, `serve`, and `get_pipeline_config`. They hold no logic of the rooms."""
+
+import argparse
+import os
+import pathlib
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.progress import Progress
+
+from instseg_jax.config import load_config
+from instseg_jax.export.accelerate import accelerate
+from instseg_jax.inference.pipeline import (
+    Pipeline,
+    build_pipeline,
+    load_pipeline_model,
+    pick_threshold,
+    prepare_runtime,
+)
+from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_config, write_pipeline_config
+from instseg_jax.inference.predictor import LoadedModel
+from instseg_jax.inference.sources import find_sources
+from instseg_jax.results.saving import check_formats, save_results
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Segment pictures, videos and rasters, and write what was found."""
+    if options.threshold is not None and not 0 <= options.threshold <= 1:
+        raise ValueError(f"--threshold is {options.threshold}, it must be between 0 and 1")
+    formats = check_formats(options.formats.split(","))
+    _, count = find_sources(options.input, channels="rgb")  # before the weights: a wrong path is told at once
+    pipeline = _pipeline(options)
+    folder = pathlib.Path(options.save_path or pathlib.Path(options.workdir) / "predictions")
+    tiles = {"tile": options.tile, "overlap": options.overlap, "whole_image": options.whole_image}
+    with Progress(transient=False) as bars:
+
+        def windows(found: Iterable[Any], number: int) -> Iterator[Any]:
+            bar = bars.add_task("windows", total=number)
+            yield from bars.track(found, task_id=bar)
+            bars.remove_task(bar)
+
+        results = pipeline.predict(options.input, **tiles, progress=windows)
+        started = time.monotonic()
+        pipeline.warm_up()
+        ready = time.monotonic()
+        shown = bars.track(results, total=count, description="predicting")
+        summary = save_results(shown, folder, formats=formats, masks_format=options.masks_format)
+        seconds = time.monotonic() - ready
+    pictures = _count(summary.images, "frame" if summary.frames else "picture")
+    instances, files = _count(summary.instances, "instance"), _count(summary.files, "file")
+    print(f"{pictures}, {instances}, {files} in {folder}")
+    if summary.images:
+        pace = f"{seconds / summary.images:.2f} s each, {summary.images / seconds:.1f} a second"
+        print(f"{seconds:.1f} s, {pace}; before that {ready - started:.1f} s to get ready")
+    for name, error in summary.failed:
+        print(f"failed: {name}: {error}")
+    return 1 if summary.failed else 0
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Answer requests over HTTP until a signal comes."""
+    from instseg_jax.serving.server import Limits, run_server  # needs the extra `serve`
+
+    limits = Limits(
+        queue_size=options.queue_size,
+        max_wait=options.max_wait_ms / 1000,
+        timeout=options.timeout,
+        max_body=int(options.max_body_mb * 1e6),
+        max_pixels=int(options.max_megapixels * 1e6),
+        allowed_hosts=frozenset(host.strip().lower() for host in options.allow_urls.split(",") if host.strip()),
+        token=options.token or os.environ.get("INSTSEG_TOKEN") or None,
+    )
+    run_server(_pipeline(options), limits, host=options.host, port=options.port)
+    return 0
+
+
+def get_pipeline_config(options: argparse.Namespace) -> int:
+    """Write the YAML file of a pipeline, for changing."""
+    path = write_pipeline_config(options.save_path, pipeline=options.pipeline, model_dir=options.weights)
+    print(f"pipeline: {path}")
+    print(f"use it:   python run.py predict --pipeline={path} --input=YOUR_PICTURES")
+    return 0
+
+
+def _pipeline(options: argparse.Namespace) -> Pipeline:
+    """The pipeline that a command names: by its YAML, its weights, and fields of the config."""
+    settings = load_pipeline_config(options.pipeline)
+    given = load_config(options.config, options.overrides) if options.config else None
+    overrides = {} if options.config else options.overrides
+    model = load_pipeline_model(settings, options.weights, given, overrides, default=options.workdir)
+    device = options.device or settings.device or model.config.device
+    model = prepare_runtime(
+        model,
+        options.use_hpip or settings.use_hpip,
+        settings.hpi_config,
+        device=device,
+        batch_size=options.batch_size or settings.batch_size,
+        accelerate=accelerate,
+    )
+    return build_from(model, options.threshold, settings, options.batch_size, device)
+
+
+def build_from(
+    model: LoadedModel,
+    threshold: float | None,
+    settings: PipelineConfig,
+    batch_size: int | None = None,
+    device: str | None = None,
+) -> Pipeline:
+    """A pipeline of a loaded model, with settings of the command line before those of the YAML."""
+    return build_pipeline(
+        model,
+        device=device or model.config.device,
+        threshold=pick_threshold(threshold, model, settings),
+        batch_size=batch_size or settings.batch_size,
+        visualize=settings.visualize,
+    )
