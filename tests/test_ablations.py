@@ -2,10 +2,10 @@
 
 import ast
 import json
-import pathlib
 import re
 
 import pytest
+from places import ROOT
 
 from instseg_jax.cli import split_overrides
 from instseg_jax.config import load_config
@@ -15,7 +15,7 @@ from instseg_jax.models.mask_rtdetr import abstract_variables, build_model, coun
 from instseg_jax.sweeps.plan import build_plan
 from instseg_jax.training.optimizer import build_optimizer, build_schedule
 
-FOLDER = pathlib.Path(__file__).parent.parent / "configs/ablations"
+FOLDER = ROOT / "configs/ablations"
 QUESTIONS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base")
 BASE = "configs/ablations/base.py"
 # What each may change of the base, and nothing else.

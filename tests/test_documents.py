@@ -1,17 +1,16 @@
 """The commands in the documents are commands that the command line takes, with fields that the configs have."""
 
 import argparse
-import pathlib
 import re
 import shlex
 
 import pytest
 from ml_collections import ConfigDict
+from places import ROOT
 
 from instseg_jax.cli import build_parser, split_overrides
 from instseg_jax.config import load_config, override
 
-ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENTS = [path for name in ("README.md", ".github/*.md", ".github/docs/*.md") for path in sorted(ROOT.glob(name))]
 EVERY_FIELD = "configs/mask_rtdetr.py:n"  # for verbs that take the config of the weights
 PLACEHOLDER = re.compile(r"\.\.\.|[A-Z][A-Z_]+|[A-Z]|.*/\.\.\.")  # stands for something that the reader has

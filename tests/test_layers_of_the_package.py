@@ -47,7 +47,7 @@ ONLY_IN = {
     "rasterio": ("bands.py", "geo/"),
     "yaml": ("inference/pipeline_config.py", "data/yolo.py"),
     "flax": "models/",
-    "pycocotools": ("masks.py", "evaluation/", "data/", "inference/", "results/"),
+    "pycocotools": ("masks.py", "evaluation/", "data/", "inference/", "scoring/"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -95,3 +95,10 @@ def test_the_table_for_contributors_is_the_one_above():
     text = (PACKAGE.parent / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| (`.+`) \|$", text, re.MULTILINE))
     assert {room: set(re.findall("`([^`]+)`", cell)) for room, cell in rows.items()} == ALLOWED
+
+
+def test_no_test_imports_another_test():
+    """What several tests share is in `tests/helpers`."""
+    for path in sorted((PACKAGE.parent / "tests").rglob("*.py")):
+        imported = {module.split(".")[0] for module in imported_modules(path)}
+        assert not [name for name in imported if name.startswith("test_")], path

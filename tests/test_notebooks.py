@@ -11,12 +11,12 @@ import re
 import shutil
 
 import pytest
+from places import ROOT
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
-ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_BYTES, MAX_BYTES_IN_ALL = 400_000, 2_000_000
 QUICK = "01_data_and_augmentations.ipynb"

@@ -26,13 +26,20 @@ class Located(Protocol):
     """Instances of an image that lies somewhere, as `results.result.Result` has them."""
 
     @property
-    def size(self) -> tuple[int, int]: ...  # (height, width) of the image
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the image in pixels."""
+
     @property
-    def boxes(self) -> list[dict]: ...  # label, cls_id, score of each instance
+    def boxes(self) -> list[dict]:
+        """A dict with label, cls_id and score for each instance."""
+
     @property
-    def masks(self) -> list[dict]: ...  # COCO RLE of each
+    def masks(self) -> list[dict]:
+        """The COCO RLE of each instance."""
+
     @property
-    def georeference(self) -> "Georeference | None": ...
+    def georeference(self) -> "Georeference | None":
+        """Where the image lies; None: unknown."""
 
 
 @dataclasses.dataclass(frozen=True)
