@@ -176,8 +176,7 @@ def _add_tiles(sub: argparse.ArgumentParser) -> None:
 def _add_export(sub: argparse.ArgumentParser) -> None:
     """The options of an export."""
     sub.add_argument("--weights", metavar="PATH", help="workdir of a run or checkpoint (default: workdir)")
-    formats = "stablehlo|onnx|ort|openvino|litert"
-    sub.add_argument("--format", metavar=formats, default="onnx", help="of the model file (%(default)s)")
+    sub.add_argument("--format", metavar="NAME", default="onnx", help="onnx (the default), stablehlo, openvino, ...")
     sub.add_argument("--batch", type=int, metavar="N", default=1, help="images a call (%(default)s)")
     sub.add_argument("--size", type=int, metavar="PIXELS", help="of the square input (default: as trained)")
     sub.add_argument("--dynamic_batch", action="store_true", help="any number of images a call")

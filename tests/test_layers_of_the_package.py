@@ -25,16 +25,17 @@ GROUND = {
 ALLOWED = {
     "models": {"models"},
     "data": {"data"},
-    "weights": {"weights", "models"},
+    "runtimes": {"runtimes", "models"},
+    "weights": {"weights", "models", "runtimes"},
     "geo": {"geo"},
     "results": {"results", "geo"},
-    "inference": {"inference", "models", "weights", "geo", "results"},
+    "inference": {"inference", "models", "weights", "runtimes", "geo", "results"},
     "evaluation": {"evaluation", "inference.postprocess"},
     "scoring": {"scoring", "data", "evaluation", "inference", "results"},
     "training": {"training", "models", "data", "weights", "evaluation", "inference", "scoring"},
-    "export": {"export", "inference", "models", "weights"},
+    "export": {"export", "inference", "models", "weights", "runtimes"},
     "serving": {"serving", "inference", "results"},
-    "benchmarks": {"benchmarks", "data", "export", "inference", "models", "training"},
+    "benchmarks": {"benchmarks", "data", "export", "inference", "models", "runtimes", "training"},
     "sweeps": {"sweeps", "training.workdir"},
 }
 ONLY_IN = {

@@ -18,8 +18,10 @@ import numpy as np
 from instseg_jax.boxes import box_iou
 from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.predictor import make_predict
-from instseg_jax.inference.runtimes import MODEL_FILES, Export, open_export
 from instseg_jax.memory import memory_above
+from instseg_jax.runtimes.exported import Export, open_export
+from instseg_jax.runtimes.formats import FORMATS
+from instseg_jax.runtimes.shape import Shape
 from instseg_jax.types import Detections
 
 RUNTIMES = ("xla", "onnxruntime", "openvino", "openvino_bf16")
@@ -127,13 +129,14 @@ def _exported(
     """The network's ONNX file in another runtime, read from disk as a user's program would."""
     import onnx
 
-    from instseg_jax.export.writers import build_onnx
+    from instseg_jax.export.export import build_onnx
 
     batch, height, width, channels = images.shape
-    path = folder / MODEL_FILES["onnx"]
+    path = folder / FORMATS["onnx"].file
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        onnx.save(build_onnx(network, weights, batch=batch, size=(height, width), num_detections=count), str(path))
+        shape = Shape(batch, (height, width), channels, dynamic_batch=False)
+        onnx.save(build_onnx(network, weights, shape, num_detections=count), str(path))
     backend, _, precision = runtime.partition("_")
     settings = {
         "format": "onnx",

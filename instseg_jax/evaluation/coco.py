@@ -27,8 +27,6 @@ def coco_results(
     batch: Batch,
     dataset_image_ids: Sequence[int],
     category_ids: Sequence[int | None],
-    *,
-    mask_threshold: float = 0.5,
 ) -> list[dict]:
     """Turn the detections of a batch into COCO result entries, without a score threshold.
 
@@ -45,7 +43,6 @@ def coco_results(
             input_size=np.shape(batch.images)[1:3],
             content_size=tuple(np.asarray(batch.content_sizes)[i].tolist()),
             original_size=tuple(np.asarray(batch.original_sizes)[i].tolist()),
-            mask_threshold=mask_threshold,
         )
         image_id = int(dataset_image_ids[int(np.asarray(batch.image_index)[i])])
         corners = instances.boxes_xyxy_px.astype(np.float64)

@@ -23,13 +23,14 @@ from instseg_jax.export.export import Request, export_model
 from instseg_jax.files import write_json
 from instseg_jax.inference.pipeline_config import HighPerformance
 from instseg_jax.inference.predictor import LoadedModel, bind
-from instseg_jax.inference.runtimes import CONFIG, EXTRAS, Export, open_export, read_export, with_backend
+from instseg_jax.runtimes.exported import CONFIG, Export, open_export, read_export, with_backend
+from instseg_jax.runtimes.formats import FORMATS, RUNTIMES
 from instseg_jax.types import Detections
 from instseg_jax.weights.checkpoint import checkpoint_folder
 
 CHOICE = "choice.json"
 COMPILED = "xla"  # the network as JAX compiles it
-RUNTIMES = ("onnxruntime", "openvino")  # that run an ONNX file
+TRIED = FORMATS["onnx"].runtimes
 REPEATS = 3
 
 Run = Callable[[np.ndarray], Detections]
@@ -47,11 +48,11 @@ def accelerate(model: LoadedModel, wanted: HighPerformance, *, device: str, batc
     if wanted.backend is None and (device.startswith(("gpu", "tpu")) or jax.default_backend() != "cpu"):
         log.info("use_hpip: on %s the compiled network is used", device)
         return model
-    names = [wanted.backend] if wanted.backend else list(RUNTIMES)
+    names = [wanted.backend] if wanted.backend else list(TRIED)
     installed = [name for name in names if importlib.util.find_spec(name)]
     if not installed or not importlib.util.find_spec("onnx"):
         missing = wanted.backend if wanted.backend and not installed else "onnxruntime"
-        extras = ",".join(sorted({"export", EXTRAS[missing]}))
+        extras = ",".join(sorted({FORMATS["onnx"].extra, str(RUNTIMES[missing].extra)}))
         raise ImportError(f'use_hpip needs {missing} and onnx: pip install "instseg_jax[{extras}]"')
     folder = _cache_folder(model, batch_size)
     export = _read_cached(folder, model) or _export(model, folder, batch_size)

@@ -1,6 +1,6 @@
 """Exports: a trained model as a folder that other runtimes read, with proof that it finds the same.
 
-    model.FORMAT        takes images, gives the best detections (see `writers.py`); OpenVINO's has model.bin beside it
+    model.FORMAT        takes images, gives the best detections (`runtimes/shape.py`); beside OpenVINO's lies model.bin
     config.json         classes, preprocessing, thresholds, inputs and outputs, versions
     postprocess.py      runs the export with numpy and its runtime alone, from a picture to instances
     parity.json         how far the export is from the checkpoint, on real images
@@ -10,6 +10,7 @@ and scores come from is the caller's: no data set is read here.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -19,27 +20,26 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instseg_jax.export import parity, writers
+from instseg_jax.export import parity
 from instseg_jax.files import write_json, write_text
+from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.pipeline import pick_threshold
 from instseg_jax.inference.pipeline_config import load_pipeline_config
+from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.inference.predictor import LoadedModel, load_exported, make_predict
-from instseg_jax.inference.runtimes import CONFIG, MODEL_FILES, open_export, read_export
-from instseg_jax.models.mask_rtdetr import SIZE_DIVISOR
+from instseg_jax.models.mask_rtdetr import SIZE_DIVISOR, MaskRTDETR
+from instseg_jax.runtimes.exported import CONFIG, open_export, read_export
+from instseg_jax.runtimes.formats import FORMATS, require
+from instseg_jax.runtimes.onnx import build_graph
+from instseg_jax.runtimes.shape import OUTPUTS, Shape
+from instseg_jax.types import Outputs
 
-FORMATS = tuple(MODEL_FILES)
-PRECISIONS = {  # format -> what --half and --int8 make of it; a format that lacks one can't be asked for it
-    "stablehlo": {"half": "bfloat16"},
-    "onnx": {"half": "float16", "int8": "int8"},
-    "ort": {"int8": "int8"},  # its optimizer would turn stored float16 back
-    "openvino": {"half": "bfloat16", "int8": "int8"},
-    "litert": {"half": "float16"},
-}
 VERSIONED = (
     "instseg_jax",
     "jax",
@@ -50,7 +50,10 @@ VERSIONED = (
     "litert-torch",
     "numpy",
 )
-POSTPROCESS = Path(__file__).with_name("postprocess.py")
+POSTPROCESS = Path(__file__).with_name("standalone.py")
+
+if TYPE_CHECKING:
+    import onnx
 
 Score = Callable[[LoadedModel], dict[str, float | None]]
 
@@ -72,17 +75,17 @@ class Request:
             raise ValueError(f"--size is {self.size}, it must be a multiple of {SIZE_DIVISOR} pixels")
         if self.batch < 1:
             raise ValueError(f"--batch is {self.batch}, it must be at least 1")
-        allowed = PRECISIONS[self.format]
+        allowed = FORMATS[self.format].precisions
         if self.precision and self.precision not in allowed:
             others = ", ".join(f"--{name}" for name in allowed) or "neither"
             raise ValueError(f"--{self.precision} is not there for {self.format}, which has {others}")
-        if self.dynamic_batch and self.format == "litert":
-            raise ValueError("--dynamic_batch is not there for litert: its files have one batch size")
+        if self.dynamic_batch and not FORMATS[self.format].has_dynamic_batch:
+            raise ValueError(f"--dynamic_batch is not there for {self.format}: its files have one batch size")
 
     @property
     def precision_name(self) -> str:
         """What the weights are stored as, by format: float32, float16, bfloat16 or int8."""
-        return PRECISIONS[self.format][self.precision] if self.precision else "float32"
+        return FORMATS[self.format].precisions[self.precision] if self.precision else "float32"
 
 
 def export_model(
@@ -116,15 +119,14 @@ def export_model(
     try:
         say(f"writing {request.format}, {request.precision_name}, {request.size} px")
         started = time.monotonic()
-        shape = writers.Shape(
-            request.batch, request.size, model.config.data.channels, model.config.eval.num_detections,
-            request.dynamic_batch,
-        )  # fmt: skip
-        path = aside / MODEL_FILES[request.format]
-        said = writers.write(
-            path, network, model.variables, shape, format=request.format, precision=request.precision,
-            calibration=calibration,
-        )  # fmt: skip
+        require(request.format)
+        data = model.config.data
+        shape = Shape(request.batch, (request.size, request.size), data.channels, request.dynamic_batch)
+        make_detect = functools.partial(
+            make_detect_function, network, model.variables, model.config.eval.num_detections
+        )
+        path = aside / FORMATS[request.format].file
+        said = FORMATS[request.format].write(path, make_detect, shape, request.precision, calibration)
         seconds = time.monotonic() - started
         write_json(aside / CONFIG, _describe(model, request, source, said), indent=2)
         write_text(aside / "postprocess.py", POSTPROCESS.read_text(encoding="utf-8"))
@@ -136,6 +138,33 @@ def export_model(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return report
+
+
+def make_detect_function(
+    model: Any, variables: dict, num_detections: int, dtype: Any = None
+) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
+    """A function from images to the arrays of OUTPUTS, weights inside; with a dtype they are kept and used in it."""
+    if isinstance(model, MaskRTDETR):
+        model = model.clone(dtype=dtype)  # without one: half precision is for the runtime to choose
+    model, variables = optimize_for_inference(model, variables)
+    variables = jax.tree.map(lambda x: np.asarray(x, dtype or jnp.float32), variables)
+
+    def detect(images: jax.Array) -> tuple[jax.Array, ...]:
+        # Weights that are kept in fewer bits are float32 for the network, which casts where it may.
+        restored = jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32), variables)
+        outputs = cast(Outputs, model.apply(restored, images))
+        found = select_detections(outputs, num_detections=num_detections)
+        return tuple(getattr(found, name).astype(_TYPES[name]) for name in OUTPUTS)
+
+    return detect
+
+
+_TYPES = {"scores": jnp.float32, "labels": jnp.int32, "boxes_xyxy": jnp.float32, "mask_logits": jnp.float32}
+
+
+def build_onnx(model: Any, variables: dict, shape: Shape, *, num_detections: int) -> "onnx.ModelProto":
+    """The ONNX graph of a network (as trained, or optimised already) with `select_detections` behind it."""
+    return build_graph(make_detect_function(model, variables, num_detections), shape)
 
 
 def _compare(
@@ -188,7 +217,7 @@ def _describe(model: LoadedModel, request: Request, source: str, said: dict[str,
     ranges = config.data.channel_ranges if config.data.scaling == "percentile" else None
     return {
         "format": request.format,
-        "model_file": MODEL_FILES[request.format],
+        "model_file": FORMATS[request.format].file,
         "precision": request.precision_name,
         "compute_type": "bf16" if request.precision_name == "bfloat16" else "f32",
         "model_name": config.model.name,
@@ -201,7 +230,6 @@ def _describe(model: LoadedModel, request: Request, source: str, said: dict[str,
         "category_ids": list(model.category_ids),
         "thresholds": pick_threshold(None, model, load_pipeline_config("instance_segmentation")).tolist(),
         "stored_thresholds": model.thresholds,
-        "mask_threshold": 0.5,
         "preprocessing": {
             "size": [request.size, request.size],
             "resize": config.data.resize,

@@ -22,11 +22,11 @@ from instseg_jax.config import load_config
 from instseg_jax.devices import make_mesh, select_devices
 from instseg_jax.inference import predictor, tiling
 from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_config, parse_hpi_config
-from instseg_jax.inference.runtimes import find_export, with_backend
 from instseg_jax.inference.sources import Source, find_sources, with_bands
 from instseg_jax.inference.streaming import Feeding, Found, stream_instances
 from instseg_jax.models.variants import canonical_name
 from instseg_jax.results.result import Result
+from instseg_jax.runtimes.exported import find_export, with_backend
 from instseg_jax.types import Detections
 from instseg_jax.weights import PACKAGED_WEIGHTS, PRETRAINED
 

@@ -109,7 +109,6 @@ def detections_to_instances(
     content_size: tuple[int, int],
     original_size: tuple[int, int],
     score_threshold: float = 0.0,
-    mask_threshold: float = 0.5,
 ) -> Instances:
     """Turn image `index` of a batch of detections into instances in pixels of its original image.
 
@@ -133,7 +132,6 @@ def detections_to_instances(
             input_size=input_size,
             content_size=content_size,
             original_size=original_size,
-            threshold=mask_threshold,
         ),
     )
 

@@ -16,8 +16,8 @@ from instseg_jax.config import add_missing_fields, load_config, override
 from instseg_jax.devices import put_batch, put_replicated, split_over_batch
 from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.postprocess import select_detections
-from instseg_jax.inference.runtimes import Export, find_export, open_export, read_export
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, abstract_variables, build_model
+from instseg_jax.runtimes.exported import Export, find_export, open_export, read_export
 from instseg_jax.types import Detections, HostOrDeviceArray, Outputs
 from instseg_jax.weights import Weights, checkpoint
 

@@ -19,7 +19,7 @@ from instseg_jax.models.linear import NORM_EPS, Dense, zero_bias
 MANY_TOKENS = 1024  # from which attention takes its heads one after the other
 
 
-# Under `jax.jit` these keep their names in the traced program, where `export/onnx_translate.py` looks for them.
+# Under `jax.jit` these keep their names in the traced program, where `runtimes/onnx_translate.py` looks for them.
 
 
 @jax.jit

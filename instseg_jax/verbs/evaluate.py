@@ -14,8 +14,8 @@ from instseg_jax.evaluation.read import read_results, read_truth
 from instseg_jax.files import write_json
 from instseg_jax.images import read_image
 from instseg_jax.inference.predictor import load_with_overrides
-from instseg_jax.inference.runtimes import find_export, read_export, save_export_thresholds
 from instseg_jax.inference.tiling import Tiles
+from instseg_jax.runtimes.exported import find_export, read_export, save_export_thresholds
 from instseg_jax.scoring import tta as tta_room
 from instseg_jax.scoring.outcome import Evaluated, score_results, write_outcome
 from instseg_jax.scoring.run import score_model

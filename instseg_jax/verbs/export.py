@@ -48,8 +48,7 @@ def export(options: argparse.Namespace) -> int:
 
 def check_best_export(config: ConfigDict) -> None:
     """Before a training: raise ValueError when `checkpoint.export` names no format, ImportError without its extra."""
-    from instseg_jax.export.export import FORMATS
-    from instseg_jax.export.writers import require
+    from instseg_jax.runtimes.formats import FORMATS, require
 
     name = config.checkpoint.export
     if name and name not in FORMATS:

@@ -12,9 +12,9 @@ from PIL import Image
 
 import instseg_jax
 from instseg_jax.data import coco
-from instseg_jax.export import writers
 from instseg_jax.export.export import Request, export_model
 from instseg_jax.inference.predictor import load_model
+from instseg_jax.runtimes.formats import require
 from instseg_jax.scoring.pictures import calibration_images, comparison_images
 
 
@@ -22,7 +22,7 @@ from instseg_jax.scoring.pictures import calibration_images, comparison_images
 @pytest.mark.parametrize("format", ["onnx", "ort"])
 def test_a_folder_runs_with_onnxruntime_numpy_and_pillow_alone(format, tmp_path):
     """Also prints what that takes: `python -m pytest -s -m slow tests/export/test_edge.py`."""
-    writers.require(format)
+    require(format)
     run = make_run(tmp_path / "run")
     model = load_model(run)
     images = comparison_images(model, SIZE)[:1]

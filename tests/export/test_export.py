@@ -1,5 +1,6 @@
 """Exports: the folder and what it says, parity, and what is refused."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from instseg_jax.export import export as export_room
 from instseg_jax.export.export import Request, export_model
 from instseg_jax.export.parity import Found, compare_runs, find_warnings, pair_detections
 from instseg_jax.inference.predictor import load_model, make_predict
-from instseg_jax.inference.runtimes import find_export, open_export, read_export
+from instseg_jax.runtimes.exported import find_export, open_export, read_export
 from instseg_jax.scoring.pictures import comparison_images
 from instseg_jax.types import Detections
 from instseg_jax.verbs.export import check_best_export, export_best
@@ -188,7 +189,8 @@ def write_a_copy(exported, monkeypatch):
         shutil.copy(exported[0] / path.name, path)
         return {"inputs": [], "outputs": []}
 
-    monkeypatch.setattr(export_room.writers, "write", write)
+    copying = dataclasses.replace(export_room.FORMATS["stablehlo"], write=write)
+    monkeypatch.setitem(export_room.FORMATS, "stablehlo", copying)
 
 
 def test_a_failure_leaves_what_was_there(run, exported, write_a_copy, tmp_path, monkeypatch):

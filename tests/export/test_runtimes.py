@@ -20,17 +20,19 @@ import instseg_jax
 from instseg_jax.cli import main
 from instseg_jax.data import coco
 from instseg_jax.export import accelerate as accelerate_room
-from instseg_jax.export import litert, standalone, writers
+from instseg_jax.export import standalone
 from instseg_jax.export.export import Request, export_model
 from instseg_jax.export.parity import BOUNDS
 from instseg_jax.images import INTERPOLATIONS, resize_pixels
-from instseg_jax.inference import runtimes
-from instseg_jax.inference.pipeline_config import parse_hpi_config
+from instseg_jax.inference.pipeline_config import HighPerformance, parse_hpi_config
 from instseg_jax.inference.postprocess import upsample_masks
 from instseg_jax.inference.predictor import load_model
-from instseg_jax.inference.runtimes import find_export, open_export, read_export, run_in_batches
 from instseg_jax.masks import encode_mask
 from instseg_jax.models import deformable_attention
+from instseg_jax.runtimes import exported, formats, litert
+from instseg_jax.runtimes.exported import find_export, open_export, read_export, run_in_batches
+from instseg_jax.runtimes.formats import RUNTIMES
+from instseg_jax.runtimes.onnx import halve_weights
 from instseg_jax.scoring.pictures import calibration_images, comparison_images
 from instseg_jax.weights import PRETRAINED, checkpoint
 
@@ -40,7 +42,7 @@ FORMATS = ("stablehlo", "onnx", "ort", "openvino", "litert")
 def needs(format: str) -> None:
     """Skip a test whose runtime is not installed."""
     try:
-        writers.require(format)
+        formats.require(format)
     except ImportError as error:
         pytest.skip(str(error))
 
@@ -187,7 +189,7 @@ def test_evaluation_takes_an_export(format, exports, run, tmp_path):
 
 def test_thresholds_are_stored_in_an_export(exports, tmp_path):
     shutil.copytree(exports("stablehlo"), tmp_path / "e")
-    runtimes.save_export_thresholds(read_export(tmp_path / "e"), {"overall": 0.6, "classes": {"tree": 0.1}})
+    exported.save_export_thresholds(read_export(tmp_path / "e"), {"overall": 0.6, "classes": {"tree": 0.1}})
     pipeline = instseg_jax.create_pipeline(weights=tmp_path / "e", device="cpu")
     np.testing.assert_array_equal(pipeline.thresholds, [0.6, 0.1, 0.6])
     assert standalone.load(tmp_path / "e").config["thresholds"] == [0.6, 0.1, 0.6]
@@ -245,18 +247,18 @@ def test_a_missing_runtime_names_its_extra(backend, monkeypatch, tmp_path):
     format = {"onnxruntime": "onnx"}.get(backend, backend)
     settings = {"format": format, "num_detections": 5, "dynamic_batch": False, "batch": 1, "compute_type": "f32"}
     settings["preprocessing"] = {"size": [64, 64], "channels": 3}
-    export = runtimes.Export(tmp_path, settings)
+    export = exported.Export(tmp_path, settings)
     monkeypatch.setitem(sys.modules, {"litert": "ai_edge_litert.interpreter"}.get(backend, backend), None)
-    extra = runtimes.EXTRAS[backend]
+    extra = RUNTIMES[backend].extra
     with pytest.raises(ImportError, match=rf'not installed: pip install "instseg_jax\[{extra}\]"'):
         open_export(export, device="cpu", num_detections=5)
 
 
 @pytest.mark.parametrize("format", ["onnx", "openvino", "litert"])
 def test_a_missing_writer_names_its_extra(format, monkeypatch):
-    monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=rf"{format} needs .*pip install \"instseg_jax\["):
-        writers.require(format)
+        formats.require(format)
 
 
 # --- the quickest runtime -------------------------------------------------------------------------------------------
@@ -272,7 +274,7 @@ def test_the_quickest_runtime_is_taken_and_remembered(run, exports, wanted, pict
 
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(accelerate_room, "export_model", export_model)
-    monkeypatch.setattr(accelerate_room, "RUNTIMES", ("onnxruntime",))
+    monkeypatch.setattr(accelerate_room, "TRIED", ("onnxruntime",))
     for seconds, quickest in ((0.1, "onnxruntime"), (0.3, "xla")):
         times = iter((0.2, seconds))
         monkeypatch.setattr(accelerate_room, "_time", functools.partial(lambda times, *_: next(times), times))
@@ -297,12 +299,12 @@ def test_a_named_runtime_is_taken(run, wanted, pictures, monkeypatch):
 
 
 def test_hpi_config_says_what_it_understands():
-    assert parse_hpi_config(None) == runtimes.HighPerformance()
+    assert parse_hpi_config(None) == HighPerformance()
     both = {
         "backend": "openvino",
         "backend_config": {"onnxruntime": {"cpu_num_threads": 2}, "openvino": {"cpu_num_threads": 4}},
     }
-    assert parse_hpi_config(both) == runtimes.HighPerformance("openvino", 4)
+    assert parse_hpi_config(both) == HighPerformance("openvino", 4)
     assert parse_hpi_config({"auto_config": True, "backend_config": {"cpu_num_threads": 3}}).num_threads == 3
     for wrong, message in (
         ({"auto_paddle2onnx": True}, r"hpi_config\.auto_paddle2onnx means nothing here"),
@@ -345,7 +347,7 @@ def test_half_in_onnx_stores_less(exports, tmp_path):
 
     file = exports("onnx") / "model.onnx"
     shutil.copytree(file.parent, tmp_path / "half")
-    onnx.save(writers.halve_weights(onnx.load(file)), tmp_path / "half" / "model.onnx")
+    onnx.save(halve_weights(onnx.load(file)), tmp_path / "half" / "model.onnx")
     assert (tmp_path / "half" / "model.onnx").stat().st_size < 0.6 * file.stat().st_size
     images = np.random.default_rng(0).random((1, SIZE, SIZE, 3), np.float32)
     full, half = (

@@ -324,7 +324,7 @@ def test_score_threshold_leaves_out_instances():
 def test_from_logits_to_instances():
     outputs = two_image_outputs()
     detections = select_detections(outputs, num_detections=3)
-    instances = detections_to_instances(detections, 1, **stretched((8, 8), (4, 6)), mask_threshold=0.5)
+    instances = detections_to_instances(detections, 1, **stretched((8, 8), (4, 6)))
     np.testing.assert_array_equal(instances.labels, [1, 2, 0])
     np.testing.assert_allclose(instances.boxes_xyxy_px[0], [3.6, -0.4, 7.2, 1.2], rtol=1e-5)
     assert all(mask_api.area(rle) == 24 for rle in instances.masks)  # all logits of that image are positive

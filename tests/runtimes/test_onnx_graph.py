@@ -14,8 +14,10 @@ from instseg_jax.inference.predictor import make_predict
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from instseg_jax.export.onnx_translate import translate  # noqa: E402
-from instseg_jax.export.writers import OPSET, OUTPUTS, build_onnx  # noqa: E402
+from instseg_jax.export.export import build_onnx  # noqa: E402
+from instseg_jax.runtimes.onnx import OPSET  # noqa: E402
+from instseg_jax.runtimes.onnx_translate import translate  # noqa: E402
+from instseg_jax.runtimes.shape import OUTPUTS, Shape  # noqa: E402
 
 
 def run(graph, images):
@@ -33,7 +35,7 @@ def detections(model, variables, images, count):
 def test_the_graph_finds_what_the_network_finds(like, batch, images):
     model = small_model(like=like)
     variables, pictures = random_variables(model), random_images(images, 64, 96, 3)
-    graph = build_onnx(model, variables, batch=batch or 1, size=(64, 96), num_detections=9, dynamic_batch=batch is None)
+    graph = build_onnx(model, variables, Shape(batch or 1, (64, 96), 3, batch is None), num_detections=9)
     onnx.checker.check_model(graph, full_check=True)
     assert [output.name for output in graph.graph.output] == list(OUTPUTS)
     expected = detections(model, variables, pictures, 9)
@@ -48,7 +50,7 @@ def test_the_graph_finds_what_the_network_finds(like, batch, images):
 
 def test_the_graph_is_made_of_operators_that_runtimes_know_whole():
     model = small_model()
-    graph = build_onnx(model, random_variables(model, channels=4), batch=1, size=(64, 64), num_detections=5)
+    graph = build_onnx(model, random_variables(model, channels=4), Shape(1, (64, 64), 4, False), num_detections=5)
     (images,) = graph.graph.input
     assert [side.dim_value for side in images.type.tensor_type.shape.dim] == [1, 64, 64, 4]
     assert graph.opset_import[0].version == OPSET

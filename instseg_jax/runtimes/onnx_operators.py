@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from instseg_jax.export.onnx_graph import Graph, Order, Value, constant_value, is_symbolic, onnx_type
 from instseg_jax.models.linear import NORM_EPS
+from instseg_jax.runtimes.onnx_graph import Graph, Order, Value, constant_value, is_symbolic, onnx_type
 
 CHANNELS_FIRST = (0, 3, 1, 2)
 

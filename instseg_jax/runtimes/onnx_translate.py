@@ -21,8 +21,8 @@ import onnx
 from jax.extend import core
 from onnx import helper
 
-from instseg_jax.export.onnx_graph import Graph, Value, constant_value, is_symbolic, onnx_type
-from instseg_jax.export.onnx_operators import NAMED, PRIMITIVES, broadcast_in_dim
+from instseg_jax.runtimes.onnx_graph import Graph, Value, constant_value, is_symbolic, onnx_type
+from instseg_jax.runtimes.onnx_operators import NAMED, PRIMITIVES, broadcast_in_dim
 
 
 def translate(

@@ -7,16 +7,50 @@ its place, is no operator of LiteRT; and LiteRT's operators take fewer axes than
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from unittest import mock
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from instseg_jax.files import write_bytes
 from instseg_jax.models import deformable_attention
+from instseg_jax.runtimes.shape import INPUT, OUTPUTS, Shape, check_cpu, describe
 
-INPUT = "images"
+
+def write_litert(
+    path: Path, make_detect: Any, shape: Shape, precision: str, calibration: Sequence[np.ndarray]
+) -> dict[str, Any]:
+    """Write LiteRT's format (TFLite); `precision` "half" stores float16."""
+    detect = make_detect(None)
+    sides = (shape.batch, *shape.images[1:])
+    data = convert_to_litert(lambda x: dict(zip(OUTPUTS, detect(x), strict=True)), sides, half=precision == "half")
+    write_bytes(path, data)
+    found = jax.eval_shape(detect, jax.ShapeDtypeStruct(sides, jnp.float32))
+    return {
+        "inputs": [describe(INPUT, sides, jnp.float32)],
+        "outputs": [describe(name, one.shape, one.dtype) for name, one in zip(OUTPUTS, found, strict=True)],
+    }
+
+
+def open_litert(path: Path, settings: Mapping[str, Any], device: str, num_threads: int | None) -> Any:
+    """A function that runs the file on the CPU. Raises ValueError for another device."""
+    check_cpu(device, "litert")
+    from ai_edge_litert.interpreter import Interpreter
+
+    runner = Interpreter(str(path), num_threads=num_threads).get_signature_runner()
+    name = settings["inputs"][0]["name"]
+    lock = threading.Lock()
+
+    def run(images: np.ndarray) -> tuple[np.ndarray, ...]:
+        with lock:
+            found = runner(**{name: np.ascontiguousarray(images)})
+            return tuple(np.array(found[output]) for output in OUTPUTS)
+
+    return run
 
 
 def convert_to_litert(
@@ -44,9 +78,15 @@ def convert_to_litert(
 @contextlib.contextmanager
 def replaced_operations() -> Iterator[None]:
     """What is traced meanwhile has top-k and sampling in operators that LiteRT has."""
-    sampling = mock.patch.object(deformable_attention, "sample_levels", sample_levels)
-    with mock.patch.object(jax.lax, "top_k", top_k), sampling:
+    places = ((jax.lax, "top_k", top_k), (deformable_attention, "sample_levels", sample_levels))
+    before = [getattr(module, name) for module, name, _ in places]
+    try:
+        for module, name, replacement in places:
+            setattr(module, name, replacement)
         yield
+    finally:
+        for (module, name, _), original in zip(places, before, strict=True):
+            setattr(module, name, original)
 
 
 def top_k(x: jax.Array, k: int, **_: object) -> tuple[jax.Array, jax.Array]:

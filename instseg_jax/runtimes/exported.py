@@ -1,45 +1,23 @@
 """Exported models in place of checkpoints: finding an export's folder, and running it as a function of images.
 
 An export is a folder with `config.json` and a model file, made by `export/export.py`. It brings its own
-post-selection: it takes images and gives the best detections, as `postprocess.select_detections` does. Which runtime
-runs it follows from its format; ONNX files run in ONNX Runtime and in OpenVINO.
+post-selection: it takes images and gives the best detections, as `postprocess.select_detections` does.
 """
 
 import dataclasses
 import json
 import os
-import sys
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from instseg_jax.devices import select_devices
 from instseg_jax.files import write_json
+from instseg_jax.runtimes.formats import FORMATS, RUNTIMES, Run
 from instseg_jax.types import Detections
 
 CONFIG = "config.json"
-MODEL_FILES = {
-    "stablehlo": "model.stablehlo",
-    "onnx": "model.onnx",
-    "ort": "model.ort",
-    "openvino": "model.xml",
-    "litert": "model.tflite",
-}
-BACKENDS = {  # what runs a format, the usual one first
-    "stablehlo": ("jax",),
-    "onnx": ("onnxruntime", "openvino"),
-    "ort": ("onnxruntime",),
-    "openvino": ("openvino",),
-    "litert": ("litert",),
-}
-EXTRAS = {"onnxruntime": "export", "openvino": "openvino", "litert": "litert"}
-OUTPUTS = ("scores", "labels", "boxes_xyxy", "mask_logits")
-
-
-Run = Callable[[np.ndarray], tuple[np.ndarray, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +46,12 @@ def find_export(source: str | os.PathLike[str]) -> Path | None:
 
     Raises FileNotFoundError for a model file without the config.json that belongs beside it.
     """
-    path = Path(source)
-    if path.is_file() and path.name in MODEL_FILES.values():
+    path, files = Path(source), {format.file for format in FORMATS.values()}
+    if path.is_file() and path.name in files:
         if not (path.parent / CONFIG).is_file():
             raise FileNotFoundError(f"{path} has no {CONFIG} beside it; name the folder that the verb export wrote")
         path = path.parent
-    has_model = any((path / name).is_file() for name in MODEL_FILES.values())
+    has_model = any((path / name).is_file() for name in files)
     return path if has_model and (path / CONFIG).is_file() else None
 
 
@@ -82,7 +60,7 @@ def read_export(folder: str | os.PathLike[str]) -> Export:
     folder = Path(folder)
     try:
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        model_file = MODEL_FILES[settings["format"]]
+        model_file = FORMATS[settings["format"]].file
         complete = {"preprocessing", "batch", "dynamic_batch", "class_names", "config", "compute_type"} <= set(settings)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{folder / CONFIG} can't be read ({error})") from error
@@ -140,7 +118,7 @@ def run_in_batches(run: Run, images: np.ndarray, batch_size: int | None) -> tupl
 
 def with_backend(export: Export, backend: str | None, num_threads: int | None) -> Export:
     """The export, run by another runtime or with a number of threads. Raises ValueError where that can't be."""
-    allowed = BACKENDS[export.settings["format"]]
+    allowed = FORMATS[export.settings["format"]].runtimes
     if backend is not None and backend not in allowed:
         raise ValueError(f"backend is {backend!r}, but an export as {export.settings['format']} runs in {allowed}")
     return dataclasses.replace(export, backend=backend, num_threads=num_threads)
@@ -155,90 +133,14 @@ def save_export_thresholds(export: Export, thresholds: Mapping[str, Any]) -> Pat
 
 
 def _open(export: Export, device: str) -> Run:
-    path = export.folder / MODEL_FILES[export.settings["format"]]
-    backend = export.backend or BACKENDS[export.settings["format"]][0]
+    format = FORMATS[export.settings["format"]]
+    name = export.backend or format.runtimes[0]
     if ":" in device and "," in device:
         raise ValueError(f"device is {device!r}, but an export runs on one device; name a single one")
     try:
-        if backend == "jax":
-            return _open_stablehlo(path, device)
-        if backend == "onnxruntime":
-            return _open_onnxruntime(path, export, device)
-        if device.split(":")[0] not in ("auto", "cpu"):
-            raise ValueError(f"device is {device!r}, but {backend} runs on the CPU here")
-        return _open_openvino(path, export) if backend == "openvino" else _open_litert(path, export)
+        return RUNTIMES[name].open(export.folder / format.file, export.settings, device, export.num_threads)
     except ImportError as error:
+        extra = RUNTIMES[name].extra
         raise ImportError(
-            f'{path.name} runs in {backend}, which is not installed: pip install "instseg_jax[{EXTRAS[backend]}]"'
+            f'{format.file} runs in {name}, which is not installed: pip install "instseg_jax[{extra}]"'
         ) from error
-
-
-def _open_stablehlo(path: Path, device: str) -> Run:
-    import jax.export
-
-    chosen = select_devices(device)[0]
-    exported = jax.export.deserialize(bytearray(path.read_bytes()))
-    platform = "cuda" if chosen.platform == "gpu" else chosen.platform
-    if platform not in exported.platforms:
-        raise ValueError(f"device is {device!r}, but {path} was exported for {' and '.join(exported.platforms)}")
-    call = jax.jit(exported.call)
-    return lambda images: tuple(jax.device_get(call(jax.device_put(images, chosen))))
-
-
-def _open_onnxruntime(path: Path, export: Export, device: str) -> Run:
-    import onnxruntime
-
-    available = onnxruntime.get_available_providers()
-    kind, _, index = device.partition(":")
-    if kind == "tpu" or (kind == "gpu" and "CUDAExecutionProvider" not in available):
-        raise ValueError(f"device is {device!r}, but the installed onnxruntime has {', '.join(available)}")
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if kind != "cpu" and "CUDAExecutionProvider" in available:
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(index or 0)}))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    options.intra_op_num_threads = export.num_threads or 0
-    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    name = session.get_inputs()[0].name
-    return lambda images: tuple(session.run(list(OUTPUTS), {name: np.ascontiguousarray(images)}))
-
-
-def import_openvino() -> Any:
-    """The module openvino, without its telemetry: that reports every import over the network, from a forked process."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
-    return openvino
-
-
-def _open_openvino(path: Path, export: Export) -> Run:
-    openvino = import_openvino()
-    # Without the hint OpenVINO computes in bfloat16 where the processor has it.
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": export.settings["compute_type"]}
-    if export.num_threads:
-        settings["INFERENCE_NUM_THREADS"] = export.num_threads
-    compiled = openvino.Core().compile_model(str(path), "CPU", settings)
-    ports = [compiled.output(name) for name in OUTPUTS]
-    lock = threading.Lock()  # its one request is not for several threads
-
-    def run(images: np.ndarray) -> tuple[np.ndarray, ...]:
-        with lock:
-            found = compiled(np.ascontiguousarray(images))
-            return tuple(np.array(found[port]) for port in ports)
-
-    return run
-
-
-def _open_litert(path: Path, export: Export) -> Run:
-    from ai_edge_litert.interpreter import Interpreter
-
-    runner = Interpreter(str(path), num_threads=export.num_threads).get_signature_runner()
-    name = export.settings["inputs"][0]["name"]
-    lock = threading.Lock()
-
-    def run(images: np.ndarray) -> tuple[np.ndarray, ...]:
-        with lock:
-            found = runner(**{name: np.ascontiguousarray(images)})
-            return tuple(np.array(found[output]) for output in OUTPUTS)
-
-    return run
