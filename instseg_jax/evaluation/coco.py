@@ -5,6 +5,7 @@ Ground truth is a plain COCO dict in memory (or a pycocotools COCO); nothing pas
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from instseg_jax.masks import rle_area, segmentation_to_rle
 from instseg_jax.types import Batch, Detections
 
 IOU_TYPES = ("bbox", "segm")
+MAX_DETECTIONS = 100  # of a class in an image, as COCO counts them
 
 
 def coco_results(
@@ -72,7 +74,7 @@ def coco_metrics(
     results: Sequence[dict],
     *,
     iou_types: Sequence[str] = IOU_TYPES,
-    max_detections: int = 100,
+    max_detections: int | None = None,
     engine: str = "pycocotools",
 ) -> dict[str, float | None]:
     """Score COCO result entries against COCO ground truth, over all its images.
@@ -80,8 +82,8 @@ def coco_metrics(
     Returns, for `segm` and `bbox` (and `boundary`, where asked for), `segm/AP` (IoU 0.50:0.95), `AP50`, `AP75`,
     `AP_small`, `AP_medium`, `AP_large`, `AR_1`, `AR_10`, `AR_100`, `AR_small`, `AR_medium`, `AR_large` and
     `AP/<class name>` for each class, in 0..1; and `AP`, which is `segm/AP`. None where there is no ground truth to
-    find. `max_detections` counts per image and class, as COCO does; another one takes the place of 100, in the names
-    as well.
+    find. `max_detections` counts per image and class, as COCO does (None: `detection_limit`); another one than 100
+    stands in the names as well.
 
     Areas of results are those of the mask for `segm` and of the box for `bbox`. Raises ValueError for entries
     that do not fit the ground truth.
@@ -89,14 +91,26 @@ def coco_metrics(
     known = (*IOU_TYPES, "boundary")
     if not iou_types or any(iou_type not in known for iou_type in iou_types):
         raise ValueError(f"iou_types must be some of {', '.join(known)}, got {iou_types!r}.")
+    dataset = ground_truth.dataset if isinstance(ground_truth, COCO) else ground_truth
+    if max_detections is None:
+        max_detections = detection_limit(dataset)
     if max_detections < 1:
         raise ValueError(f"max_detections must be at least 1, got {max_detections}.")
-    dataset = ground_truth.dataset if isinstance(ground_truth, COCO) else ground_truth
     scores = {iou_type: _evaluate(dataset, results, iou_type, max_detections, engine) for iou_type in iou_types}
     metrics = {"AP": scores["segm"]["AP"]} if "segm" in scores else {}
     return metrics | {
         f"{iou_type}/{name}": value for iou_type, named in scores.items() for name, value in named.items()
     }
+
+
+def detection_limit(ground_truth: dict) -> int:
+    """How many detections of a class in an image count, by score: COCO's 100, or as many as there are objects.
+
+    It follows from the ground truth alone, so that a results file has one AP whoever scores it, and the one that
+    pycocotools gives it wherever no image has more than 100 objects of a class.
+    """
+    objects = Counter((entry["image_id"], entry["category_id"]) for entry in ground_truth.get("annotations", ()))
+    return max(MAX_DETECTIONS, *objects.values()) if objects else MAX_DETECTIONS
 
 
 def collect_results(

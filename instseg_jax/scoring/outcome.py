@@ -1,14 +1,12 @@
 """What a scored model leaves behind: analysis, report, numbers, results."""
 
 import dataclasses
-from collections import Counter
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
 from instseg_jax.evaluation.analysis import Analysis, analyse
-from instseg_jax.evaluation.coco import coco_metrics, write_evaluation
+from instseg_jax.evaluation.coco import coco_metrics, detection_limit, write_evaluation
 from instseg_jax.evaluation.gallery import choose_cases, draw_cases
 from instseg_jax.evaluation.report import write_report
 from instseg_jax.results.visualize import draw_instances
@@ -24,7 +22,6 @@ class Evaluated:
     results: list[dict]
     ground_truth: dict
     kinds: tuple[str, ...]  # segm, bbox or both
-    max_detections: int
     facts: dict[str, str]
     run: dict[str, str]  # times and memory
     images: dict  # functions that read a picture to look at, by image id; empty without images
@@ -37,8 +34,9 @@ def write_outcome(workdir: Path, evaluated: Evaluated) -> dict[str, Analysis]:
 
     Of several processes all may call this; the first one writes.
     """
+    limit = detection_limit(evaluated.ground_truth)
     analyses = {
-        kind: analyse(evaluated.ground_truth, evaluated.results, iou_type=kind, max_detections=evaluated.max_detections)
+        kind: analyse(evaluated.ground_truth, evaluated.results, iou_type=kind, max_detections=limit)
         for kind in evaluated.kinds
     }
     if jax.process_index() == 0:
@@ -79,21 +77,16 @@ def _write(workdir: Path, evaluated: Evaluated, analyses: dict[str, Analysis]) -
     )
 
 
-def score_results(truth: dict, results: list[dict], kinds: tuple[str, ...], evaluation: ConfigDict) -> dict:
-    """The fields of `Evaluated` that follow from truth and results."""
-    # COCO's 100, unless the network or an image has more.
-    objects = Counter((entry["image_id"], entry["category_id"]) for entry in truth["annotations"])
-    limit = max(100, evaluation.num_detections, *objects.values())
+def score_results(
+    truth: dict, results: list[dict], kinds: tuple[str, ...], *, engine: str, boundary: bool = False
+) -> dict[str, float | None]:
+    """COCO metrics of result entries, as training, `evaluate`, `compare` and exports give them: `coco_metrics`.
+
+    `kinds` are segm, bbox or both; `boundary` adds Boundary AP to segm.
+    """
     if len(results) > MANY and jax.process_index() == 0:
-        print(f"scoring {len(results)} detections with {evaluation.engine}", flush=True)
-    scored = (*kinds, "boundary") if evaluation.boundary and "segm" in kinds else kinds
-    metrics = coco_metrics(truth, results, iou_types=scored, max_detections=limit, engine=evaluation.engine)
+        print(f"scoring {len(results)} detections with {engine}", flush=True)
+    scored = (*kinds, "boundary") if boundary and "segm" in kinds else kinds
+    metrics = coco_metrics(truth, results, iou_types=scored, engine=engine)
     metrics.setdefault("AP", metrics.get("bbox/AP"))  # boxes alone
-    return {
-        "metrics": metrics,
-        "results": results,
-        "ground_truth": truth,
-        "kinds": kinds,
-        "max_detections": limit,
-        "gallery_size": evaluation.gallery_size,
-    }
+    return metrics

@@ -4,7 +4,7 @@ import copy
 import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from instseg_jax.scoring import tta as tta_room
 from instseg_jax.scoring.outcome import Evaluated, score_results
 from instseg_jax.types import Batch, Detections
 
+KINDS = ("segm", "bbox")  # of results of the network
 SIZE_MULTIPLE = 32  # of the network's input, in pixels
 
 
@@ -36,7 +37,10 @@ def evaluate_weights(config: ConfigDict, weights: str | os.PathLike[str]) -> tup
 def score_loaded(model: LoadedModel) -> tuple[dict[str, float | None], list[dict]]:
     """Score a model on the validation images of its config: (metrics, COCO result entries)."""
     results, dataset, _ = _predict_split(model, ())
-    return score_results(coco.to_coco(dataset), results, ("segm", "bbox"), model.config.eval)["metrics"], results
+    evaluation = model.config.eval
+    truth = coco.to_coco(dataset)
+    metrics = score_results(truth, results, KINDS, engine=evaluation.engine, boundary=evaluation.boundary)
+    return metrics, results
 
 
 def score_model(model: LoadedModel, weights: str, tta: Sequence[str], tiles: Tiles | None = None) -> Evaluated:
@@ -44,12 +48,16 @@ def score_model(model: LoadedModel, weights: str, tta: Sequence[str], tiles: Til
     evaluation = model.config.eval
     results, dataset, seconds = _predict_split(model, tta) if tiles is None else _predict_tiled(model, tiles)
     predicted = time.perf_counter()
-    scored = score_results(coco.to_coco(dataset), results, ("segm", "bbox"), evaluation)
+    truth = coco.to_coco(dataset)
+    metrics = score_results(truth, results, KINDS, engine=evaluation.engine, boundary=evaluation.boundary)
     devices = select_devices(model.config.device)
     data = model.config.data
     first, others = seconds[0], seconds[1:]
     return Evaluated(
-        **scored,
+        metrics=metrics,
+        results=results,
+        ground_truth=truth,
+        kinds=KINDS,
         facts={
             "model": model.config.model.name,
             "weights": weights,
@@ -68,22 +76,46 @@ def score_model(model: LoadedModel, weights: str, tta: Sequence[str], tiles: Til
         },
         images={image.id: functools.partial(_read_shown, dataset, i) for i, image in enumerate(dataset.images)},
         annotations=str(dataset.annotation_file.resolve()),
+        gallery_size=evaluation.gallery_size,
     )
 
 
 def _predict_split(model: LoadedModel, tta: Sequence[str]) -> tuple[list[dict], coco.CocoDataset, list[float]]:
     """Result entries of the validation images, the same in every process, the data set, and seconds a batch."""
     dataset, categories = _open_split(model)
+    mesh = make_mesh(select_devices(model.config.device))
+    if "scales" in tta and model.config.eval.tta_scales and model.exported is not None:
+        raise ValueError(f"--tta=scales needs other sizes than the one of {model.exported.folder}; use the checkpoint")
+    predict = bind(model, mesh, device=model.config.device, split=True)
+    results, seconds = find_results(predict, model.config, dataset, categories, mesh, tta=tta)
+    return results, dataset, seconds
+
+
+def find_results(
+    predict: Callable[[np.ndarray], Detections],
+    config: ConfigDict,
+    dataset: coco.CocoDataset,
+    category_ids: Sequence[int | None],
+    mesh: jax.sharding.Mesh,
+    *,
+    tta: Sequence[str] = (),
+    is_shown: bool = True,
+) -> tuple[list[dict], list[float]]:
+    """COCO result entries of all images of a data set, the same in every process, and seconds a batch.
+
+    `predict` takes images [B, H, W, C]; `category_ids[k]` is that of class index k, None for a class to leave out;
+    `is_shown`: with a bar.
+    """
     times = [time.perf_counter()]
 
     def timed_pairs() -> Iterator[tuple[Detections, Batch]]:
-        for pair in detect(model, dataset, tta):
+        for pair in detect(predict, config, dataset, mesh, tta=tta, is_shown=is_shown):
             yield pair
             times.append(time.perf_counter())
 
     image_ids = [image.id for image in dataset.images]
-    results = collect_results(timed_pairs(), image_ids=image_ids, category_ids=categories)
-    return gather_results(results), dataset, np.diff(times).tolist()
+    results = collect_results(timed_pairs(), image_ids=image_ids, category_ids=category_ids)
+    return gather_results(results), np.diff(times).tolist()
 
 
 def _predict_tiled(model: LoadedModel, tiles: Tiles) -> tuple[list[dict], coco.CocoDataset, list[float]]:
@@ -113,20 +145,21 @@ def _open_split(model: LoadedModel) -> tuple[coco.CocoDataset, tuple[int | None,
     return dataset, coco.map_categories(dataset, model.class_names)
 
 
-def detect(model: LoadedModel, dataset: coco.CocoDataset, tta: Sequence[str]) -> Iterator[tuple[Detections, Batch]]:
-    """Detections of a data set with their batches, computed on all devices of the config.
+def detect(
+    predict: Callable[[np.ndarray], Detections],
+    config: ConfigDict,
+    dataset: coco.CocoDataset,
+    mesh: jax.sharding.Mesh,
+    *,
+    tta: Sequence[str],
+    is_shown: bool,
+) -> Iterator[tuple[Detections, Batch]]:
+    """Detections of a data set with their batches.
 
     A batch is filled up to a multiple of the number of devices; of several processes each yields its own part.
-
-    Raises: ValueError for views of other sizes of an export, which has one size.
     """
-    config = model.config
-    mesh = make_mesh(select_devices(config.device))
-    predict = bind(model, mesh, device=config.device, split=True)
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     scales = config.eval.tta_scales if "scales" in tta else ()
-    if scales and model.exported is not None:
-        raise ValueError(f"--tta=scales needs other sizes than the one of {model.exported.folder}; use the checkpoint")
     loaders = []
     for size in tta_room.scaled_sizes(config.data.image_size, scales, SIZE_MULTIPLE) if scales else [None]:
         sized = copy.deepcopy(config)
@@ -134,7 +167,7 @@ def detect(model: LoadedModel, dataset: coco.CocoDataset, tta: Sequence[str]) ->
             sized.data.image_size = size
         loaders.append(loader.build_eval_loader(sized, dataset, num_devices=mesh.size, **process))
     batches = zip(*(each.batches() for each in loaders), strict=True)
-    for views in track(batches, "evaluating", loaders[0].num_batches):
+    for views in track(batches, "evaluating", loaders[0].num_batches) if is_shown else batches:
         found = []
         for view in views:
             found.append(predict(view.images))

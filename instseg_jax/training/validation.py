@@ -6,14 +6,17 @@ import pathlib
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
-from instseg_jax.data import coco, loader
+from instseg_jax.data import coco
 from instseg_jax.devices import put_batch
-from instseg_jax.evaluation.coco import coco_metrics, collect_results, write_evaluation
-from instseg_jax.evaluation.processes import gather_results
+from instseg_jax.evaluation.coco import write_evaluation
 from instseg_jax.inference.predictor import make_predict
 from instseg_jax.models.mask_rtdetr import MaskRTDETR
+from instseg_jax.scoring.outcome import score_results
+from instseg_jax.scoring.run import KINDS, find_results
 from instseg_jax.training.workdir import VALIDATION, keep_rows, read_rows
+from instseg_jax.types import Detections
 from instseg_jax.weights import checkpoint
 
 Score = Callable[[dict], tuple[dict[str, float | None], list[dict]]]
@@ -24,18 +27,15 @@ def build_score(config, model: MaskRTDETR, dataset: coco.CocoDataset, mesh: jax.
 
     A batch is filled up to a multiple of the number of devices. Every process gets the same numbers.
     """
-    num_detections = config.eval.num_detections
-    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    val_loader = loader.build_eval_loader(config, dataset, num_devices=mesh.size, **process)
     ground_truth = coco.to_coco(dataset)
-    predict = make_predict(model, num_detections=num_detections, mesh=mesh)
+    predict = make_predict(model, num_detections=config.eval.num_detections, mesh=mesh)
 
     def score(variables: dict) -> tuple[dict[str, float | None], list[dict]]:
-        pairs = ((predict(variables, put_batch(b.images, mesh)), b) for b in val_loader.batches())
-        image_ids = [image.id for image in dataset.images]
-        results = gather_results(collect_results(pairs, image_ids=image_ids, category_ids=dataset.category_ids))
-        limit = max(100, num_detections)
-        return coco_metrics(ground_truth, results, max_detections=limit, engine=config.eval.engine), results
+        def predict_with(images: np.ndarray) -> Detections:
+            return predict(variables, put_batch(images, mesh))
+
+        results, _ = find_results(predict_with, config, dataset, dataset.category_ids, mesh, is_shown=False)
+        return score_results(ground_truth, results, KINDS, engine=config.eval.engine), results
 
     return score
 

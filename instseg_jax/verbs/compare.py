@@ -10,15 +10,16 @@ from rich.progress import track
 from rich.table import Table
 
 from instseg_jax.data import coco
-from instseg_jax.evaluation.coco import coco_metrics
+from instseg_jax.evaluation.coco import detection_limit
 from instseg_jax.evaluation.compare import Comparison, compare_matches, shared_metrics, write_comparison
 from instseg_jax.evaluation.matching import match_detections
 from instseg_jax.evaluation.read import read_results, read_truth
 from instseg_jax.evaluation.report import percent
 from instseg_jax.files import write_json
+from instseg_jax.scoring.outcome import score_results
 
 SHOWN = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-MAX_DETECTIONS = 100
+ENGINE = "pycocotools"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +42,9 @@ def compare(options: argparse.Namespace) -> int:
     kinds = [kind for kind in ("segm", "bbox") if all(kind in run.kinds for run in runs)]
     if not kinds:
         raise ValueError("there is no kind of result, masks or boxes, that all runs have")
-    limit = max(MAX_DETECTIONS, max(_most_of_an_image(run.results) for run in runs))
+    limit = detection_limit(truth)
     metrics = {
-        name: coco_metrics(truth, run.results, iou_types=kinds, max_detections=limit)
+        name: score_results(truth, run.results, tuple(kinds), engine=ENGINE)
         for name, run in zip(names, runs, strict=True)
     }
     matches = {
@@ -131,13 +132,6 @@ def _read_truth(path: Path) -> dict:
         return coco.to_coco(coco.read_coco(path, path.parent))
     except ValueError:  # boxes alone, perhaps; what is wrong for scoring is said there
         return read_truth(path)
-
-
-def _most_of_an_image(results: list[dict]) -> int:
-    counts: dict = {}
-    for entry in results:
-        counts[entry["image_id"]] = counts.get(entry["image_id"], 0) + 1
-    return max(counts.values(), default=0)
 
 
 def _distinct_names(names: list[str]) -> list[str]:

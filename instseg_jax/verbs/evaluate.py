@@ -80,7 +80,7 @@ def _score_file(options: argparse.Namespace) -> Evaluated:
     started = time.perf_counter()
     truth = read_truth(options.annotations)
     results, kinds = read_results(options.predictions)
-    scored = score_results(truth, results, kinds, config.eval)
+    metrics = score_results(truth, results, kinds, engine=config.eval.engine, boundary=config.eval.boundary)
     paths = {}
     if options.images:
         folder = Path(options.images)
@@ -89,7 +89,11 @@ def _score_file(options: argparse.Namespace) -> Evaluated:
         if missing:
             raise FileNotFoundError(f"{len(missing)} of {len(paths)} images are missing, the first is {missing[0]}")
     return Evaluated(
-        **scored,
+        metrics=metrics,
+        results=results,
+        ground_truth=truth,
+        kinds=kinds,
+        gallery_size=config.eval.gallery_size,
         facts={
             "results": Path(options.predictions).name,
             "truth": f"{Path(options.annotations).name} ({len(truth['images'])} images)",
