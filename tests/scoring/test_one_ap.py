@@ -21,7 +21,7 @@ QUERIES = 150
 
 
 class Crowded:
-    """150 detections of one class in every image: the first is the left object, those from the 121st on the right one."""
+    """150 detections of one class in every image: the first is the left object, those from the 121st on the right."""
 
     def apply(self, variables: dict, images: jax.Array) -> Outputs:
         count, height, width, _ = images.shape

@@ -8,8 +8,8 @@ from evaluate_on_devices import Network
 
 from instseg_jax.cli import main
 from instseg_jax.config import load_config
+from instseg_jax.inference import predictor
 from instseg_jax.inference.predictor import LoadedModel
-from instseg_jax.scoring import run as scoring_run
 from instseg_jax.weights import checkpoint, read_weights
 
 WEIGHTS = np.array(
@@ -31,7 +31,7 @@ def run(tmp_path, monkeypatch):
         found = read_weights(source)
         return LoadedModel(Network(), found.variables, config, ("building",), (1,), {}, "", found.thresholds)
 
-    monkeypatch.setattr(scoring_run, "load_model", load_model)
+    monkeypatch.setattr(predictor, "load_model", load_model)
     return tmp_path / "run"
 
 
