@@ -7,31 +7,79 @@ and in the folders above it up to `configs`, can be imported by name.
 import ast
 import difflib
 import importlib.util
+import math
+import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
+
+from instseg_jax.types import SIZE_MULTIPLE
 
 PACKAGED = pathlib.Path(__file__).parent / "configs"  # where a wheel has them
 CHECKOUT = pathlib.Path(__file__).parent.parent / "configs"
 
 
-def load_config(spec: str, overrides: dict[str, str] | None = None) -> ConfigDict:
-    """Run the config file and apply overrides (dotted field -> text).
+def load_config(spec: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """Run the config file and apply overrides (dotted field -> value, or its text as on the command line).
 
-    `spec` is `FILE` or `FILE:ARGUMENT`; a file `configs/NAME.py` that is not below the current folder is
-    taken from the installation. The result is locked: an unknown field cannot be set or read.
+    `spec` is `FILE` or `FILE:ARGUMENT`, FILE a path or the name of one of the project's configs: `finetune:n`. A file
+    `configs/NAME.py` that is not below the current folder is taken from the installation. Where data.image_size is
+    overridden and data.train_sizes is not, these are scaled alike. The result is locked: an unknown field cannot be
+    set or read.
 
     Raises: FileNotFoundError, or ValueError that names the field and the nearest known one.
     """
-    name, _, argument = spec.partition(":")
+    name, _, argument = os.fspath(spec).partition(":")
     path = find_config(name)
     get_config = _load_module(path).get_config
     config = get_config(argument) if argument else get_config()
-    for field, text in (overrides or {}).items():
-        override(config, field, text)
+    overrides = overrides or {}
+    size_before = config.data.image_size if "data.image_size" in overrides and "data" in config else None
+    for field, value in overrides.items():
+        override(config, field, value)
+    if size_before is not None and "data.train_sizes" not in overrides:
+        _scale_train_sizes(config.data, size_before)
     return config.lock()
+
+
+def check_sizes(data: ConfigDict, fields: Sequence[str] = ("image_size", "train_sizes")) -> None:
+    """Raise ValueError that names the field and the nearest right values, for sizes that the network can't take.
+
+    `data` is a config's section; a size is a number of pixels, or a pair (height, width).
+    """
+    multiple = math.lcm(SIZE_MULTIPLE, max(1, data.mask_stride))
+    for field in fields:
+        sizes = data.train_sizes if field == "train_sizes" else (data.image_size,)
+        if not sizes:
+            raise ValueError(f"data.{field} is empty, it must name at least one size in pixels")
+        for size in sizes:
+            sides = tuple(size) if isinstance(size, list | tuple) else (size,)
+            if len(sides) not in (1, 2) or not all(type(side) is int for side in sides):
+                raise ValueError(f"data.{field} has {size!r}, a size must be a whole number of pixels")
+            for side in sides:
+                check_side(
+                    "a size in data.train_sizes" if field == "train_sizes" else "data.image_size", side, multiple
+                )
+
+
+def check_side(name: str, side: int, multiple: int = SIZE_MULTIPLE) -> None:
+    """Raise ValueError, with the nearest right values, for a side of the network's input that is no multiple."""
+    if side >= 1 and side % multiple == 0:
+        return
+    below = max(side, 0) // multiple * multiple
+    nearest = f"{below} and {below + multiple} are" if below else f"{multiple} is"
+    raise ValueError(f"{name} is {side}, it must be a multiple of {multiple} pixels; {nearest} nearest")
+
+
+def _scale_train_sizes(data: ConfigDict, size_before: int) -> None:
+    """Keep the ratio of the training sizes to data.image_size, in multiples of what the network takes."""
+    if not all(isinstance(size, int) for size in (size_before, data.image_size, *data.train_sizes)):
+        return  # pairs: no one ratio
+    ratio = data.image_size / size_before / SIZE_MULTIPLE
+    data.train_sizes = tuple(max(1, round(size * ratio)) * SIZE_MULTIPLE for size in data.train_sizes)
 
 
 def load_function(spec: str, name: str) -> Callable | None:
@@ -53,11 +101,16 @@ def add_missing_fields(config: ConfigDict, defaults: ConfigDict) -> ConfigDict:
 def find_config(name: str) -> pathlib.Path:
     """Return the config file that `name` means: that path, else a file of this name in the project's `configs`.
 
+    Without its `.py` a name is one of the project's first, and a path only after that.
+
     Raises: FileNotFoundError that lists the files of the project.
     """
     path = pathlib.Path(name)
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     candidates = [path, *(root.joinpath(*parts) for root in (CHECKOUT, PACKAGED))]
+    if name and path.suffix != ".py":
+        whole = path.with_name(f"{path.name}.py")
+        candidates += [*(root.joinpath(*parts[:-1], whole.name) for root in (CHECKOUT, PACKAGED)), whole]
     for candidate in candidates:
         if candidate.is_file():
             return candidate.resolve()
@@ -92,8 +145,10 @@ def _load_module(path: pathlib.Path):
     return module
 
 
-def override(config: ConfigDict, field: str, text: str) -> None:
+def override(config: ConfigDict, field: str, text: Any) -> None:
     """Set a dotted field from text: numbers, True/False/None, tuples and names as in Python, else a string.
+
+    What is no text is taken as the value itself.
 
     Raises: ValueError when the field is unknown or the value has another type than the field.
     """
@@ -107,7 +162,7 @@ def override(config: ConfigDict, field: str, text: str) -> None:
     old = node[parts[-1]]
     if isinstance(old, ConfigDict):
         raise ValueError(f"config.{field} is a section with the fields {', '.join(old.keys())}; set one of them")
-    value = _parse(text, old)
+    value = _parse(text, old) if isinstance(text, str) else _fitted(text, old)
     try:
         with node.unlocked():
             node[parts[-1]] = value
@@ -142,6 +197,11 @@ def _parse(text: str, old: object) -> object:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    return _fitted(value, old)
+
+
+def _fitted(value: Any, old: object) -> Any:
+    """The value in the type of the field's present one, where Python has several for the same thing."""
     if isinstance(old, tuple) and value is not None and not isinstance(value, tuple):
         value = tuple(value) if isinstance(value, list) else (value,)
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):

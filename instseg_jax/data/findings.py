@@ -159,7 +159,7 @@ CODES: dict[str, tuple[str, str, str]] = {
     "small_objects": (
         ADVICE,
         "most objects are tiny at the training size",
-        "Train on a larger input (--config.data.image_size and data.train_sizes), or cut the pictures into tiles.",
+        "Train on a larger input (--config.data.image_size), or cut the pictures into tiles.",
     ),
 }
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from instseg_jax.config import check_side
 from instseg_jax.export import parity
 from instseg_jax.files import write_json, write_text
 from instseg_jax.inference.optimize import optimize_for_inference
@@ -33,7 +34,7 @@ from instseg_jax.inference.pipeline import pick_threshold
 from instseg_jax.inference.pipeline_config import load_pipeline_config
 from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.inference.predictor import LoadedModel, load_exported, make_predict
-from instseg_jax.models.mask_rtdetr import SIZE_DIVISOR, MaskRTDETR
+from instseg_jax.models.mask_rtdetr import MaskRTDETR
 from instseg_jax.runtimes.exported import CONFIG, open_export, read_export
 from instseg_jax.runtimes.formats import FORMATS, require
 from instseg_jax.runtimes.onnx import build_graph
@@ -71,8 +72,7 @@ class Request:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"--format is {self.format!r}, it must be one of {', '.join(FORMATS)}")
-        if self.size < SIZE_DIVISOR or self.size % SIZE_DIVISOR:
-            raise ValueError(f"--size is {self.size}, it must be a multiple of {SIZE_DIVISOR} pixels")
+        check_side("--size", self.size)
         if self.batch < 1:
             raise ValueError(f"--batch is {self.batch}, it must be at least 1")
         allowed = FORMATS[self.format].precisions

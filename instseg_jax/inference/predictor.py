@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
-from instseg_jax.config import add_missing_fields, load_config, override
+from instseg_jax.config import add_missing_fields, check_sizes, load_config, override
 from instseg_jax.devices import put_batch, put_replicated, split_over_batch
 from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.postprocess import select_detections
@@ -116,6 +116,7 @@ def load_model(
         raise ValueError(f"{source} does not say which model it is; name one with --config=configs/mask_rtdetr.py:SIZE")
     for field, text in overrides.items():
         override(config, field, text)
+    check_sizes(config.data, ["image_size"])
     class_names = found.class_names or tuple(f"class {i}" for i in range(num_classes))
     category_ids = found.metadata.get("category_ids") or tuple(range(1, num_classes + 1))
     model = build_model(config.model, num_classes)
@@ -194,6 +195,5 @@ def import_checkpoint(config: ConfigDict, source: str, folder: str | os.PathLike
 
 def load_with_overrides(source: str | os.PathLike[str], spec: str | None, overrides: dict[str, str]) -> LoadedModel:
     """A model by its weights, with the config that `spec` (`--config`) names, else its own; overrides apply to it."""
-    if spec is None:
-        return load_model(source, overrides=overrides)
-    return load_model(source, load_config(spec, overrides))
+    config = None if spec is None else load_config(spec, overrides)
+    return load_model(source, config, overrides)

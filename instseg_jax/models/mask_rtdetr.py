@@ -14,9 +14,7 @@ from instseg_jax.models.hgnetv2 import HGNetV2
 from instseg_jax.models.hybrid_encoder import MaskHybridEncoder
 from instseg_jax.models.initial_values import recorded_initializers
 from instseg_jax.models.variants import VARIANTS, Variant, canonical_name
-from instseg_jax.types import DenoisingQueries, FactoredOutputs, Outputs, TrainingOutputs
-
-SIZE_DIVISOR = 32  # the coarsest stride
+from instseg_jax.types import SIZE_MULTIPLE, DenoisingQueries, FactoredOutputs, Outputs, TrainingOutputs
 
 
 class MaskRTDETR(nn.Module):
@@ -124,9 +122,9 @@ def _check_images(images: Array) -> None:
     if images.ndim != 4:
         raise ValueError(f"images must be [batch, height, width, channels], they have shape {images.shape}")
     height, width = images.shape[1:3]
-    if min(height, width) < SIZE_DIVISOR or height % SIZE_DIVISOR or width % SIZE_DIVISOR:
+    if min(height, width) < SIZE_MULTIPLE or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
         raise ValueError(
-            f"images are {height} x {width} pixels (height x width); both must be multiples of {SIZE_DIVISOR}"
+            f"images are {height} x {width} pixels (height x width); both must be multiples of {SIZE_MULTIPLE}"
         )
 
 

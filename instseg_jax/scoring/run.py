@@ -23,10 +23,9 @@ from instseg_jax.memory import peak_memory_mb
 from instseg_jax.progress import track
 from instseg_jax.scoring import tta as tta_room
 from instseg_jax.scoring.outcome import Evaluated, score_results
-from instseg_jax.types import Batch, Detections
+from instseg_jax.types import SIZE_MULTIPLE, Batch, Detections
 
 KINDS = ("segm", "bbox")  # of results of the network
-SIZE_MULTIPLE = 32  # of the network's input, in pixels
 
 
 def evaluate_weights(config: ConfigDict, weights: str | os.PathLike[str]) -> tuple[dict[str, float | None], list[dict]]:

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
+from instseg_jax.config import check_sizes
 from instseg_jax.data import coco, loader
 from instseg_jax.data.source import build_dataset, with_channel_ranges
 from instseg_jax.devices import check_batch_size, make_mesh, put_micro_batches, put_replicated, select_devices
@@ -150,6 +151,7 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
 
     Returns: the run, the state before the first step, the step function.
     """
+    check_sizes(config.data)
     config = with_channel_ranges(config)
     devices = select_devices(config.device)
     mesh = make_mesh(devices)
@@ -182,12 +184,15 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
             text = "%s: %d malformed objects are left out, the first is annotation %d: %s"
             logger.warning(text, name, len(dataset.skipped), first, reason)
     logger.info(
-        "%s: %.1f M parameters, %d classes; %d training and %d validation images; %d steps of %d images on %s",
+        "%s: %.1f M parameters, %d classes; %d training and %d validation images, trained at %s px, evaluated at %s; "
+        "%d steps of %d images on %s",
         config.model.name,
         count_parameters(variables["params"]) / 1e6,
         model.num_classes,
         len(train_loader.dataset),
         len(splits["val"]),
+        ", ".join(str(size) for size in dict.fromkeys(config.data.train_sizes)),
+        config.data.image_size,
         total_steps,
         config.train.batch_size,
         ", ".join(f"{d.platform}:{d.id}" for d in devices),

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from instseg_jax.benchmarks.inference import STEPS, measure_encoding, time_inference
-from instseg_jax.config import load_config
+from instseg_jax.config import check_sizes, load_config
 from instseg_jax.data import coco
 from instseg_jax.data.source import build_dataset
 from instseg_jax.devices import check_batch_size, make_mesh, put_batch, put_replicated, select_devices
@@ -36,6 +36,7 @@ def benchmark(options: argparse.Namespace) -> int:
     if not parts or not set(parts) <= set(PARTS):
         raise ValueError(f"--parts is {options.parts!r}; it may name {' and '.join(PARTS)}, separated by a comma")
     batch_sizes = _whole_numbers(options.batch_sizes)
+    check_sizes(config.data, ["image_size"])
     config = copy.deepcopy(config)
     with config.unlocked():
         config.data.dir = config.data.dir or coco.EMBEDDED

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from instseg_jax.config import load_config
+from instseg_jax.config import check_sizes, load_config
 from instseg_jax.data import check, check_report, findings, repair
 from instseg_jax.data.convert import convert_dataset
 from instseg_jax.data.source import build_dataset
@@ -35,6 +35,7 @@ def _check_dataset(config: ConfigDict, workdir: pathlib.Path, *, is_fixed: bool)
     data, splits = config.data, ("train", "val")
     if data.source != "folder":
         raise ValueError(f"check_dataset looks at folders; data.source is {data.source!r}.")
+    check_sizes(data)
     channels = None if data.channels == 3 and data.scaling == "none" else data.channels
     source, flaws = check.find_source(
         _data_folder(config),

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from instseg_jax.config import check_sizes
 from instseg_jax.data import coco
 from instseg_jax.models.mask_rtdetr import build_model
 from instseg_jax.sweeps import tables
@@ -76,6 +77,7 @@ def _check_variants(plan: Plan) -> None:
     """Raise ValueError or OSError for what would break runs and can be known in moments."""
     for variant in plan.variants:
         data = variant.config.data
+        check_sizes(data)
         build_model(variant.config.model, variant.config.model.num_classes or 1)
         if not data.dir:
             raise ValueError("data.dir is empty; name the data set's folder with --config.data.dir=DIR")

@@ -68,6 +68,20 @@ def test_overrides_are_parted_from_options():
         (["train", "--config=configs/none.py"], "there is no config file 'configs/none.py'"),
         (["train", "--config.data.dir=/no/such/folder"], "/no/such/folder"),
         (["train"], "data.dir is empty"),
+        *(
+            (
+                [verb, "--config=quickstart", *rest, "--config.data.image_size=100"],
+                "image_size is 100, it must be a mul",
+            )
+            for verb, *rest in (
+                ["train"],
+                ["quickstart"],
+                ["check_dataset"],
+                ["sweep", "--axis=train.epochs=1,2"],
+                ["benchmark"],
+                ["evaluate", "--weights=mask_rtdetr_n_pretrained"],
+            )
+        ),
         (["train", "--config.train.epoch=3"], "did you mean config.train.epochs"),
         (["train", "--config.device=tpu:7"], "device is 'tpu:7'"),
         (["train", "--config.device=toaster"], "device is 'toaster'"),
