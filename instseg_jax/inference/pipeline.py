@@ -7,6 +7,7 @@ file in `pipeline_config.py`. Files of results are written in `results.py` and `
 import dataclasses
 import functools
 import logging
+import numbers
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,9 +27,9 @@ from instseg_jax.inference.sources import Source, find_sources, with_bands
 from instseg_jax.inference.streaming import Feeding, Found, stream_instances
 from instseg_jax.models.variants import canonical_name
 from instseg_jax.results.result import Result
-from instseg_jax.runtimes.exported import find_export, with_backend
+from instseg_jax.runtimes.exported import with_backend
 from instseg_jax.types import Detections
-from instseg_jax.weights import PACKAGED_WEIGHTS, PRETRAINED
+from instseg_jax.weights.locate import PACKAGED_WEIGHTS, PRETRAINED, is_there, locate
 
 DEFAULT_WEIGHTS = "output"  # where a training leaves its weights when it is not told otherwise
 DEFAULT_THRESHOLD = 0.5  # where neither call nor weights nor YAML say one
@@ -143,6 +144,8 @@ def create_pipeline(
     use_hpip: bool | None = None,
     hpi_config: Mapping[str, Any] | None = None,
     model_config: ConfigDict | None = None,
+    overrides: Mapping[str, str] | None = None,
+    default_weights: str | os.PathLike[str] = DEFAULT_WEIGHTS,
     accelerate: Accelerate | None = None,
 ) -> Pipeline:
     """Create a pipeline that finds the instances in images.
@@ -151,7 +154,7 @@ def create_pipeline(
       pipeline: "instance_segmentation" (the default), or the path of a YAML file as `get_pipeline_config` writes it.
       config: the content of such a file; it goes before `pipeline`.
       device: auto, cpu, gpu, tpu for the first of a kind, gpu:0,1 for several, which share every batch.
-        None: that of the YAML, else auto.
+        None: that of the YAML, else of `model_config` or `overrides`, else auto.
       weights: workdir of a run, checkpoint, export, or official file; None: those of the YAML, else the run in
         `output`.
       threshold: lowest score, for all classes or by class name; None: as stored with the weights, else of the YAML.
@@ -160,6 +163,8 @@ def create_pipeline(
       hpi_config: settings of that runtime: {"backend": "onnxruntime", "backend_config": {"cpu_num_threads": 4}}; they
         also hold for an export. None: those of the YAML.
       model_config: how the network is built, for files that don't say, see `load_model`.
+      overrides: fields of the config of the weights, {field: text}, to change.
+      default_weights: folder of the run whose weights are used where neither call nor YAML name some.
       accelerate: what `use_hpip` calls, `deploy.accelerate.accelerate` where this is `instseg_jax.create_pipeline`.
 
     Raises: FileNotFoundError without weights; ValueError for settings that are wrong or contradict each other.
@@ -167,9 +172,14 @@ def create_pipeline(
     settings = load_pipeline_config(config if config is not None else Path(pipeline or "instance_segmentation"))
     if config is not None and pipeline is not None:
         log.warning("both pipeline=%s and config are given; config is used", pipeline)
-    model = load_pipeline_model(settings, weights, model_config)
     batch_size = settings.batch_size if batch_size is None else batch_size
-    device = device or settings.device or "auto"
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}, it must be a whole number of at least 1")
+    _check_score(threshold)
+    model = load_pipeline_model(settings, weights, model_config, overrides, default=default_weights)
+    # That of a checkpoint's own config is the machine's on which it was trained.
+    configured = (overrides or {}).get("device") or (model_config.device if model_config is not None else None)
+    device = device or settings.device or configured or "auto"
     model = prepare_runtime(
         model,
         settings.use_hpip if use_hpip is None else use_hpip,
@@ -214,7 +224,7 @@ def load_pipeline_model(
     model_config: ConfigDict | None,
     overrides: Mapping[str, str] | None = None,
     *,
-    default: str = DEFAULT_WEIGHTS,
+    default: str | os.PathLike[str] = DEFAULT_WEIGHTS,
 ) -> predictor.LoadedModel:
     """Load the weights that the call or the YAML names, else those of the last training in `default`, else the
     pretrained size N of the package, which is told as a warning.
@@ -222,10 +232,8 @@ def load_pipeline_model(
     Raises FileNotFoundError for weights that are not there, ValueError for weights of another model than the YAML's
     `model_name`.
     """
-    from instseg_jax.weights.checkpoint import is_checkpoint  # Orbax is slow to import
-
     source = weights or settings.model_dir
-    if source is None and (is_checkpoint(default) or find_export(default)):
+    if source is None and is_there(default):
         source = default
     elif source is None:
         source = PRETRAINED
@@ -236,10 +244,10 @@ def load_pipeline_model(
             Path(default).resolve(),
             PRETRAINED,
         )
-    says_itself = str(source) in PACKAGED_WEIGHTS or find_export(source) or is_checkpoint(source)
-    if model_config is None and not says_itself:
-        model_config = _official_config(settings.model_name or Path(source).name)
-    model = predictor.load_model(source, model_config, overrides)
+    located = locate(source)
+    if model_config is None and located.kind == "file" and located.source not in PACKAGED_WEIGHTS:
+        model_config = _official_config(settings.model_name or located.path.name)
+    model = predictor.load_model(located, model_config, overrides)
     if settings.model_name is not None and canonical_name(settings.model_name) != canonical_name(
         model.config.model.name
     ):
@@ -277,12 +285,19 @@ def thresholds_by_class(threshold: Threshold | None, class_names: Sequence[str],
     for name, value in given.items():
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"threshold is {value!r}, it must be between 0 and 1")
+        _check_score(value)
         if name not in class_names:
             raise ValueError(f"threshold for {name!r}, but the classes are {', '.join(class_names)}")
         chosen[[i for i, known in enumerate(class_names) if known == name]] = value
     return chosen
+
+
+def _check_score(threshold: Threshold | None) -> None:
+    """Raise ValueError for a threshold, or one of a class, that is no score."""
+    for value in threshold.values() if isinstance(threshold, Mapping) else [threshold]:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
+        if value is not None and not (is_number and 0 <= value <= 1):
+            raise ValueError(f"threshold is {value!r}, it must be between 0 and 1")
 
 
 def build_pipeline(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import cast
 
 import jax
@@ -17,9 +18,10 @@ from instseg_jax.devices import put_batch, put_replicated, split_over_batch
 from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, abstract_variables, build_model
-from instseg_jax.runtimes.exported import Export, find_export, open_export, read_export
+from instseg_jax.runtimes.exported import Export, open_export, read_export
 from instseg_jax.types import Detections, HostOrDeviceArray, Outputs
 from instseg_jax.weights import Weights, checkpoint
+from instseg_jax.weights.locate import Located, locate
 
 Predict = Callable[[dict, HostOrDeviceArray], Detections]
 
@@ -83,7 +85,7 @@ def bind(model: LoadedModel, mesh: Mesh, *, device: str, split: bool = False) ->
 
 
 def load_model(
-    source: str | os.PathLike[str] | Weights,
+    source: str | os.PathLike[str] | Located | Weights,
     config: ConfigDict | None = None,
     overrides: Mapping[str, str] | None = None,
 ) -> LoadedModel:
@@ -96,14 +98,13 @@ def load_model(
     Raises: FileNotFoundError or ValueError in one sentence when there are no weights or they do not fit.
     """
     overrides = overrides or {}
-    if not isinstance(source, Weights) and (folder := find_export(source)):
-        exported = load_exported(read_export(folder), config)
-        for field, text in overrides.items():
-            if field.startswith("model."):
-                raise ValueError(f"config.{field}={text} can't change the network of the export {folder}; export again")
-            override(exported.config, field, text)
-        return exported
-    found = source if isinstance(source, Weights) else weights_room.read_weights(source)
+    if isinstance(source, Weights):
+        found = source
+    else:
+        located = locate(source)
+        if located.kind == "export":
+            return _load_exported_with(located.path, config, overrides)
+        found = weights_room.read_weights(located)
     source = found.source
     num_classes = found.num_classes
     if num_classes is None:
@@ -135,6 +136,15 @@ def load_model(
         thresholds=found.thresholds,
         source=str(source),
     )
+
+
+def _load_exported_with(folder: Path, config: ConfigDict | None, overrides: Mapping[str, str]) -> LoadedModel:
+    exported = load_exported(read_export(folder), config)
+    for field, text in overrides.items():
+        if field.startswith("model."):
+            raise ValueError(f"config.{field}={text} can't change the network of the export {folder}; export again")
+        override(exported.config, field, text)
+    return exported
 
 
 def load_exported(export: Export, config: ConfigDict | None = None) -> LoadedModel:

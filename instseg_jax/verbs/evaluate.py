@@ -15,11 +15,12 @@ from instseg_jax.files import write_json
 from instseg_jax.images import read_image
 from instseg_jax.inference.predictor import load_with_overrides
 from instseg_jax.inference.tiling import Tiles
-from instseg_jax.runtimes.exported import find_export, read_export, save_export_thresholds
+from instseg_jax.runtimes.exported import read_export, save_export_thresholds
 from instseg_jax.scoring import tta as tta_room
 from instseg_jax.scoring.outcome import Evaluated, score_results, write_outcome
 from instseg_jax.scoring.run import score_model
 from instseg_jax.weights import checkpoint
+from instseg_jax.weights.locate import locate
 
 SHOWN_METRICS = ("AP", "AP50", "AP75")
 DEFAULTS = "configs/mask_rtdetr.py:l"  # where there is no model
@@ -107,9 +108,9 @@ def _score_file(options: argparse.Namespace) -> Evaluated:
 def _save_thresholds(weights: str | os.PathLike[str], analysis: Analysis) -> None:
     if analysis.thresholds is None:
         raise ValueError("--save_thresholds: nothing was found on the validation images, so no score is a threshold")
-    folder = find_export(weights)
-    if folder is None:
-        file = checkpoint.save_thresholds(weights, analysis.thresholds)
+    located = locate(weights)
+    if located.kind == "export":
+        file = save_export_thresholds(read_export(located.path), analysis.thresholds)
     else:
-        file = save_export_thresholds(read_export(folder), analysis.thresholds)
+        file = checkpoint.save_thresholds(located.path, analysis.thresholds)
     print(f"thresholds:  {file}")

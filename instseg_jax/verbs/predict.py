@@ -11,23 +11,14 @@ from rich.progress import Progress
 
 from instseg_jax.config import load_config
 from instseg_jax.export.accelerate import accelerate
-from instseg_jax.inference.pipeline import (
-    Pipeline,
-    build_pipeline,
-    load_pipeline_model,
-    pick_threshold,
-    prepare_runtime,
-)
-from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_config, write_pipeline_config
-from instseg_jax.inference.predictor import LoadedModel
+from instseg_jax.inference.pipeline import Pipeline, create_pipeline
+from instseg_jax.inference.pipeline_config import write_pipeline_config
 from instseg_jax.inference.sources import find_sources
 from instseg_jax.results.saving import check_formats, save_results
 
 
 def predict(options: argparse.Namespace) -> int:
     """Segment pictures, videos and rasters, and write what was found."""
-    if options.threshold is not None and not 0 <= options.threshold <= 1:
-        raise ValueError(f"--threshold is {options.threshold}, it must be between 0 and 1")
     formats = check_formats(options.formats.split(","))
     _, count = find_sources(options.input, channels="rgb")  # before the weights: a wrong path is told at once
     pipeline = _pipeline(options)
@@ -89,34 +80,15 @@ def get_pipeline_config(options: argparse.Namespace) -> int:
 
 def _pipeline(options: argparse.Namespace) -> Pipeline:
     """The pipeline that a command names: by its YAML, its weights, and fields of the config."""
-    settings = load_pipeline_config(options.pipeline)
-    given = load_config(options.config, options.overrides) if options.config else None
-    overrides = {} if options.config else options.overrides
-    model = load_pipeline_model(settings, options.weights, given, overrides, default=options.workdir)
-    device = options.device or settings.device or model.config.device
-    model = prepare_runtime(
-        model,
-        options.use_hpip or settings.use_hpip,
-        settings.hpi_config,
-        device=device,
-        batch_size=options.batch_size or settings.batch_size,
+    return create_pipeline(
+        options.pipeline,
+        device=options.device,
+        weights=options.weights,
+        threshold=options.threshold,
+        batch_size=options.batch_size,
+        use_hpip=options.use_hpip or None,
+        model_config=load_config(options.config, options.overrides) if options.config else None,
+        overrides={} if options.config else options.overrides,
+        default_weights=options.workdir,
         accelerate=accelerate,
-    )
-    return build_from(model, options.threshold, settings, options.batch_size, device)
-
-
-def build_from(
-    model: LoadedModel,
-    threshold: float | None,
-    settings: PipelineConfig,
-    batch_size: int | None = None,
-    device: str | None = None,
-) -> Pipeline:
-    """A pipeline of a loaded model, with settings of the command line before those of the YAML."""
-    return build_pipeline(
-        model,
-        device=device or model.config.device,
-        threshold=pick_threshold(threshold, model, settings),
-        batch_size=batch_size or settings.batch_size,
-        visualize=settings.visualize,
     )

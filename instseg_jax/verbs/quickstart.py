@@ -7,7 +7,7 @@ import time
 from instseg_jax.config import load_config
 from instseg_jax.data import coco
 from instseg_jax.data.source import build_dataset
-from instseg_jax.inference.pipeline_config import load_pipeline_config
+from instseg_jax.inference.pipeline import create_pipeline
 from instseg_jax.inference.predictor import load_model
 from instseg_jax.progress import track
 from instseg_jax.results.saving import save_results
@@ -16,7 +16,6 @@ from instseg_jax.scoring.run import score_model
 from instseg_jax.training import loop
 from instseg_jax.verbs.evaluate import print_metrics
 from instseg_jax.verbs.export import check_best_export, export_best
-from instseg_jax.verbs.predict import build_from
 from instseg_jax.weights import PRETRAINED, checkpoint
 
 
@@ -49,7 +48,7 @@ def quickstart(options: argparse.Namespace) -> int:
     print("4/4  prediction")
     images = [splits["val"].image_path(i) for i in range(len(splits["val"]))]
     predictions = workdir / "predictions"
-    pipeline = build_from(load_model(workdir, config), options.threshold, load_pipeline_config("instance_segmentation"))
+    pipeline = create_pipeline(weights=workdir, model_config=config, threshold=options.threshold)
     results = track(pipeline.predict(images), "predicting", len(images))
     save_results(results, predictions, formats=("img", "json"))
     minutes = (time.monotonic() - started) / 60

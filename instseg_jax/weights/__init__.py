@@ -1,25 +1,23 @@
 """Weights: official files in and out, checkpoints, downloads.
 
-`read_weights` reads any of them; `merge_weights` puts what was read into an initialised model, strictly.
+`locate` says what lies at a path, `read_weights` reads it, and `merge_weights` puts what was read into an initialised
+model, strictly.
 """
 
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from instseg_jax.weights.download import KNOWN_WEIGHTS, fetch_weights, is_downloadable
+from instseg_jax.weights.locate import PACKAGED_WEIGHTS as PACKAGED_WEIGHTS
+from instseg_jax.weights.locate import PRETRAINED as PRETRAINED
+from instseg_jax.weights.locate import Located, locate
 from instseg_jax.weights.merge import MergeSummary, is_backbone_state, load_backbone, merge_variables
 from instseg_jax.weights.names import COCO_CLASSES, official_to_flax
 from instseg_jax.weights.paddle import read_pdparams
 from instseg_jax.weights.state_dicts import read_safetensors, read_safetensors_metadata
-
-PRETRAINED = "mask_rtdetr_n_pretrained"
-PACKAGED_WEIGHTS = {PRETRAINED: Path(__file__).parent / "pretrained" / "mask_rtdetr_n.safetensors"}
-"""Weights that come with the package, by name; what they were trained on stands beside them in SOURCES.md."""
 
 _SCORE_BIAS = "transformer.score_head.bias"
 _READERS = {".pdparams": read_pdparams, ".pdema": read_pdparams, ".safetensors": read_safetensors}
@@ -44,48 +42,42 @@ class Weights:
         return int(self.variables["params"]["transformer"]["score_head"]["bias"].shape[0])
 
 
-def read_weights(source: str | os.PathLike[str], *, class_names: Sequence[str] | None = None) -> Weights:
+def read_weights(source: str | os.PathLike[str] | Located, *, class_names: Sequence[str] | None = None) -> Weights:
     """Return the weights at `source`: an official `.pdparams` or `.safetensors` file, a checkpoint or the WORKDIR
     of a run, an http(s) address of such a file, or a known name (`PACKAGED_WEIGHTS`, `download.KNOWN_WEIGHTS`).
 
     `class_names` names the classes of a file that doesn't; official files with 80 classes have those of COCO. Half
     precision is widened to float32.
-    Raises FileNotFoundError when there is nothing at `source`, ValueError when it holds no weights.
+    Raises FileNotFoundError when there is nothing at `source`, ValueError when it holds no weights, as an export.
     """
-    path = PACKAGED_WEIGHTS.get(str(source)) or Path(source)
-    if is_downloadable(str(source)):
-        path = fetch_weights(str(source))
-    if path.suffix not in _READERS:
-        if path.is_file():
-            raise ValueError(f"weights file {path} does not end with one of {', '.join(_READERS)}")
-        return _read_checkpoint(path, class_names)
-    if not path.exists():
-        raise FileNotFoundError(f"no weights file {path}")
+    located = locate(source)
+    path = located.path
+    if located.kind == "export":
+        raise ValueError(f"{path} is an exported model; name the checkpoint it was made from")
+    if located.kind == "checkpoint":
+        return _read_checkpoint(located, class_names)
     state = {name: _widened(tensor) for name, tensor in _READERS[path.suffix](path).items()}
     metadata = read_safetensors_metadata(path) if path.suffix == ".safetensors" else {}
     class_names = class_names or metadata.get("class_names")
     if is_backbone_state(state):
-        return Weights(str(source), None, state, None, {})
+        return Weights(located.source, None, state, None, {})
     if class_names is None and _SCORE_BIAS in state and state[_SCORE_BIAS].shape == (len(COCO_CLASSES),):
         class_names = COCO_CLASSES
     names = tuple(class_names) if class_names else None
-    return Weights(str(source), official_to_flax(state), None, names, metadata, metadata.get("thresholds"))
+    return Weights(located.source, official_to_flax(state), None, names, metadata, metadata.get("thresholds"))
 
 
 def _widened(tensor: np.ndarray) -> np.ndarray:
     return tensor.astype(np.float32) if tensor.dtype == np.float16 else tensor
 
 
-def _read_checkpoint(path: Path, class_names: Sequence[str] | None) -> Weights:
+def _read_checkpoint(located: Located, class_names: Sequence[str] | None) -> Weights:
     from instseg_jax.weights import checkpoint  # Orbax is slow to import
 
-    if not path.exists() and not checkpoint.is_checkpoint(path):
-        known = ", ".join([*KNOWN_WEIGHTS, *PACKAGED_WEIGHTS])
-        raise FileNotFoundError(f"weights {str(path)!r} are no file, no checkpoint, and none of {known}")
-    variables, metadata = checkpoint.load_inference_checkpoint(path)
+    variables, metadata = checkpoint.load_inference_checkpoint(located.path)
     names = class_names or metadata.get("class_names")
-    thresholds = checkpoint.read_thresholds(path)
-    return Weights(str(path), variables, None, tuple(names) if names else None, metadata, thresholds)
+    thresholds = checkpoint.read_thresholds(located.path)
+    return Weights(located.source, variables, None, tuple(names) if names else None, metadata, thresholds)
 
 
 def merge_weights(

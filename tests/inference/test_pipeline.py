@@ -4,6 +4,7 @@ import dataclasses
 import http.server
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,7 @@ from instseg_jax.inference import sources, streaming
 from instseg_jax.inference.pipeline import build_pipeline, create_pipeline, pick_threshold, thresholds_by_class
 from instseg_jax.inference.pipeline_config import load_pipeline_config, write_pipeline_config
 from instseg_jax.masks import decode_rle
+from instseg_jax.weights.locate import Located
 
 ONE = picture((0, 10, 20, 30, 50), (2, 40, 8, 60, 28))
 TWO = picture((1, 5, 5, 25, 15))
@@ -308,20 +310,31 @@ def test_a_missing_or_odd_file_is_told(tmp_path):
         load_pipeline_config(tmp_path / "odd.yaml")
 
 
+@pytest.fixture
+def everything_is_there(monkeypatch):
+    """Any weights are found: what has a suffix, or a known name, as a file, the rest as a checkpoint."""
+
+    def locate(source):
+        is_file = pathlib.Path(source).suffix or "coco" in str(source)
+        return Located("file" if is_file else "checkpoint", pathlib.Path(source), str(source))
+
+    monkeypatch.setattr(pipeline_module, "locate", locate)
+
+
 def test_create_pipeline_without_weights_takes_those_of_the_package_and_says_so(tmp_path, monkeypatch, caplog):
     asked = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         pipeline_module.predictor,
         "load_model",
-        lambda source, *rest: asked.append(source) or make_model(thresholds=None),
+        lambda source, *rest: asked.append(str(source)) or make_model(thresholds=None),
     )
     instseg_jax.create_pipeline("instance_segmentation", device="cpu")
     assert asked == ["mask_rtdetr_n_pretrained"]
     assert "quickstart" in caplog.text and "weights=" in caplog.text
 
 
-def test_create_pipeline_takes_weights_and_settings_in_their_order(tmp_path, monkeypatch):
+def test_create_pipeline_takes_weights_and_settings_in_their_order(tmp_path, monkeypatch, everything_is_there):
     loaded = []
 
     def load_model(source, config=None, overrides=None):
@@ -350,7 +363,7 @@ def test_create_pipeline_takes_weights_and_settings_in_their_order(tmp_path, mon
         ("mask_rtdetr_small.pdparams", None, None),
     ],
 )
-def test_official_files_are_known_by_their_name(monkeypatch, weights, model_name, size):
+def test_official_files_are_known_by_their_name(monkeypatch, everything_is_there, weights, model_name, size):
     given = []
 
     def load_model(source, config=None, overrides=None):
@@ -364,7 +377,7 @@ def test_official_files_are_known_by_their_name(monkeypatch, weights, model_name
     assert given == [size and f"mask_rtdetr_{size}"]
 
 
-def test_high_performance_is_not_promised_in_vain(monkeypatch, caplog):
+def test_high_performance_is_not_promised_in_vain(monkeypatch, caplog, everything_is_there):
     monkeypatch.setattr(pipeline_module.predictor, "load_model", lambda *_: make_model())
     create_pipeline(weights="x", device="cpu", use_hpip=True)
     assert "use_hpip" in caplog.text
@@ -419,7 +432,7 @@ def test_sources_are_counted_where_that_is_cheap(folder):
     assert count([ONE, str(folder / "a.png")]) == 2 and count([folder]) is None
 
 
-def test_the_device_of_the_yaml_counts_where_the_call_names_none(tmp_path, monkeypatch):
+def test_the_device_of_the_yaml_counts_where_the_call_names_none(tmp_path, monkeypatch, everything_is_there):
     named = []
     monkeypatch.setattr(pipeline_module.predictor, "load_model", lambda *arguments: make_model(thresholds=None))
     monkeypatch.setattr(pipeline_module, "build_pipeline", lambda model, **settings: named.append(settings["device"]))

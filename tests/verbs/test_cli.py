@@ -89,7 +89,7 @@ def test_overrides_are_parted_from_options():
         (["predict", "--weights=/no/weights", "--input={picture}"], "/no/weights"),
         (["predict", "--weights={folder}", "--input={picture}"], "no checkpoint"),
         (["evaluate", "--weights=/no/weights"], "/no/weights"),
-        (["predict", "--input={picture}", "--threshold=7"], "--threshold is 7.0"),
+        (["predict", "--input={picture}", "--threshold=7"], "threshold is 7.0, it must be between 0 and 1"),
         (["predict", "--input={empty}", "--weights=x"], "there is no picture"),
         (["predict", "--input={picture}", "--formats=img,gif"], "got gif"),
         (["predict", "--input={picture}", "--weights=x", "--pipeline=none.yaml"], "none.yaml"),
