@@ -21,7 +21,7 @@ MAX_PICTURES = 10  # drawn of each split, as the official check does
 MAX_SIDE = 1280  # pixels of a drawing
 MAX_BARS = 40  # classes of the histogram, the most frequent ones
 COLORS = {"train": (43, 108, 176), "val": (221, 107, 32)}
-DrawInstances = Callable[..., np.ndarray]  # inference.visualize.draw_instances
+DrawInstances = Callable[..., np.ndarray]  # results.visualize.draw_instances
 
 
 def write_report(
@@ -219,6 +219,7 @@ def _draw_pictures(
     file, facts = check.files[split], check.pictures[split]
     usable = [i for i in file.images if facts[i].error is None and facts[i].size == _size_of(file.images[i])]
     usable = [i for i in usable if file.objects[i]] or usable
+    index = {id_: i for i, id_ in enumerate(sorted(file.categories))}  # of the class, as training has it
     paths = []
     for position in np.linspace(0, len(usable) - 1, min(MAX_PICTURES, len(usable))).round().astype(int):
         image_id = usable[position]
@@ -226,7 +227,7 @@ def _draw_pictures(
         drawn = draw_instances(
             read_shown(check.source.splits[split][1] / image.file_name),
             boxes_xyxy_px=np.array([_corners(o.annotation.box_xywh_px) for o in objects]).reshape(-1, 4),
-            labels=[o.category_id for o in objects],
+            labels=[index[o.category_id] for o in objects],
             names=[file.categories[o.category_id] for o in objects],
             scores=None,
             masks=[masks.segmentation_to_rle(o.annotation.segmentation, image.height, image.width) for o in objects],

@@ -101,10 +101,18 @@ def instance_colors(labels: Sequence[int]) -> list[tuple[int, int, int]]:
     seen: Counter[int] = Counter()
     colors = []
     for label in map(int, labels):
-        lightness, offset = SHADES[seen[label] % len(SHADES)]
-        colors.append(_oklch_to_rgb(lightness, CHROMA, FIRST_HUE + GOLDEN_ANGLE * label + offset))
+        colors.append(class_color(label, seen[label]))
         seen[label] += 1
     return colors
+
+
+def class_color(index: int, rank: int = 0) -> tuple[int, int, int]:
+    """The RGB colour of the instance number `rank` of a class in a picture, wherever it is drawn.
+
+    The hue follows from the class index, the shade from the rank; shades repeat after `len(SHADES)`.
+    """
+    lightness, offset = SHADES[rank % len(SHADES)]
+    return _oklch_to_rgb(lightness, CHROMA, FIRST_HUE + GOLDEN_ANGLE * index + offset)
 
 
 def _oklch_to_rgb(lightness: float, chroma: float, hue: float) -> tuple[int, int, int]:

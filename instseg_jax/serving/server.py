@@ -16,6 +16,7 @@ import functools
 import hashlib
 import hmac
 import importlib.resources
+import json
 import logging
 import re
 import signal
@@ -31,6 +32,7 @@ from instseg_jax.images import decode_image
 from instseg_jax.inference.pipeline import Pipeline, thresholds_by_class
 from instseg_jax.inference.sources import Source
 from instseg_jax.results.result import Result
+from instseg_jax.results.visualize import SHADES, class_color
 from instseg_jax.serving.batching import Batcher, QueueFullError
 from instseg_jax.serving.fetch import FetchError, fetch_url
 
@@ -262,6 +264,11 @@ def _add_segmentation(app: FastAPI, server: Server) -> None:
 
 def _add_pages(app: FastAPI, server: Server) -> None:
     page = importlib.resources.files("instseg_jax.serving").joinpath("page.html").read_text(encoding="utf-8")
+    palette = [
+        ["#{:02x}{:02x}{:02x}".format(*class_color(index, rank)) for rank in range(len(SHADES))]
+        for index in range(len(server.pipeline.class_names))
+    ]
+    page = page.replace("const PALETTE = [];", f"const PALETTE = {json.dumps(palette)};", 1)
     # Only the page's own script and style run, and nothing is loaded from elsewhere.
     sources = {
         f"{kind}-src": " ".join(

@@ -15,6 +15,8 @@ pytest.importorskip("fastapi")
 from fastapi.responses import HTMLResponse
 from running_server import LIMITS, Running, encode
 
+from instseg_jax.results.visualize import instance_colors
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PICTURE = picture((0, 100, 40, 180, 120), (0, 20, 20, 60, 70), (2, 200, 60, 280, 180), size=(200, 300))
 # The page in a frame; a file is dropped on it as a person would, then what it shows is written out.
@@ -88,3 +90,13 @@ def test_the_page_runs_nothing_but_itself():
     policy = headers["content-security-policy"]
     assert status == 200 and "default-src 'none'" in policy and "unsafe" not in policy
     assert "sha256-" in policy and "http" not in re.sub(r"<!doctype.*?>", "", text)
+
+
+def test_the_page_colours_classes_as_drawings_do():
+    with Running(make_pipeline(), LIMITS) as running:
+        _, text, _ = running.send(b"", path="/", method="GET")
+    palette = json.loads(re.search(r"const PALETTE = (\[.*?\]);", text)[1])
+    assert len(palette) == 3 and len({shade for shades in palette for shade in shades}) == 3 * len(palette[0])
+    for index, shades in enumerate(palette):
+        drawn = instance_colors([index] * len(shades))
+        assert [tuple(bytes.fromhex(shade[1:])) for shade in shades] == drawn

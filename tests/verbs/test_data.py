@@ -127,3 +127,22 @@ def test_prepare_says_how_to_use_it(tmp_path, capsys):
     assert "train: 4 images, 8 objects" in said and "--config.data.source=tfds" in said
     assert main(words) == 1
     assert "is there already" in capsys.readouterr().err
+
+
+def test_classes_have_the_colours_of_their_index(tmp_path, capsys, monkeypatch):
+    """As in predictions of a model that is trained on the data, whatever the category ids are."""
+    from instseg_jax.verbs import data
+
+    drawn = []
+
+    def draw_instances(image, *, labels, names, **_):
+        drawn.extend(zip(names, labels, strict=True))
+        return image
+
+    monkeypatch.setattr(data, "draw_instances", draw_instances)
+    root = write_dataset(tmp_path / "my_data")
+    assert check(capsys, root, tmp_path / "output")[0] == 0
+    content = json.loads((root / "annotations/instance_train.json").read_text())
+    ids = sorted(category["id"] for category in content["categories"])
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    assert ids != [0, 1] and set(drawn) == {(names[id_], i) for i, id_ in enumerate(ids)}
