@@ -17,6 +17,7 @@ import instseg_jax
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 HUGE_PAGES_SWITCH = "INSTSEG_HUGE_PAGES"
 OPENCV_SWITCH = "OPENCV_LOG_LEVEL"
+XLA_SWITCH = "TF_CPP_MIN_LOG_LEVEL"
 VERB_FILES = {  # the file of `verbs/` that holds a verb, where it has another name
     "check_dataset": "data",
     "convert": "data",
@@ -243,6 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     os.environ.setdefault(OPENCV_SWITCH, "ERROR")  # its warnings of broken files say what we say, amid our bars
+    os.environ.setdefault(XLA_SWITCH, "3")  # its alarms at long compilations; what fails comes as an exception too
     debug = "--debug" in arguments
     try:
         arguments, overrides = split_overrides(arguments)
@@ -262,6 +264,20 @@ def main(arguments: list[str] | None = None) -> int:
         name = type(error).__name__
         print(f"error: unexpected {name}: {_one_line(error)} (--debug shows where)", file=sys.stderr)
     return 1
+
+
+def run() -> NoReturn:
+    """The program itself: run one verb and end the process with its exit code.
+
+    A program that XLA still compiles when a signal ends a training is not waited for.
+    """
+    code = main()
+    busy = sys.modules.get("instseg_jax.training.signals")
+    if busy is not None and busy.is_still_working():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def call(*arguments: str) -> int:
@@ -307,4 +323,4 @@ def _relaunch_with_huge_pages() -> None:
 
 
 if __name__ == "__main__":  # python -m instseg_jax.cli
-    raise SystemExit(main())
+    run()

@@ -9,6 +9,14 @@ from rich.progress import track as track_in_terminal
 Item = TypeVar("Item")
 
 
+def say_duration(seconds: float) -> str:
+    """Hours, minutes and seconds, with days where there are any: `3 d 01:02:03`."""
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{days} d {hour:02d}:{minute:02d}:{second:02d}" if days else f"{hour:02d}:{minute:02d}:{second:02d}"
+
+
 def track(items: Iterable[Item], text: str, total: int | None) -> Iterator[Item]:
     """Go through `items`, `total` of them (None: unknown), beside a bar; in a notebook, where that needs more packages,
     without one.

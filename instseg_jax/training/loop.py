@@ -11,14 +11,11 @@ import logging
 import math
 import os
 import pathlib
-import signal
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
@@ -31,6 +28,7 @@ from instseg_jax.models.mask_rtdetr import MaskRTDETR, build_model, count_parame
 from instseg_jax.training.curves import draw_training
 from instseg_jax.training.metrics import MetricsFile, TrainingProgress, check_tensorboard, open_log
 from instseg_jax.training.optimizer import build_optimizer, build_schedule
+from instseg_jax.training.signals import Interrupted, StopSignals
 from instseg_jax.training.state import TrainState, initial_state
 from instseg_jax.training.step import build_train_step
 from instseg_jax.training.validation import History, Score, build_score, keep_best, open_history
@@ -124,7 +122,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict:
     history = open_history(workdir, config.eval.best_metric, int(state.step))
     started = time.monotonic()
     try:
-        state, end = _run_steps(run, step_function, state, manager, history)
+        steps, end = _run_steps(run, step_function, state, manager, history)
     finally:
         manager.wait_until_finished()
         manager.close()
@@ -134,9 +132,9 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict:
         "config": CONFIG,
         "train_log": LOG,
         "metrics_log": METRICS,
-        "models": describe_models(workdir),
+        "models": describe_models(workdir, config.eval.best_metric),
         "end": end,
-        "steps": int(state.step),
+        "steps": steps,
         "total_steps": run.total_steps,
         "best_metric": config.eval.best_metric,
         "best_score": history.best,
@@ -216,20 +214,46 @@ def _start_from_weights(config: ConfigDict, variables: dict, class_names: Sequen
         ) from error
 
 
-def _run_steps(run: Run, step_function, state: TrainState, manager, history: History) -> tuple[TrainState, str]:
+def _run_steps(run: Run, step_function, state: TrainState, manager, history: History) -> tuple[int, str]:
     """The loop: a step, its predecessor's numbers, now and then a checkpoint or an evaluation.
 
-    Returns: the last state, and why it is the last: "finished", "stopped early" (no better score for long) or
-      "stopped" (by a signal).
+    A step is saved before it is evaluated, so no evaluation can lose what was trained; one that did not come to its
+    end is made when the run resumes.
+
+    Returns: the number of steps that are done, and why no more are: "finished", "stopped early" (no better score for
+      long) or "stopped" (by a signal).
     """
-    config, start = run.config, int(state.step)
-    metrics_file = MetricsFile(run.workdir, start, use_tensorboard=config.log.tensorboard)
-    progress = TrainingProgress(run.total_steps, start, run.logger)
+    config, done = run.config, int(state.step)
+    metrics_file = MetricsFile(run.workdir, done, use_tensorboard=config.log.tensorboard)
     evaluate_every = max(1, round(config.eval.every_epochs * run.steps_per_epoch))
+    progress = TrainingProgress(run.total_steps, done, run.logger, evaluate_every=evaluate_every)
     patience = config.train.early_stopping
-    bad_steps = 0
-    batches = run.train_loader.batches(start_step=start)
+    bad_steps, saved = 0, done
+    batches = run.train_loader.batches(start_step=done)
     pending, end = None, "finished"
+    compiled: set[tuple[int, ...]] = set()  # shapes of pictures that the step has seen
+
+    def is_due(step: int) -> bool:
+        return step > 0 and (step % evaluate_every == 0 or step == run.total_steps)
+
+    def save(*, wait: bool = False) -> None:
+        nonlocal saved
+        if done > saved:
+            checkpoint.save(manager, done, state, run.metadata(done, history.best), wait=wait)
+            saved = done
+
+    def advance(shape: tuple[int, ...], parts: list) -> tuple[TrainState, dict]:
+        if shape in compiled:
+            return step_function(state, parts)
+        save()  # a signal while the step compiles gives it up
+        with progress.compiling(shape[1:3]):
+            found = stop.listen(lambda: step_function(state, parts))
+        compiled.add(shape)
+        return found
+
+    def evaluate() -> None:
+        with progress.evaluating():
+            _evaluate(run, state, done, history, metrics_file, stop)
 
     def fetch(step: int, metrics: dict, image_index: np.ndarray) -> bool:
         """Write the numbers of a step that has ended; says whether it was skipped."""
@@ -248,48 +272,49 @@ def _run_steps(run: Run, step_function, state: TrainState, manager, history: His
             progress.update(step + 1, row)
         return skipped
 
-    with _stop_signals() as stop:
+    closing = contextlib.closing
+    with closing(metrics_file), closing(progress), closing(batches), StopSignals() as stop:
         try:
-            for step in range(start, run.total_steps):
+            if is_due(done) and not history.has(done):
+                evaluate()
+            while done < run.total_steps:
                 if patience is not None and history.since_better >= patience:
                     run.logger.info("no better %s in %d evaluations: training ends", history.metric, patience)
                     end = "stopped early"
                     break
                 batch = next(batches)
                 parts = put_micro_batches(batch, run.mesh, config.train.micro_batches)
-                state, metrics = step_function(state, parts)
+                state, metrics = advance(batch.images.shape, parts)
                 if pending is not None:
                     bad_steps = bad_steps + 1 if fetch(*pending) else 0
-                pending = (step, metrics, np.asarray(batch.image_index))
+                pending = (done, metrics, np.asarray(batch.image_index))
                 if bad_steps >= config.train.max_skipped_steps:
                     raise RuntimeError(
                         f"{bad_steps} steps in a row had losses or gradients that are not finite; "
                         f"see {run.workdir / LOG} for the images and terms. The last checkpoint is intact."
                     )
-                done = step + 1
-                is_last = done == run.total_steps
-                score = None
-                if done % evaluate_every == 0 or is_last:
-                    score = _evaluate(run, state, done, history, metrics_file)
+                done += 1
                 must_stop = stop.asked(done)
-                if done % config.checkpoint.every_steps == 0 or is_last or must_stop or score is not None:
-                    checkpoint.save(manager, done, state, run.metadata(done, history.best, score))
-                if must_stop and not is_last:
-                    run.logger.info("stopped by a signal at step %d; the same command goes on from there", done)
-                    end = "stopped"
-                    break
-            if pending is not None:
-                fetch(*pending)
-        finally:
-            batches.close()
-            progress.close()
-            metrics_file.close()
-    return state, end
+                if is_due(done) or must_stop or done % config.checkpoint.every_steps == 0:
+                    save(wait=is_due(done))
+                if must_stop:
+                    raise Interrupted
+                if is_due(done):
+                    evaluate()
+        except Interrupted:
+            what = f"stopped by a signal at step {done}" if done else "stopped by a signal before the first step"
+            run.logger.info("%s; the same command goes on from there", what)
+            end = "stopped"
+        if pending is not None:
+            fetch(*pending)
+    return done, end
 
 
-def _evaluate(run: Run, state: TrainState, step: int, history: History, metrics_file: MetricsFile) -> float | None:
+def _evaluate(
+    run: Run, state: TrainState, step: int, history: History, metrics_file: MetricsFile, stop: StopSignals
+) -> None:
     """Score the averaged weights on the validation images; keep them when they are the best so far."""
-    metrics, results = run.score(state.ema_variables)
+    metrics, results = stop.listen(lambda: run.score(state.ema_variables))
     score = metrics[history.metric]
     is_best = history.add(step, metrics)
     metrics_file.write_events(step, metrics)
@@ -308,36 +333,3 @@ def _evaluate(run: Run, state: TrainState, step: int, history: History, metrics_
         keep_best(run.workdir, variables, run.metadata(step, history.best, score), metrics, results)
     if jax.process_index() == 0:
         draw_training(run.workdir)
-    return score
-
-
-class _stop_signals:
-    """While inside, SIGTERM and the first SIGINT only ask to stop.
-
-    Several processes must stop at the same step: JAX's coordinator hears of a SIGTERM to any of them and names it.
-    """
-
-    def __enter__(self) -> "_stop_signals":
-        self._is_asked = False
-        self._before: dict[int, Any] = {}
-        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        for number in numbers:
-            try:
-                self._before[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread: whoever owns it handles signals
-                break
-        return self
-
-    def _ask(self, number: int, frame) -> None:
-        self._is_asked = True
-        signal.signal(number, self._before[number] or signal.SIG_DFL)
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-    def asked(self, step: int) -> bool:
-        """Whether to stop after this step; the same answer in every process."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._is_asked

@@ -1,17 +1,24 @@
 """What a run says while it goes: rows in metrics.jsonl, a log file, a progress line."""
 
+import collections
+import contextlib
 import importlib.util
 import json
 import logging
+import math
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from instseg_jax.progress import say_duration
 from instseg_jax.training.workdir import METRICS, keep_rows
+
+COMPILING_SECONDS = 40  # with the first step, on two idle CPU cores: 24 (N, 192 px), 33 (S, 640 px), 41 (L, 640 px)
 
 
 class MetricsFile:
@@ -84,40 +91,77 @@ def open_log(path: pathlib.Path) -> logging.Logger:
 
 
 class TrainingProgress:
-    """A live bar in a terminal; elsewhere a plain line now and then."""
+    """A live bar in a terminal; elsewhere a plain line now and then.
+
+    The time that is left comes from the last steps and the last evaluation: compiling, saving and the evaluations
+    themselves do not count into the time of a step.
+    """
 
     PLAIN_SECONDS = 30.0
+    WINDOW = 50  # steps
 
-    def __init__(self, total_steps: int, start_step: int, logger: logging.Logger):
-        self._total, self._logger = total_steps, logger
-        self._started, self._start_step = time.monotonic(), start_step
-        self._last_line = self._started
+    def __init__(self, total_steps: int, start_step: int, logger: logging.Logger, *, evaluate_every: int):
+        self._total, self._logger, self._evaluate_every = total_steps, logger, evaluate_every
+        self._seconds: collections.deque[float] = collections.deque(maxlen=self.WINDOW)  # of the last steps
+        self._evaluation_seconds = 0.0
+        self._mark: float | None = None  # when the step began that is going on; None: its time does not count
+        self._last_line: float | None = None
         console = Console()
         self._bar = None
         if console.is_terminal and jax.process_index() == 0:
-            times = TimeElapsedColumn(), TimeRemainingColumn()
-            text = TextColumn("{task.fields[text]}")
-            columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), *times, text
+            texts = (TextColumn("{task.fields[left]}"), TextColumn("{task.fields[text]}"))
+            columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *texts
             self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task("training", total=total_steps, completed=start_step, text="")
+            self._task = self._bar.add_task("training", total=total_steps, completed=start_step, text="", left="")
             self._bar.start()
 
     def update(self, step: int, row: dict) -> None:
         """Show that `step` steps are done; `row` holds `loss` and, where there are any, its terms."""
+        now = time.monotonic()
+        if self._mark is not None:
+            self._seconds.append(now - self._mark)
+        self._mark = now
         text = "loss {loss:.3f}".format(**row)
         for name in ("loss/class", "loss/box_giou", "loss/mask_dice"):
             if name in row:
                 text += f"  {name.removeprefix('loss/')} {row[name]:.3f}"
         if self._bar:
-            self._bar.update(self._task, completed=step, text=text)
-            return
+            self._bar.update(self._task, completed=step, text=text, left=self._left(step))
+        elif self._last_line is None or now - self._last_line >= self.PLAIN_SECONDS or step == self._total:
+            self._last_line = now
+            left = self._left(step)
+            self._logger.info("step %d/%d  %s%s", step, self._total, text, f"  {left}" if left else "")
+
+    @contextlib.contextmanager
+    def compiling(self, size: tuple[int, ...]) -> Iterator[None]:
+        """Around a step that compiles for pictures of a size (height, width) in pixels: says so before and after."""
+        name = f"the training step for {size[0]} x {size[1]} px"
+        self._logger.info("compiling %s, about %d s the first time", name, COMPILING_SECONDS)
+        started = time.monotonic()
+        yield
+        self._logger.info("compiled %s in %.0f s", name, time.monotonic() - started)
+        self._mark = None
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around an evaluation."""
+        if self._bar:
+            self._bar.update(self._task, left="evaluating")
+        started = time.monotonic()
+        yield
         now = time.monotonic()
-        if now - self._last_line < self.PLAIN_SECONDS and step < self._total:
-            return
-        self._last_line = now
-        per_step = (now - self._started) / max(1, step - self._start_step)
-        remaining = time.strftime("%H:%M:%S", time.gmtime(per_step * (self._total - step)))
-        self._logger.info("step %d/%d  %s  %.2f s a step  %s left", step, self._total, text, per_step, remaining)
+        self._evaluation_seconds = now - started
+        if self._mark is not None:
+            self._mark += now - started
+
+    def _left(self, step: int) -> str:
+        """How long a step takes and how long all others will, evaluations included; "" as long as nobody knows."""
+        if not self._seconds:
+            return ""
+        per_step = sum(self._seconds) / len(self._seconds)
+        evaluations = math.ceil(self._total / self._evaluate_every) - step // self._evaluate_every
+        left = per_step * (self._total - step) + self._evaluation_seconds * evaluations
+        return f"{per_step:.2f} s a step  {say_duration(left)} left"
 
     def close(self) -> None:
         """Take the bar away, so that what is printed next stays whole."""

@@ -47,6 +47,7 @@ class History:
     workdir: pathlib.Path
     metric: str  # that decides which weights are best
     best: float | None = None
+    last_step: int = -1  # of the last evaluation
     since_better: int = 0  # evaluations since one was better than all before it, not just as good
 
     def add(self, step: int, metrics: dict[str, float | None]) -> bool:
@@ -54,9 +55,14 @@ class History:
         if jax.process_index() == 0:
             with (self.workdir / VALIDATION).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
-        return self._count(metrics.get(self.metric))
+        return self._count(step, metrics.get(self.metric))
 
-    def _count(self, score: float | None) -> bool:
+    def has(self, step: int) -> bool:
+        """Whether this step was evaluated, and none after it."""
+        return step == self.last_step
+
+    def _count(self, step: int, score: float | None) -> bool:
+        self.last_step = step
         is_best = self.best is None or (score is not None and score >= self.best)
         is_better = self.best is None or (score is not None and score > self.best)
         self.best = score if is_best else self.best
@@ -74,7 +80,7 @@ def open_history(workdir: pathlib.Path, metric: str, start_step: int) -> History
         keep_rows(workdir / VALIDATION, lambda row: row["step"] <= start_step)
     for row in read_rows(workdir / VALIDATION):
         if row["step"] <= start_step:
-            history._count(row.get(metric))
+            history._count(row["step"], row.get(metric))
     if checkpoint.is_checkpoint(workdir / checkpoint.BEST_MODEL):
         score = checkpoint.read_metadata(workdir / checkpoint.BEST_MODEL)["score"]
         if score is not None:

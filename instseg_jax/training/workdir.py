@@ -103,12 +103,13 @@ def keep_rows(path: pathlib.Path, is_kept: Callable[[dict], bool]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if is_kept(row)))
 
 
-def describe_models(workdir: pathlib.Path) -> dict:
-    """What train_result.json says of the checkpoints: `last_1` (the newest) and on, and `best`."""
+def describe_models(workdir: pathlib.Path, metric: str) -> dict:
+    """What train_result.json says of the checkpoints: `last_1` (the newest) and on, and `best`, with their `metric`."""
     saved = checkpoint.read_checkpoints(workdir / checkpoint.CHECKPOINTS)
+    scores = {row["step"]: row.get(metric) for row in read_rows(workdir / VALIDATION)}
     models = {
-        f"last_{i}": {"step": step, "score": metadata["score"], "path": f"{checkpoint.CHECKPOINTS}/{step}"}
-        for i, (step, metadata) in enumerate(sorted(saved.items(), reverse=True), start=1)
+        f"last_{i}": {"step": step, "score": scores.get(step), "path": f"{checkpoint.CHECKPOINTS}/{step}"}
+        for i, step in enumerate(sorted(saved, reverse=True), start=1)
     }
     if checkpoint.is_checkpoint(workdir / checkpoint.BEST_MODEL):
         metadata = checkpoint.read_metadata(workdir / checkpoint.BEST_MODEL)

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from instseg_jax.config import check_sizes
 from instseg_jax.data import coco
 from instseg_jax.models.mask_rtdetr import build_model
+from instseg_jax.progress import say_duration
 from instseg_jax.sweeps import tables
 from instseg_jax.sweeps.launch import CONSOLE, assign_devices, command_of, launch, shown_command
 from instseg_jax.sweeps.plan import Plan, Run, build_plan
@@ -154,8 +155,8 @@ class _Progress:
         remaining = self._total - self._done
         if not remaining:
             return ""
-        minutes = (time.monotonic() - self._started) / self._num_ended * remaining / 60
-        return f"; about {minutes:.0f} minutes left"
+        seconds = (time.monotonic() - self._started) / self._num_ended * remaining
+        return f"; about {say_duration(seconds)} left"
 
     def wait(self, running: list[Run]) -> None:
         now = time.monotonic()
