@@ -1,12 +1,13 @@
 """A bar for what a person waits for."""
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import track as track_in_terminal
 
 Item = TypeVar("Item")
+Track = Callable[[Iterable[Any], int], Iterable[Any]]  # (items, how many) -> the items, shown as they pass
 
 
 def say_duration(seconds: float) -> str:

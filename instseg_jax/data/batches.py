@@ -21,6 +21,18 @@ BATCH_STREAM, SAMPLE_STREAM = 2, 3
 
 
 @dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How training batches are made of a data set."""
+
+    seed: int
+    batch_size: int  # of all hosts together
+    sizes: tuple[Size, ...]  # (height, width), one is drawn for a batch
+    interpolations: tuple[str, ...]  # likewise
+    augmentation: transforms.Augmentation
+    layout: examples.Layout
+
+
+@dataclasses.dataclass(frozen=True)
 class Parts:
     """What a worker makes of a batch: the images in their places, and the targets of each."""
 
@@ -34,19 +46,15 @@ def train_parts(
     *,
     dataset: coco.CocoDataset,
     pool: Pool,
-    seed: int,
-    batch_size: int,
     own: slice,
-    sizes: Sequence[Size],
-    interpolations: Sequence[str],
-    augmentation: transforms.Augmentation,
-    layout: examples.Layout,
+    recipe: Recipe,
 ) -> Parts:
     """Make the slice `own` of a step's batch; size and interpolation are drawn once for all of it."""
+    seed, augmentation, layout = recipe.seed, recipe.augmentation, recipe.layout
     rng = np.random.default_rng([seed, BATCH_STREAM, step])
-    size = sizes[int(rng.integers(len(sizes)))]
-    interpolation = interpolations[int(rng.integers(len(interpolations)))]
-    epoch, entries = batch_entries(pool, batch_size, seed=seed, step=step)
+    size = recipe.sizes[int(rng.integers(len(recipe.sizes)))]
+    interpolation = recipe.interpolations[int(rng.integers(len(recipe.interpolations)))]
+    epoch, entries = batch_entries(pool, recipe.batch_size, seed=seed, step=step)
     pixels = np.empty((own.stop - own.start, *size, dataset.channels), np.float32)
     samples = []
     for (index, repeat), place in zip(entries[own], pixels, strict=True):

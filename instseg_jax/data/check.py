@@ -6,7 +6,7 @@ the page to look at are made by `data/check_report.py`, and `data/repair.py` wri
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from instseg_jax.data.check_annotations import CheckedFile, CheckedObject
 from instseg_jax.data.check_images import PictureFacts
 from instseg_jax.data.coco_entries import ImageRecord
 from instseg_jax.data.findings import Flaw, has_errors
+from instseg_jax.progress import Track
 
 SPLITS = ("train", "val")
-Progress = Callable[[Iterable, int], Iterable]  # shows how far a loop over so many items has come
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def check_dataset(
     resize: str,
     channels: int | None,
     num_workers: int,
-    progress: Progress,
+    progress: Track,
     pictures: dict[Path, PictureFacts],
 ) -> Check:
     """Check both splits of a data set.

@@ -4,13 +4,15 @@ Drawing the objects themselves is handed in by the caller as a function; the res
 """
 
 import html
+import io
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from instseg_jax import bands, files, images, masks
 from instseg_jax.data import check_numbers, findings
@@ -18,9 +20,10 @@ from instseg_jax.data.check import Check
 
 FOLDER = "check_dataset"
 MAX_PICTURES = 10  # drawn of each split, as the official check does
+MAX_LABEL = 40  # letters of a class name in the histogram
 MAX_SIDE = 1280  # pixels of a drawing
 MAX_BARS = 40  # classes of the histogram, the most frequent ones
-COLORS = {"train": (43, 108, 176), "val": (221, 107, 32)}
+COLORS = {"train": "#2b6cb0", "val": "#dd6b20"}
 DrawInstances = Callable[..., np.ndarray]  # results.visualize.draw_instances
 
 
@@ -93,30 +96,34 @@ def summarise(result: dict[str, Any], workdir: Path) -> list[str]:
 
 def draw_histogram(counts: dict[str, dict[str, int]]) -> Image.Image:
     """Draw the objects of each class in each split as bars; of many classes the 40 most frequent."""
+    from matplotlib.figure import Figure  # importing it takes a second, which no other verb should wait for
+
     order = sorted(counts, key=lambda name: -sum(counts[name].values()))
     shown = [name for name in counts if name in order[:MAX_BARS]]
-    title, label = ImageFont.load_default(20), ImageFont.load_default(14)
-    row, top, bar = 42, 60, 15
-    left = 24 + max([int(label.getlength(name)) for name in shown], default=0)
-    width, most = 900, max((n for name in shown for n in counts[name].values()), default=0)
-    picture = Image.new("RGB", (left + width + 90, top + row * max(1, len(shown)) + 16), "white")
-    draw = ImageDraw.Draw(picture)
-    text = "Objects of each class" + (f" (the {MAX_BARS} most frequent of {len(counts)})" if len(counts) > 40 else "")
-    draw.text((12, 14), text, fill="black", font=title)
-    x = 40 + title.getlength(text)
-    for split, color in COLORS.items():
-        draw.rectangle((x, 18, x + 16, 34), fill=color)
-        draw.text((x + 22, 17), split, fill="black", font=label)
-        x += 90
-    for i, name in enumerate(shown):
-        y = top + i * row
-        draw.text((left - 8 - label.getlength(name), y + 6), name, fill="black", font=label)
-        for k, (split, color) in enumerate(COLORS.items()):
-            count, bar_top = counts[name].get(split, 0), y + k * (bar + 2)
-            length = width * count / most if most else 0
-            draw.rectangle((left, bar_top, left + max(length, 1), bar_top + bar), fill=color)
-            draw.text((left + length + 6, bar_top - 1), str(count), fill=(70, 70, 70), font=label)
-    return picture
+    figure = Figure(figsize=(10, 1.2 + 0.4 * max(1, len(shown))), layout="constrained")
+    axes = figure.subplots()
+    for k, (split, color) in enumerate(COLORS.items()):
+        places = np.arange(len(shown)) + 0.4 * (k - 0.5)
+        bars = axes.barh(places, [counts[name].get(split, 0) for name in shown], 0.4, label=split, color=color)
+        axes.bar_label(bars, padding=3, fontsize="small")
+    axes.set_yticks(range(len(shown)), [shorten(name) for name in shown], parse_math=False)
+    axes.invert_yaxis()
+    axes.set_title(
+        "Objects of each class"
+        + (f" (the {MAX_BARS} most frequent of {len(counts)})" if len(counts) > MAX_BARS else "")
+    )
+    axes.legend()
+    picture = io.BytesIO()
+    with warnings.catch_warnings():  # letters that matplotlib's font lacks are drawn as boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(picture, dpi=90, format="png")
+    return Image.open(picture).convert("RGB")
+
+
+def shorten(name: str) -> str:
+    """A class name as a label of a chart: one line of at most MAX_LABEL characters."""
+    text = " ".join(name.split())
+    return text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…"
 
 
 def make_page(result: dict[str, Any]) -> str:

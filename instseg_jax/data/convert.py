@@ -8,17 +8,17 @@ import collections
 import dataclasses
 import filecmp
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from instseg_jax import files, masks
 from instseg_jax.data import coco_entries, labelme, split, voc, yolo
 from instseg_jax.data.converted import NOT_A_CLASS, ConvertedImage, Listing, read_class_names
+from instseg_jax.progress import Track
 
 DEFAULT_PERCENTAGES = (80, 20)  # of a train_anno_list.txt without a val_anno_list.txt
 READERS = {"labelme": labelme, "voc": voc, "yolo": yolo}
-Progress = Callable[[Iterable, int], Iterable]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def convert_dataset(
     percentages: tuple[int, int] | None,
     group_by: str | None,
     seed: int,
-    progress: Progress,
+    progress: Track,
 ) -> Conversion:
     """Convert a data set to COCO below `target` (may be the folder itself); existing annotation files become .bak.
 

@@ -17,12 +17,29 @@ from ml_collections import ConfigDict
 
 from instseg_jax import images
 from instseg_jax.data import coco, examples, transforms
-from instseg_jax.data.batches import Parts, Size, collate, count, eval_parts, train_parts
+from instseg_jax.data.batches import Parts, Recipe, Size, collate, count, eval_parts, train_parts
 from instseg_jax.data.epochs import Pool, make_pool, steps_per_epoch
 from instseg_jax.data.prefetch import prefetch_map
 from instseg_jax.types import Batch
 
 Batches = Generator[Batch, None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """Who makes batches ahead."""
+
+    num_workers: int  # 0: nobody, the caller does
+    prefetch: int  # batches that are made ahead at most
+    use_processes: bool  # instead of threads
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which host of several this is: each makes its own part of every batch."""
+
+    index: int
+    count: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,23 +69,24 @@ def build_train_loader(
     pool = make_pool(dataset, data.empty_share)
     counters: collections.Counter[str] = collections.Counter()
 
+    recipe = Recipe(
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        sizes=tuple(_as_size(size, data.mask_stride) for size in data.train_sizes),
+        interpolations=tuple(data.interpolations),
+        augmentation=transforms.Augmentation(**data.augment),
+        layout=_build_layout(config, data.max_instances),
+    )
+
     def batches(start_step: int = 0) -> Batches:
         return train_batches(
             dataset,
+            recipe,
             pool=pool,
-            seed=config.seed,
             start_step=start_step,
-            batch_size=config.train.batch_size,
-            sizes=[_as_size(size, data.mask_stride) for size in data.train_sizes],
-            interpolations=tuple(data.interpolations),
-            augmentation=transforms.Augmentation(**data.augment),
-            layout=_build_layout(config, data.max_instances),
-            num_workers=data.num_workers,
-            prefetch=data.prefetch,
-            use_processes=data.use_processes,
+            workers=Workers(data.num_workers, data.prefetch, data.use_processes),
+            share=Share(process_index, process_count),
             counters=counters,
-            process_index=process_index,
-            process_count=process_count,
         )
 
     batches()  # checks the arguments; no work starts before the first batch is asked for
@@ -104,12 +122,9 @@ def build_eval_loader(
             size=_as_size(data.image_size, data.mask_stride),
             interpolation=data.eval_interpolation,
             layout=_build_layout(config, data.max_instances if use_targets else 0),
-            num_workers=data.num_workers,
-            prefetch=data.prefetch,
-            use_processes=data.use_processes,
+            workers=Workers(data.num_workers, data.prefetch, data.use_processes),
+            share=Share(process_index, process_count),
             counters=counters,
-            process_index=process_index,
-            process_count=process_count,
         )
 
     batches()
@@ -118,47 +133,27 @@ def build_eval_loader(
 
 def train_batches(
     dataset: coco.CocoDataset,
+    recipe: Recipe,
     *,
     pool: Pool,
-    seed: int,
     start_step: int,
-    batch_size: int,
-    sizes: Sequence[Size],
-    interpolations: Sequence[str],
-    augmentation: transforms.Augmentation,
-    layout: examples.Layout,
-    num_workers: int,
-    prefetch: int,
-    use_processes: bool,
+    workers: Workers,
+    share: Share,
     counters: collections.Counter[str],
-    process_index: int,
-    process_count: int,
 ) -> Batches:
-    """Yield batches from step `start_step` on, without end; batch_size is that of all hosts together.
+    """Yield batches from step `start_step` on, without end.
 
     Each epoch is a permutation of (seed, epoch) without its incomplete last batch. Size and
     interpolation are drawn once a batch, from (seed, step).
 
     Raises: ValueError for a negative seed or start_step; errors of a picture name its file.
     """
-    _check_loading(dataset, batch_size, interpolations, num_workers, prefetch, process_index, process_count)
-    if seed < 0 or start_step < 0:
-        raise ValueError(f"seed and start_step must not be negative, got {seed} and {start_step}.")
-    own = slice(process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count)
-    make_parts = functools.partial(
-        train_parts,
-        dataset=dataset,
-        pool=pool,
-        seed=seed,
-        batch_size=batch_size,
-        own=own,
-        sizes=tuple(sizes),
-        interpolations=tuple(interpolations),
-        augmentation=augmentation,
-        layout=layout,
-    )
-    steps = itertools.count(start_step)
-    return _yield_batches(make_parts, steps, layout, num_workers, prefetch, use_processes, counters)
+    _check_loading(dataset, recipe.batch_size, recipe.interpolations, workers, share)
+    if recipe.seed < 0 or start_step < 0:
+        raise ValueError(f"seed and start_step must not be negative, got {recipe.seed} and {start_step}.")
+    own = slice(*((share.index + i) * recipe.batch_size // share.count for i in (0, 1)))
+    make_parts = functools.partial(train_parts, dataset=dataset, pool=pool, own=own, recipe=recipe)
+    return _yield_batches(make_parts, itertools.count(start_step), recipe.layout, workers, counters)
 
 
 def eval_batches(
@@ -168,39 +163,34 @@ def eval_batches(
     size: Size,
     interpolation: str,
     layout: examples.Layout,
-    num_workers: int,
-    prefetch: int,
-    use_processes: bool,
+    workers: Workers,
+    share: Share,
     counters: collections.Counter[str],
-    process_index: int,
-    process_count: int,
 ) -> Batches:
     """Yield every image once, in order; the last batch is filled up with entries that are not valid.
 
     With several hosts each yields its slice of every global batch, equally many batches on all.
     """
-    _check_loading(dataset, batch_size, [interpolation], num_workers, prefetch, process_index, process_count)
-    own_size = batch_size // process_count
+    _check_loading(dataset, batch_size, [interpolation], workers, share)
+    own_size = batch_size // share.count
     make_parts = functools.partial(
         eval_parts,
         dataset=dataset,
-        offset=process_index * own_size,
+        offset=share.index * own_size,
         own_size=own_size,
         size=size,
         interpolation=interpolation,
         layout=layout,
     )
     starts = range(0, len(dataset), batch_size)
-    return _yield_batches(make_parts, starts, layout, num_workers, prefetch, use_processes, counters)
+    return _yield_batches(make_parts, starts, layout, workers, counters)
 
 
 def _yield_batches(
     make_parts: Callable[[int], Parts],
     items: Iterable[int],
     layout: examples.Layout,
-    num_workers: int,
-    prefetch: int,
-    use_processes: bool,
+    workers: Workers,
     counters: collections.Counter[str],
 ) -> Batches:
     cv2.setNumThreads(0)  # the workers here are ours: OpenCV's own threads would compete with them for the cores
@@ -208,16 +198,16 @@ def _yield_batches(
     def finish(parts: Parts) -> tuple[Batch, collections.Counter[str]]:
         return collate(parts, layout), count(parts.samples)
 
-    if use_processes and num_workers:  # only what there is crosses over; unused target slots are added here
-        parts = prefetch_map(make_parts, items, num_workers=num_workers, prefetch=prefetch, use_processes=True)
+    if workers.use_processes and workers.num_workers:  # only what there is crosses over; unused slots are added here
+        parts = prefetch_map(make_parts, items, **dataclasses.asdict(workers))
         ahead = (finish(made) for made in parts)
         closing = parts.close
     else:
         ahead = prefetch_map(
             lambda item: finish(make_parts(item)),
             items,
-            num_workers=num_workers,
-            prefetch=prefetch,
+            num_workers=workers.num_workers,
+            prefetch=workers.prefetch,
             use_processes=False,
         )
         closing = ahead.close
@@ -252,19 +242,19 @@ def _check_loading(
     dataset: coco.CocoDataset,
     batch_size: int,
     interpolations: Sequence[str],
-    num_workers: int,
-    prefetch: int,
-    process_index: int,
-    process_count: int,
+    workers: Workers,
+    share: Share,
 ) -> None:
     if not len(dataset):
         raise ValueError(f"{dataset.name} has no image to load.")
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"The batch size must be a multiple of the {process_count} hosts, got {batch_size}.")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"The host must be one of 0..{process_count - 1}, got {process_index}.")
-    if num_workers < 0 or prefetch < 1:
-        raise ValueError(f"data.num_workers must be >= 0 and data.prefetch >= 1, got {num_workers} and {prefetch}.")
+    if batch_size < 1 or batch_size % share.count:
+        raise ValueError(f"The batch size must be a multiple of the {share.count} hosts, got {batch_size}.")
+    if not 0 <= share.index < share.count:
+        raise ValueError(f"The host must be one of 0..{share.count - 1}, got {share.index}.")
+    if workers.num_workers < 0 or workers.prefetch < 1:
+        raise ValueError(
+            f"data.num_workers must be >= 0 and data.prefetch >= 1, got {workers.num_workers} and {workers.prefetch}."
+        )
     for name in interpolations:
         if name not in images.INTERPOLATIONS:
             raise ValueError(f"An interpolation must be one of {', '.join(images.INTERPOLATIONS)}, got {name!r}.")

@@ -33,7 +33,7 @@ COMPILED = "xla"  # the network as JAX compiles it
 TRIED = FORMATS["onnx"].runtimes
 REPEATS = 3
 
-Run = Callable[[np.ndarray], Detections]
+Detect = Callable[[np.ndarray], Detections]
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def _times(
     height, width = export.size
     images = np.zeros((batch_size, height, width, model.config.data.channels), np.float32)
     count = model.config.eval.num_detections
-    runs: dict[str, Run] = {COMPILED: bind(model, make_mesh(select_devices("cpu")[:1]), device="cpu")}
+    runs: dict[str, Detect] = {COMPILED: bind(model, make_mesh(select_devices("cpu")[:1]), device="cpu")}
     for name in installed:
         runs[name] = open_export(with_backend(export, name, threads), device="cpu", num_detections=count)
     seconds = {name: _time(run, images) for name, run in runs.items()}
@@ -136,7 +136,7 @@ def _times(
     return seconds
 
 
-def _time(run: Run, images: np.ndarray) -> float:
+def _time(run: Detect, images: np.ndarray) -> float:
     """The least seconds of a call, after one that is not counted."""
     seconds = []
     for _ in range(REPEATS + 1):

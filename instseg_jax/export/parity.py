@@ -14,7 +14,7 @@ import numpy as np
 from instseg_jax.boxes import box_iou
 from instseg_jax.types import Detections
 
-Run = Callable[[np.ndarray], Detections]
+Detect = Callable[[np.ndarray], Detections]
 
 SCORE_FLOOR = 0.05  # detections of the checkpoint below it are not looked for in the export
 LEAST_COMPARED = 10  # detections an image that are compared where no image has any above the floor
@@ -40,8 +40,8 @@ class Found:
     mask_logits: np.ndarray  # [T, h, w]
 
 
-def compare_runs(reference: Run, exported: Run, images: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Run both on images [H, W, C] float32, one at a time, and compare.
+def compare_runs(reference: Detect, exported: Detect, images: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Detect both on images [H, W, C] float32, one at a time, and compare.
 
     Returns: `compared` detections of the reference, `matched_share` of them found by the export with the same class
       and a box IoU of at least 0.5, `largest_difference` of scores (0..1), boxes_xyxy (normalised) and mask_logits over

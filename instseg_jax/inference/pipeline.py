@@ -26,6 +26,7 @@ from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_
 from instseg_jax.inference.sources import Source, find_sources, with_bands
 from instseg_jax.inference.streaming import Feeding, Found, stream_instances
 from instseg_jax.models.variants import canonical_name
+from instseg_jax.progress import Track
 from instseg_jax.results.result import Result
 from instseg_jax.runtimes.exported import with_backend
 from instseg_jax.types import Detections
@@ -61,7 +62,7 @@ class Pipeline:
         tile: int | None = None,
         overlap: float = 0.2,
         whole_image: bool = True,
-        progress: tiling.Progress | None = None,
+        progress: Track | None = None,
     ) -> Iterator[Result]:
         """Segment images, one result after another in the order of the input.
 

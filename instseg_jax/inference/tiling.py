@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -16,13 +16,13 @@ import numpy as np
 from instseg_jax.inference.mask_merging import WindowInstances, merge_windows
 from instseg_jax.inference.sources import Source
 from instseg_jax.inference.streaming import Found
+from instseg_jax.progress import Track
 from instseg_jax.windows import Window, fill_up, view_size
 
 OVERVIEW_SIDE = 2048  # pixels of the longer side of the view in which large objects are looked for
 MAX_PIXELS = 2**32 - 1  # pycocotools counts in 32 bits
 
 Stream = Callable[[Iterator[Source], int, np.ndarray], Iterator[Found]]
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]  # (items, how many) -> the items, shown as they pass
 
 
 class Image(Protocol):
@@ -47,7 +47,7 @@ class Tiles:
     side: int
     overlap: float
     whole_image: bool
-    progress: Progress | None = None  # of the windows of an image
+    progress: Track | None = None  # of the windows of an image
 
     def __post_init__(self) -> None:
         if not isinstance(self.side, int) or self.side < 32:

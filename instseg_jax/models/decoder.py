@@ -94,8 +94,6 @@ class MaskRTDETRTransformer(nn.Module):
     Attributes:
       mask_enhanced: reference boxes start as the tight boxes of the selected tokens' masks (the reference
         implementation); otherwise as their predicted boxes.
-      num_denoising: slots of the denoising class embedding's user; with 0 there is no `initial` prediction
-        set in training.
     """
 
     num_classes: int

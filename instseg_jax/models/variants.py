@@ -38,10 +38,8 @@ class Variant:
     num_decoder_layers: int
     num_heads: int  # decoder and attention encoder
     ffn_dim: int  # decoder
-    num_levels: int = 3
     num_points: int = 4
     num_csp_blocks: int = 3
-    backbone_multiplier: float = 1.0  # learning rate of the backbone relative to the rest, in the official recipe
 
 
 _S = Variant(
@@ -63,7 +61,6 @@ _S = Variant(
     num_decoder_layers=6,
     num_heads=8,
     ffn_dim=1024,
-    backbone_multiplier=0.1,
 )
 
 VARIANTS: dict[str, Variant] = {
@@ -85,7 +82,6 @@ VARIANTS: dict[str, Variant] = {
         num_decoder_layers=3,
         ffn_dim=512,
         num_csp_blocks=1,
-        backbone_multiplier=1.0,
     ),
     "mask_rtdetr_s": _S,
     "mask_rtdetr_m": dataclasses.replace(
@@ -111,7 +107,6 @@ VARIANTS: dict[str, Variant] = {
         csp_expansion=1.0,
         mask_channels=(64, 64),
         num_prototypes=32,
-        backbone_multiplier=0.05,
     ),
     "mask_rtdetr_x": dataclasses.replace(
         _S,
@@ -127,7 +122,6 @@ VARIANTS: dict[str, Variant] = {
         attention_ffn_dim=2048,
         csp_expansion=1.0,
         mask_channels=(128, 128),
-        backbone_multiplier=0.01,
     ),
     "mask_rtdetr_h": dataclasses.replace(
         _S,
@@ -144,7 +138,6 @@ VARIANTS: dict[str, Variant] = {
         attention_ffn_dim=2048,
         csp_expansion=1.0,
         mask_channels=(256, 128),
-        backbone_multiplier=0.01,
     ),
 }
 

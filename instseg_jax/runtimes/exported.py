@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from instseg_jax.files import write_json
-from instseg_jax.runtimes.formats import FORMATS, RUNTIMES, Run
+from instseg_jax.runtimes.formats import FORMATS, RUNTIMES, Compute
 from instseg_jax.types import Detections
 
 CONFIG = "config.json"
@@ -101,7 +101,7 @@ def open_export(export: Export, *, device: str, num_detections: int) -> Callable
     return predict
 
 
-def run_in_batches(run: Run, images: np.ndarray, batch_size: int | None) -> tuple[np.ndarray, ...]:
+def run_in_batches(run: Compute, images: np.ndarray, batch_size: int | None) -> tuple[np.ndarray, ...]:
     """Call `run` with `batch_size` images at a time (None: all at once); the last part is filled up with black."""
     count = len(images)
     if batch_size is None or count == batch_size:
@@ -132,7 +132,7 @@ def save_export_thresholds(export: Export, thresholds: Mapping[str, Any]) -> Pat
     return write_json(export.folder / CONFIG, settings, indent=2)
 
 
-def _open(export: Export, device: str) -> Run:
+def _open(export: Export, device: str) -> Compute:
     format = FORMATS[export.settings["format"]]
     name = export.backend or format.runtimes[0]
     if ":" in device and "," in device:

@@ -13,14 +13,14 @@ from instseg_jax.runtimes.shape import Shape
 
 # Gives the function from images to the arrays of `shape.OUTPUTS`, in a floating type (None: as the network has it).
 MakeDetect = Callable[[Any], Callable[..., tuple[Any, ...]]]
-Run = Callable[[np.ndarray], tuple[np.ndarray, ...]]
+Compute = Callable[[np.ndarray], tuple[np.ndarray, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
     """What runs a model file."""
 
-    open: Callable[..., Run]  # (path, settings of the export, device, number of CPU threads or None)
+    open: Callable[..., Compute]  # (path, settings of the export, device, number of CPU threads or None)
     extra: str | None  # that installs it; None: it is there
 
 

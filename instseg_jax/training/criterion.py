@@ -23,7 +23,7 @@ from instseg_jax.models.denoising import count_slots
 from instseg_jax.training.losses import box_losses, box_quality, varifocal_loss
 from instseg_jax.training.mask_planes import pack_masks, resize_planes
 from instseg_jax.training.matching import TermWeights, match_cost
-from instseg_jax.training.point_losses import mask_iou_targets, point_losses
+from instseg_jax.training.point_losses import PairedSets, PointTerms, mask_iou_targets, point_losses
 from instseg_jax.types import DATA_AXIS, DenoisingQueries, Predictions, Targets, TrainingOutputs
 
 TERMS = ("class", "box_l1", "box_giou", "mask_bce", "mask_dice")
@@ -335,9 +335,13 @@ def _score_groups(
         "box_giou": weights.box_giou * scale * giou,
     }
     mask_total, terms["mask_bce"], terms["mask_dice"] = point_losses(
-        mask_queries, mask_features, planes, num_slots, object_index, row_valid, num_rows, scale,
-        draws.candidates, draws.extra, settings.num_important, weights.mask_bce, weights.mask_dice,
-    )  # fmt: skip
+        mask_queries,
+        mask_features,
+        planes,
+        num_slots,
+        PairedSets(object_index, row_valid, num_rows, scale, draws.candidates, draws.extra),
+        PointTerms(settings.num_important, weights.mask_bce, weights.mask_dice),
+    )
     return mask_total + sum(jnp.sum(terms[name]) for name in ("class", "box_l1", "box_giou")), terms
 
 

@@ -49,7 +49,7 @@ SHOWN_SCORES = ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Training:
     """Everything that stays the same from the first step to the last."""
 
     config: ConfigDict
@@ -197,7 +197,7 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     )
     if "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""):
         logger.info("memory comes in huge pages (GLIBC_TUNABLES is set; INSTSEG_HUGE_PAGES=0 leaves it alone)")
-    run = Run(config, workdir, mesh, model, train_loader, score, total_steps, logger)
+    run = Training(config, workdir, mesh, model, train_loader, score, total_steps, logger)
     step_function = build_train_step(config, model, optimizer, schedule, multipliers, mesh)
     return run, put_replicated(state, mesh), step_function
 
@@ -214,7 +214,7 @@ def _start_from_weights(config: ConfigDict, variables: dict, class_names: Sequen
         ) from error
 
 
-def _run_steps(run: Run, step_function, state: TrainState, manager, history: History) -> tuple[int, str]:
+def _run_steps(run: Training, step_function, state: TrainState, manager, history: History) -> tuple[int, str]:
     """The loop: a step, its predecessor's numbers, now and then a checkpoint or an evaluation.
 
     A step is saved before it is evaluated, so no evaluation can lose what was trained; one that did not come to its
@@ -311,7 +311,7 @@ def _run_steps(run: Run, step_function, state: TrainState, manager, history: His
 
 
 def _evaluate(
-    run: Run, state: TrainState, step: int, history: History, metrics_file: MetricsFile, stop: StopSignals
+    run: Training, state: TrainState, step: int, history: History, metrics_file: MetricsFile, stop: StopSignals
 ) -> None:
     """Score the averaged weights on the validation images; keep them when they are the best so far."""
     metrics, results = stop.listen(lambda: run.score(state.ema_variables))

@@ -10,6 +10,7 @@ Differences from the reference:
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,21 +29,33 @@ def _block_size(rows: int) -> int:
     return min(ROW_BLOCK_CPU if jax.default_backend() == "cpu" else ROW_BLOCK, rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(10, 11, 12))
+class PairedSets(NamedTuple):
+    """Prediction sets whose rows are pairs of a query and an object."""
+
+    object_index: Array  # [S, R] target slot of each row
+    row_valid: Array  # [S, B, R]; other rows do not count
+    num_rows: Array  # [S] rows from here on are not valid in any image
+    scale: Array  # [S] factor on everything, such as 1 / number of objects
+    candidates: Array  # [S, B, 1 or R, M, 2] points in 0..1, of which each mask keeps the most uncertain ones
+    extra: Array  # [S, B, 1 or R, E, 2] points that are kept all
+
+
+class PointTerms(NamedTuple):
+    """How points are chosen and their losses weighed."""
+
+    num_important: int  # of the candidates that each mask keeps
+    bce_weight: float
+    dice_weight: float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def point_losses(
     mask_queries: Array,
     mask_features: Array,
     mask_planes: Array,
     num_slots: Array,
-    object_index: Array,
-    row_valid: Array,
-    num_rows: Array,
-    scale: Array,
-    candidates: Array,
-    extra: Array,
-    num_important: int,
-    bce_weight: float,
-    dice_weight: float,
+    sets: PairedSets,
+    terms: PointTerms,
 ) -> tuple[Array, Array, Array]:
     """Weighted mask losses of S prediction sets at their most uncertain points.
 
@@ -51,32 +64,22 @@ def point_losses(
       mask_features: [B, h, w, P]; mask logits are their product with the queries.
       mask_planes: target masks, packed by `mask_planes.pack_masks`.
       num_slots: [] target slots in use.
-      object_index: [S, R] target slot of each row.
-      row_valid: [S, B, R]; other rows do not count.
-      num_rows: [S] rows from here on are not valid in any image.
-      scale: [S] factor on everything, such as 1 / number of objects.
-      candidates: [S, B, 1 or R, M, 2] points in 0..1, of which each mask keeps num_important.
-      extra: [S, B, 1 or R, E, 2] points that are kept all.
+      sets: which object each row is paired with, and the points to look at.
+      terms: how many points count, and the weights of the two losses.
 
     Returns: total [], bce [S], dice [S]. Only the total has a gradient, to mask_queries and mask_features;
       it is computed along with the value, so that nothing of a set outlives its turn.
     """
-    sets = object_index, row_valid, num_rows, scale, candidates, extra
-    return _score_sets(
-        mask_queries, mask_features, mask_planes, num_slots, sets, num_important, bce_weight, dice_weight, False
-    )[0]
+    return _score_sets(mask_queries, mask_features, mask_planes, num_slots, sets, terms, differentiate=False)[0]
 
 
-def _point_losses_forward(mask_queries, mask_features, mask_planes, num_slots, *rest):
-    sets, (num_important, bce_weight, dice_weight) = rest[:6], rest[6:]
-    return _score_sets(
-        mask_queries, mask_features, mask_planes, num_slots, sets, num_important, bce_weight, dice_weight, True
-    )
+def _point_losses_forward(mask_queries, mask_features, mask_planes, num_slots, sets, terms):
+    return _score_sets(mask_queries, mask_features, mask_planes, num_slots, sets, terms, differentiate=True)
 
 
-def _point_losses_backward(num_important, bce_weight, dice_weight, gradients, cotangents):
+def _point_losses_backward(terms, gradients, cotangents):
     d_total = cotangents[0]
-    return *jax.tree.map(lambda g: g * d_total, gradients), *[None] * 8
+    return *jax.tree.map(lambda g: g * d_total, gradients), None, None, None
 
 
 point_losses.defvjp(_point_losses_forward, _point_losses_backward)
@@ -87,10 +90,9 @@ def _score_sets(
     mask_features: Array,
     mask_planes: Array,
     num_slots: Array,
-    sets: tuple[Array, ...],
-    num_important: int,
-    bce_weight: float,
-    dice_weight: float,
+    sets: PairedSets,
+    terms: PointTerms,
+    *,
     differentiate: bool,
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array] | None]:
     """What `point_losses` returns, and the gradients of the total to mask_queries and mask_features if asked for."""
@@ -106,8 +108,8 @@ def _score_sets(
             num_rows=rows,
             points=jnp.concatenate([candidates, extra], axis=2).astype(queries.dtype),
             num_candidates=candidates.shape[2],
-            num_important=num_important,
-            term_weights=jnp.array([bce_weight, dice_weight], queries.dtype),
+            num_important=terms.num_important,
+            term_weights=jnp.array([terms.bce_weight, terms.dice_weight], queries.dtype),
             differentiate=differentiate,
         )
         sums, gradients = score(queries, mask_features)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from instseg_jax.data import coco
@@ -16,6 +15,7 @@ from instseg_jax.evaluation.matching import match_detections
 from instseg_jax.evaluation.read import read_results, read_truth
 from instseg_jax.evaluation.report import percent
 from instseg_jax.files import write_json
+from instseg_jax.progress import track
 from instseg_jax.scoring.outcome import score_results
 
 SHOWN = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
@@ -23,7 +23,7 @@ ENGINE = "pycocotools"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
+class _Compared:
     name: str
     results: list[dict]
     kinds: tuple[str, ...]
@@ -86,7 +86,7 @@ def compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read_run(path: str, annotations: str | None) -> _Run:
+def _read_run(path: str, annotations: str | None) -> _Compared:
     """A run's folder, as `evaluate` or `train` left it, or a results file."""
     source = Path(path)
     if not source.exists():
@@ -96,7 +96,7 @@ def _read_run(path: str, annotations: str | None) -> _Run:
         raise FileNotFoundError(f"{path} has no predictions.json; `evaluate --workdir={path}` writes it")
     results, kinds = read_results(file)
     truth = Path(annotations) if annotations else _annotations_of(source)
-    return _Run(source.resolve().stem if source.is_file() else source.resolve().name, results, kinds, truth)
+    return _Compared(source.resolve().stem if source.is_file() else source.resolve().name, results, kinds, truth)
 
 
 def _annotations_of(source: Path) -> Path:
@@ -113,7 +113,7 @@ def _annotations_of(source: Path) -> Path:
     raise ValueError(f"{source} does not say what it was scored on; name the ground truth with --annotations=FILE")
 
 
-def _read_same_truth(names: list[str], runs: list[_Run]) -> dict:
+def _read_same_truth(names: list[str], runs: list[_Compared]) -> dict:
     truths = {run.annotations.resolve(): None for run in runs}
     read = {path: _read_truth(path) for path in truths}
     first = read[runs[0].annotations.resolve()]

@@ -1,4 +1,4 @@
-"""The verbs `evaluate` and `compare`: put model, data, devices and analysis together; hold no logic of theirs."""
+"""The verb `evaluate`: a model, or a results file, scored."""
 
 import argparse
 import functools

@@ -55,7 +55,7 @@ def sweep(options: argparse.Namespace) -> int:
         print(f"{len(plan.runs)} runs of {len(plan.variants)} variants in {workdir}; {done}")
     is_whole = True
     if open_runs:
-        with _Progress(plan, workdir, len(finished), len(selected)) as progress:
+        with _Bar(plan, workdir, len(finished), len(selected)) as progress:
             is_whole = launch(
                 open_runs,
                 workdir,
@@ -108,7 +108,7 @@ def _finish(plan: Plan, workdir: Path, selected: list[Run] | None = None) -> int
     return 0 if all(states[run.name].status == "finished" for run in selected or plan.runs) else 1
 
 
-class _Progress:
+class _Bar:
     """Says which run starts, how far it is and how it ends: a bar in a terminal, else lines; keeps the tables fresh."""
 
     def __init__(self, plan: Plan, workdir: Path, num_finished: int, num_runs: int):
@@ -121,7 +121,7 @@ class _Progress:
             self._bar = Progress(*columns, TextColumn("{task.fields[text]}"))
             self._task = self._bar.add_task("runs", total=num_runs, completed=num_finished, text="")
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "_Bar":
         if self._bar:
             self._bar.start()
         return self

@@ -13,7 +13,7 @@ from example_data import NOTHING as NO_AUGMENTATION
 from example_data import RECIPE as AUGMENTATION
 from loader_data import arrays, assert_equal, take, write_loader_set
 
-from instseg_jax.data import coco, epochs, examples, loader, transforms
+from instseg_jax.data import batches, coco, epochs, examples, loader, transforms
 
 LAYOUT = examples.Layout("stretch", mask_stride=2, mask_rasterization="exact", refit_boxes=False, max_instances=3)
 
@@ -34,38 +34,30 @@ def trainable(dataset):
 
 
 def train(dataset, **changes):
-    arguments = {
-        "seed": 3,
-        "start_step": 0,
-        "batch_size": 2,
-        "sizes": [(32, 32), (48, 48)],
-        "interpolations": ("linear", "cubic"),
-        "augmentation": AUGMENTATION,
-        "layout": LAYOUT,
-        "num_workers": 0,
-        "prefetch": 2,
-        "use_processes": False,
+    """Training batches as `changes` ask, by the names of fields, wherever these belong."""
+    recipe = {"seed": 3, "batch_size": 2, "sizes": [(32, 32), (48, 48)], "interpolations": ("linear", "cubic")}
+    recipe |= {"augmentation": AUGMENTATION, "layout": LAYOUT}
+    arguments = {"start_step": 0, "pool": epochs.make_pool(dataset, None)} | common(changes)
+    recipe |= {name: changes.pop(name) for name in recipe if name in changes}
+    recipe = batches.Recipe(**recipe | {"sizes": tuple(recipe["sizes"])})
+    return loader.train_batches(dataset, recipe, **(arguments | changes))
+
+
+def common(changes):
+    """What training and evaluation share; takes its part out of `changes`."""
+    workers = {"num_workers": 0, "prefetch": 2, "use_processes": False}
+    share = {"process_index": 0, "process_count": 1}
+    workers |= {name: changes.pop(name) for name in workers if name in changes}
+    share |= {name: changes.pop(name) for name in share if name in changes}
+    return {
+        "workers": loader.Workers(**workers),
+        "share": loader.Share(*share.values()),
         "counters": collections.Counter(),
-        "process_index": 0,
-        "process_count": 1,
     }
-    arguments["pool"] = epochs.make_pool(dataset, None)
-    return loader.train_batches(dataset, **(arguments | changes))
 
 
 def evaluate(dataset, **changes):
-    arguments = {
-        "batch_size": 3,
-        "size": (32, 48),
-        "interpolation": "cubic",
-        "layout": LAYOUT,
-        "num_workers": 0,
-        "prefetch": 2,
-        "use_processes": False,
-        "counters": collections.Counter(),
-        "process_index": 0,
-        "process_count": 1,
-    }
+    arguments = {"batch_size": 3, "size": (32, 48), "interpolation": "cubic", "layout": LAYOUT} | common(changes)
     return loader.eval_batches(dataset, **(arguments | changes))
 
 
