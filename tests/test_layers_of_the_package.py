@@ -17,6 +17,7 @@ GROUND = {
     "images",
     "bands",
     "files",
+    "commands",
     "config",
     "devices",
     "memory",

@@ -16,6 +16,7 @@ import numpy as np
 
 from instseg_jax import images, masks
 from instseg_jax.bands import Bands, decode_bands, read_bands
+from instseg_jax.commands import shown
 from instseg_jax.data import coco_entries
 from instseg_jax.data.coco_entries import Annotation, ImageRecord
 
@@ -99,13 +100,27 @@ def data_root(dir: str | Path) -> Path:
     return root
 
 
+class MissingAnnotations(FileNotFoundError):
+    """A data set has no annotation file of a split."""
+
+
+def say_empty(dataset: "CocoDataset") -> str:
+    """What is wrong with a split without images, and the way to one that has some."""
+    return f"{dataset.annotation_file} has no image to load{_say_split(dataset.annotation_file.parent.parent)}"
+
+
+def _say_split(root: Path) -> str:
+    command = shown("split", f"--config.data.dir={root}", "--train_percent=80", "--val_percent=20")
+    return f"; `{command}` deals the pictures out anew"
+
+
 def find_split(
     dir: str | Path, split: str, annotations: str | Path | None = None, images: str | Path | None = None
 ) -> tuple[Path, Path]:
     """Find the annotation file and the image folder of a split ("train", "val") below `dir`.
 
     Paths given explicitly win; relative ones are relative to `dir`. Raises FileNotFoundError that
-    names everything that was looked for.
+    names everything that was looked for (`MissingAnnotations` for the file).
     """
     root = data_root(dir)
     if annotations is not None:
@@ -114,7 +129,7 @@ def find_split(
         files = [root / "annotations" / f"{stem}.json" for stem in (f"instance_{split}", f"instances_{split}2017")]
     file = next((f for f in files if f.is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"The {split} annotations are missing: there is no {_either(files)}.")
+        raise MissingAnnotations(f"The {split} annotations are missing: there is no {_either(files)}{_say_split(root)}")
     if images is not None:
         folders = [root / images]
     else:

@@ -65,7 +65,11 @@ def build_train_loader(
     Raises ValueError when no image is left or a field of the config is out of range.
     """
     data = config.data
-    dataset = coco.select_trainable(dataset, keep_empty=data.keep_empty or data.empty_share is not None)
+    whole = dataset
+    dataset = coco.select_trainable(whole, keep_empty=data.keep_empty or data.empty_share is not None)
+    if len(whole) and not len(dataset):
+        kinds = f"none of its {len(whole)} images has an object to train on"
+        raise ValueError(f"{whole.annotation_file} has no image to load: {kinds}")
     pool = make_pool(dataset, data.empty_share)
     counters: collections.Counter[str] = collections.Counter()
 
@@ -246,7 +250,7 @@ def _check_loading(
     share: Share,
 ) -> None:
     if not len(dataset):
-        raise ValueError(f"{dataset.name} has no image to load.")
+        raise ValueError(coco.say_empty(dataset))
     if batch_size < 1 or batch_size % share.count:
         raise ValueError(f"The batch size must be a multiple of the {share.count} hosts, got {batch_size}.")
     if not 0 <= share.index < share.count:

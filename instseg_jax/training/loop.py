@@ -6,19 +6,18 @@ is solved there, between two programs (see `step.py`).
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
 import os
 import pathlib
 import time
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from instseg_jax import weights as weights_room
 from instseg_jax.config import check_sizes
 from instseg_jax.data import coco, loader
 from instseg_jax.data.source import build_dataset, with_channel_ranges
@@ -27,11 +26,19 @@ from instseg_jax.files import write_json
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, build_model, count_parameters, initial_variables
 from instseg_jax.training.curves import draw_training
 from instseg_jax.training.metrics import MetricsFile, TrainingProgress, check_tensorboard, open_log
-from instseg_jax.training.optimizer import build_optimizer, build_schedule
+from instseg_jax.training.optimizer import build_optimizer, build_schedule, say_longer
 from instseg_jax.training.signals import Interrupted, StopSignals
-from instseg_jax.training.state import TrainState, initial_state
+from instseg_jax.training.state import TrainState, initial_state, start_from_weights
 from instseg_jax.training.step import build_train_step
-from instseg_jax.training.validation import History, Score, build_score, keep_best, open_history
+from instseg_jax.training.validation import (
+    History,
+    Score,
+    build_score,
+    keep_best,
+    keep_weights,
+    open_history,
+    open_validation,
+)
 from instseg_jax.training.workdir import (
     CONFIG,
     LOG,
@@ -40,10 +47,10 @@ from instseg_jax.training.workdir import (
     describe_models,
     is_out_of_room,
     open_workdir,
+    saved_steps,
     tell_no_room,
 )
 from instseg_jax.weights import checkpoint
-from instseg_jax.weights.merge import MergeSummary
 
 SHOWN_SCORES = ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50")
 
@@ -57,7 +64,7 @@ class Training:
     mesh: jax.sharding.Mesh
     model: MaskRTDETR
     train_loader: loader.Loader
-    score: Score
+    score: Score | None  # None: without validation
     total_steps: int
     logger: logging.Logger
 
@@ -156,23 +163,29 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.micro_batches)
     if config.log.tensorboard:
         check_tensorboard()
-    splits = {split: build_dataset(config.data, split) for split in ("train", "val")}
+    for field in ("train.epochs", "eval.every_epochs"):
+        section, name = field.split(".")
+        if config[section][name] <= 0:
+            raise ValueError(f"{field} is {config[section][name]}, it must be above 0")
+    train_set, (val_set, lack) = build_dataset(config.data, "train"), open_validation(config.data)
+    splits = {"train": train_set} | ({} if val_set is None else {"val": val_set})
     for dataset in splits.values():
         coco.check_images(dataset)
-    coco.check_same_categories(splits["train"], splits["val"])
-    model = build_model(config.model, len(splits["train"].categories))
+    if val_set is not None:
+        coco.check_same_categories(train_set, val_set)
+    model = build_model(config.model, len(train_set.categories))
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    train_loader = loader.build_train_loader(config, splits["train"], **process)
-    score = build_score(config, model, splits["val"], mesh)
+    train_loader = loader.build_train_loader(config, train_set, **process)
+    score = None if val_set is None else build_score(config, model, val_set, mesh)
     variables, summary = initial_variables(model, seed=config.seed, channels=config.data.channels), None
     if config.model.weights:
-        variables, summary = _start_from_weights(config.model, variables, splits["train"].categories)
+        variables, summary = start_from_weights(config.model, variables, train_set.categories)
     total_steps = config.train.epochs * train_loader.num_batches
     schedule = build_schedule(config.optimizer, total_steps, config.train.batch_size)
     optimizer, multipliers = build_optimizer(config.optimizer, variables["params"], schedule)
     state = initial_state(variables, optimizer)
 
-    open_workdir(workdir, config, sum(x.nbytes for x in jax.tree.leaves(state)))
+    epochs_before = open_workdir(workdir, config, sum(x.nbytes for x in jax.tree.leaves(state)), total_steps)
     logger = open_log(workdir / LOG)
     if summary is not None:
         logger.info("%s", summary)
@@ -188,30 +201,23 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
         count_parameters(variables["params"]) / 1e6,
         model.num_classes,
         len(train_loader.dataset),
-        len(splits["val"]),
+        0 if val_set is None else len(val_set),
         ", ".join(str(size) for size in dict.fromkeys(config.data.train_sizes)),
         config.data.image_size,
         total_steps,
         config.train.batch_size,
         ", ".join(f"{d.platform}:{d.id}" for d in devices),
     )
+    if lack:
+        logger.warning("%s; training goes without validation: its last weights count as the best ones", lack)
+    if epochs_before != config.train.epochs:
+        before = build_schedule(config.optimizer, epochs_before * train_loader.num_batches, config.train.batch_size)
+        logger.info("%s", say_longer(config, epochs_before, max(saved_steps(workdir)), before, schedule))
     if "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""):
         logger.info("memory comes in huge pages (GLIBC_TUNABLES is set; INSTSEG_HUGE_PAGES=0 leaves it alone)")
     run = Training(config, workdir, mesh, model, train_loader, score, total_steps, logger)
     step_function = build_train_step(config, model, optimizer, schedule, multipliers, mesh)
     return run, put_replicated(state, mesh), step_function
-
-
-def _start_from_weights(config: ConfigDict, variables: dict, class_names: Sequence[str]) -> tuple[dict, MergeSummary]:
-    """Return `variables` with the values of `model.weights`, and a summary. Raises ValueError where they don't fit."""
-    found = weights_room.read_weights(config.weights)
-    try:
-        return weights_room.merge_weights(variables, found, class_names=class_names, skip=config.weights_skip or ())
-    except ValueError as error:
-        raise ValueError(
-            f"model.weights={config.weights!r}: {error}; model.weights_skip takes such patterns, "
-            "--config.model.weights= starts from nothing"
-        ) from error
 
 
 def _run_steps(run: Training, step_function, state: TrainState, manager, history: History) -> tuple[int, str]:
@@ -279,7 +285,9 @@ def _run_steps(run: Training, step_function, state: TrainState, manager, history
                 evaluate()
             while done < run.total_steps:
                 if patience is not None and history.since_better >= patience:
-                    run.logger.info("no better %s in %d evaluations: training ends", history.metric, patience)
+                    run.logger.info(
+                        "no better %s in %d evaluations (train.early_stopping): it ends", history.metric, patience
+                    )
                     end = "stopped early"
                     break
                 batch = next(batches)
@@ -314,7 +322,10 @@ def _evaluate(
     run: Training, state: TrainState, step: int, history: History, metrics_file: MetricsFile, stop: StopSignals
 ) -> None:
     """Score the averaged weights on the validation images; keep them when they are the best so far."""
-    metrics, results = stop.listen(lambda: run.score(state.ema_variables))
+    if run.score is None:
+        keep_weights(run.workdir, jax.device_get(state.ema_variables), run.metadata(step, None))
+        return
+    metrics, results = stop.listen(functools.partial(run.score, state.ema_variables))
     score = metrics[history.metric]
     is_best = history.add(step, metrics)
     metrics_file.write_events(step, metrics)

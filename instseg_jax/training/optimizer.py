@@ -67,6 +67,19 @@ def build_schedule(config: ConfigDict, total_steps: int, batch_size: int) -> opt
     )
 
 
+def say_longer(
+    config: ConfigDict, epochs_before: int, steps: int, before: optax.Schedule, after: optax.Schedule
+) -> str:
+    """One sentence on a run whose `train.epochs` changed after `steps` steps, and on what its learning rate does."""
+    text = f"train.epochs was {epochs_before} and is {config.train.epochs}"
+    if config.optimizer.schedule == "constant":
+        return f"{text}: training goes on, its learning rate stays constant"
+    return (
+        f"{text}: the {config.optimizer.schedule} schedule is stretched over the new total, so its rate goes on "
+        f"at {float(after(steps)):.3g} from step {steps} (it was {float(before(steps)):.3g} there)"
+    )
+
+
 def build_optimizer(
     config: ConfigDict, params: dict, schedule: optax.Schedule
 ) -> tuple[optax.GradientTransformation, dict]:

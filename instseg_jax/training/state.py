@@ -1,12 +1,16 @@
 """What training carries from step to step, and nothing else: the model and the optimizer are closed over."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from instseg_jax import weights as weights_room
 from instseg_jax.types import HostOrDeviceArray
+from instseg_jax.weights.merge import MergeSummary
 
 
 @jax.tree_util.register_dataclass
@@ -44,3 +48,15 @@ def initial_state(variables: dict, optimizer) -> TrainState:
         ema_batch_stats=zeros["batch_stats"],
         opt_state=jax.tree.map(np.asarray, optimizer.init(jax.tree.map(jnp.asarray, variables["params"]))),
     )
+
+
+def start_from_weights(config: ConfigDict, variables: dict, class_names: Sequence[str]) -> tuple[dict, MergeSummary]:
+    """Return `variables` with the values of `model.weights`, and a summary. Raises ValueError where they don't fit."""
+    found = weights_room.read_weights(config.weights)
+    try:
+        return weights_room.merge_weights(variables, found, class_names=class_names, skip=config.weights_skip or ())
+    except ValueError as error:
+        raise ValueError(
+            f"model.weights={config.weights!r}: {error}; model.weights_skip takes such patterns, "
+            "--config.model.weights= starts from nothing"
+        ) from error

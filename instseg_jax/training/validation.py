@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from instseg_jax.data import coco
+from instseg_jax.data import coco, loader
+from instseg_jax.data.source import build_dataset
 from instseg_jax.devices import put_batch
 from instseg_jax.evaluation.coco import write_evaluation
 from instseg_jax.inference.predictor import make_predict
@@ -22,11 +24,33 @@ from instseg_jax.weights import checkpoint
 Score = Callable[[dict], tuple[dict[str, float | None], list[dict]]]
 
 
+def open_validation(data: ConfigDict) -> tuple[coco.CocoDataset | None, str]:
+    """The validation images of a config's section `data`; None, and what is missing, where there are none.
+
+    Raises: what reading them raises, and FileNotFoundError for a file that data.val_annotations names and is not there.
+    """
+    try:
+        dataset = build_dataset(data, "val")
+    except coco.MissingAnnotations as error:
+        if data.val_annotations is not None:
+            raise
+        return None, str(error)
+    return (dataset, "") if len(dataset) else (None, coco.say_empty(dataset))
+
+
 def build_score(config, model: MaskRTDETR, dataset: coco.CocoDataset, mesh: jax.sharding.Mesh) -> Score:
     """A function from variables on the mesh to (metrics, COCO result entries) of a data set.
 
     A batch is filled up to a multiple of the number of devices. Every process gets the same numbers.
+
+    Raises: ValueError for fields of `eval` and `data` that would end the first evaluation.
     """
+    loader.build_eval_loader(config, dataset, num_devices=mesh.size, process_count=jax.process_count())
+    one = coco.to_coco(coco.take_images(dataset, [0]))
+    names = score_results(one, [], KINDS, engine=config.eval.engine)
+    if config.eval.best_metric not in names:
+        few = [name for name in names if name.count("/") == 1]
+        raise ValueError(f"eval.best_metric is {config.eval.best_metric!r}, it must be one of {', '.join(few)}")
     ground_truth = coco.to_coco(dataset)
     predict = make_predict(model, num_detections=config.eval.num_detections, mesh=mesh)
 
@@ -88,6 +112,11 @@ def open_history(workdir: pathlib.Path, metric: str, start_step: int) -> History
     return history
 
 
+def keep_weights(workdir: pathlib.Path, variables: dict, metadata: dict) -> None:
+    """Write best_model/ alone."""
+    checkpoint.save_inference_checkpoint(workdir / checkpoint.BEST_MODEL, variables, metadata)
+
+
 def keep_best(
     workdir: pathlib.Path,
     variables: dict,
@@ -96,6 +125,6 @@ def keep_best(
     results: list[dict],
 ) -> None:
     """Write best_model/ and, beside it, evaluate_result.json and predictions.json of the same weights."""
-    checkpoint.save_inference_checkpoint(workdir / checkpoint.BEST_MODEL, variables, metadata)
+    keep_weights(workdir, variables, metadata)
     if jax.process_index() == 0:
         write_evaluation(workdir, metrics, results)

@@ -1,17 +1,19 @@
 """The folder of a run: whose it is, whether it can be written to, and what is written there at the end."""
 
 import errno
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from instseg_jax.commands import changed
 from instseg_jax.files import write_json, write_text
 from instseg_jax.weights import checkpoint
 
@@ -25,49 +27,93 @@ FREE_TO_CHANGE = (
     *("device", "data.num_workers", "data.prefetch", "data.use_processes", "checkpoint", "log", "eval.batch_size"),
     *("eval.engine", "eval.boundary", "eval.gallery_size", "eval.tta_scales"),
 )
+# And a run may go on with other values of these, which say how long it trains and when it is scored.
+FREE_TO_GO_ON = ("train.epochs", "train.early_stopping", "train.max_skipped_steps", "eval.every_epochs")
+# With other values of these the weights have other shapes.
+SHAPES = ("model.name", "model.num_decoder_layers", "model.num_prototypes", "data.channels")
 
 
-def open_workdir(workdir: pathlib.Path, config: ConfigDict, state_bytes: int) -> None:
+def open_workdir(workdir: pathlib.Path, config: ConfigDict, state_bytes: int, total_steps: int) -> int:
     """Create the folder and note the config in it, or make sure that it belongs to the same config.
 
     `state_bytes` is the size of a checkpoint. With several processes every one calls this; they share the folder.
 
-    Raises: ValueError when the folder holds a run with another config, OSError when it can't be written to or has
-      no room for the checkpoints.
+    Returns: the `train.epochs` that the run had so far.
+
+    Raises: ValueError when the folder holds a run with another config or more than `total_steps` steps, OSError when it
+      can't be written to or has no room for the checkpoints.
     """
+    epochs_before = config.train.epochs
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
             pass
     except OSError as error:
         raise type(error)(f"can't write to the folder {workdir} ({error.strerror})") from error
-    if (workdir / CONFIG).exists() and (workdir / checkpoint.CHECKPOINTS).is_dir():
-        check_same_config(workdir, config)
+    if (workdir / CONFIG).exists() and (steps := saved_steps(workdir)):
+        check_can_go_on(workdir, config)
+        saved = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
+        epochs_before = saved["train"]["epochs"]
+        if max(steps) > total_steps:
+            raise ValueError(
+                f"{workdir} has trained {max(steps)} steps, more than the {total_steps} of "
+                f"train.epochs={config.train.epochs}; give more, or another --workdir"
+            )
     _check_room(workdir, state_bytes, config.checkpoint.keep)
     if jax.process_count() > 1:  # nobody writes before everybody has looked
         multihost_utils.sync_global_devices("open_workdir")
     if jax.process_index() == 0:
         write_json(workdir / CONFIG, json.loads(config.to_json_best_effort()), indent=2)
+    return epochs_before
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """The steps of which a run has checkpoints."""
+    folder = workdir / checkpoint.CHECKPOINTS
+    return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit()) if folder.is_dir() else []
+
+
+def check_can_go_on(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Raise ValueError, naming the fields that differ and the way to a new run, where this one can't go on so."""
+    differing = _differing(workdir, config, (*FREE_TO_CHANGE, *FREE_TO_GO_ON))
+    if not differing:
+        return
+    options = {"--workdir": str(_free_name(workdir))}
+    if not any(name in SHAPES for name in differing):
+        options = {"--config.model.weights": str(workdir), **options}
+    start = "a new run from its weights" if len(options) > 1 else "a new run"
+    raise ValueError(
+        f"{workdir} holds a run with another config ({'; '.join(differing.values())}); "
+        f"give the same values to resume it, or start {start}: {changed('train', options)}"
+    )
+
+
+def _free_name(workdir: pathlib.Path) -> pathlib.Path:
+    names = (workdir.with_name(f"{workdir.name}_{number}") for number in itertools.count(2))
+    return next(name for name in names if not name.exists())
 
 
 def check_same_config(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Raise ValueError, naming the fields that differ, where the folder holds a run with another config."""
-    saved = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
-    mine = json.loads(config.to_json_best_effort())
-    if mine["data"]["channel_ranges"] is None:  # not looked for yet
-        saved["data"]["channel_ranges"] = None
-    if differing := _differences(saved, mine):
+    if differing := _differing(workdir, config, FREE_TO_CHANGE):
         raise ValueError(
-            f"{workdir} holds a run with another config ({'; '.join(differing)}); "
+            f"{workdir} holds a run with another config ({'; '.join(differing.values())}); "
             "give the same values to resume it, or another --workdir"
         )
 
 
+def _differing(workdir: pathlib.Path, config: ConfigDict, free: Sequence[str]) -> dict[str, str]:
+    """What is said of each field that has another value than in the folder's run."""
+    saved = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
+    mine = json.loads(config.to_json_best_effort())
+    if mine["data"]["channel_ranges"] is None:  # not looked for yet
+        saved["data"]["channel_ranges"] = None
+    return _differences(saved, mine, free)
+
+
 def _check_room(workdir: pathlib.Path, state_bytes: int, keep: int) -> None:
     """Raise OSError unless there is room for the checkpoints to come: one is written before the oldest goes."""
-    folder = workdir / checkpoint.CHECKPOINTS
-    there = sum(1 for child in folder.iterdir() if child.name.isdigit()) if folder.is_dir() else 0
-    needed = max(1, keep + 1 - there) * state_bytes
+    needed = max(1, keep + 1 - len(saved_steps(workdir))) * state_bytes
     free = shutil.disk_usage(workdir).free
     if free < needed:
         raise OSError(
@@ -76,17 +122,17 @@ def _check_room(workdir: pathlib.Path, state_bytes: int, keep: int) -> None:
         )
 
 
-def _differences(saved: dict, mine: dict, prefix: str = "") -> list[str]:
-    found = []
+def _differences(saved: dict, mine: dict, free: Sequence[str], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
     for key in sorted({*saved, *mine}):
         name = f"{prefix}{key}"
-        if name in FREE_TO_CHANGE:
+        if name in free:
             continue
         old, new = saved.get(key), mine.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{name}.")
+            found |= _differences(old, new, free, f"{name}.")
         elif old != new:
-            found.append(f"{name} was {old!r}, is {new!r}")
+            found[name] = f"{name} was {old!r}, is {new!r}"
     return found
 
 

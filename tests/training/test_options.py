@@ -99,11 +99,11 @@ def test_a_folder_without_room_or_rights_is_refused(tmp_path, monkeypatch):
     config = load_config("configs/quickstart.py")
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="can't write to the folder"):
-        workdir.open_workdir(tmp_path / "file" / "run", config, 10)
+        workdir.open_workdir(tmp_path / "file" / "run", config, 10, 100)
     with pytest.raises(OSError, match=r"room for \d+ MB, the checkpoints to come need 4000000000 MB"):
-        workdir.open_workdir(tmp_path / "run", config, 10**15)
+        workdir.open_workdir(tmp_path / "run", config, 10**15, 100)
     assert not (tmp_path / "run" / "config.json").exists()
-    workdir.open_workdir(tmp_path / "run", config, 10)
+    workdir.open_workdir(tmp_path / "run", config, 10, 100)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["name"] == "mask_rtdetr_n"
 
 

@@ -61,7 +61,7 @@ class Trial:
                 yield FakeBatch(np.zeros((4, side, side, 3), np.float32), np.arange(4))
 
         train_loader = SimpleNamespace(dataset=dataset, num_batches=2, counters=collections.Counter(), batches=batches)
-        run = loop.Run(
+        run = loop.Training(
             config, workdir, make_mesh(jax.devices()[:1]), None, train_loader, self.score, 2 * config.train.epochs,
             metrics.open_log(workdir / "train.log"),
         )  # fmt: skip
