@@ -33,6 +33,7 @@ def get_config(size: str = "l") -> ConfigDict:
     data.train_sizes = (640,)  # one size: one compilation; the zoom below varies scale
     data.interpolations = ("linear",)
     data.refit_boxes = True
+    data.drop_empty_masks = True
     data.augment.photometric_probability = 0.5
     data.augment.expand_probability = 0.0
     data.augment.crop_probability = 0.0

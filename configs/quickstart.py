@@ -20,6 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.interpolations = ("linear",)
     config.data.max_instances = 20
     config.data.mask_stride = 2
+    config.data.drop_empty_masks = True
     config.data.mask_rasterization = "polygon"
     config.data.augment.photometric_probability = 0.5
     config.data.augment.expand_probability = 0.0

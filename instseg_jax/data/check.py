@@ -6,7 +6,7 @@ the page to look at are made by `data/check_report.py`, and `data/repair.py` wri
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from instseg_jax.data import check_annotations, check_images, check_numbers, coc
 from instseg_jax.data.check_annotations import CheckedFile, CheckedObject
 from instseg_jax.data.check_images import PictureFacts
 from instseg_jax.data.coco_entries import ImageRecord
+from instseg_jax.data.examples import Layout
 from instseg_jax.data.findings import Flaw, has_errors
 from instseg_jax.progress import Track
 
@@ -70,7 +71,8 @@ def check_dataset(
     num_queries: int,
     max_instances: int,
     image_size: tuple[int, int],
-    resize: str,
+    train_sizes: Sequence[tuple[int, int]],
+    layout: Layout,
     channels: int | None,
     num_workers: int,
     progress: Track,
@@ -79,13 +81,15 @@ def check_dataset(
     """Check both splits of a data set.
 
     `pictures` keeps what is known about files that were looked at before (by path, added to): a second check of
-    the same pictures is quick. `channels` is None for pictures of 8-bit colour. `num_workers` threads look at pictures
+    the same pictures is quick. `train_sizes` (height, width) and `layout` are those of training. `channels` is None for
+    pictures of 8-bit colour. `num_workers` threads look at pictures
     at the same time.
     """
     flaws = list(known_flaws)
     contents: dict[str, dict[str, Any]] = {}
     files: dict[str, CheckedFile] = {}
     facts_of: dict[str, dict[int, PictureFacts]] = {}
+    trained: dict[str, int] = {}
     for split, (file, folder) in source.splits.items():
         try:
             contents[split] = coco_entries.read_json(file)
@@ -100,20 +104,36 @@ def check_dataset(
         def look(image: ImageRecord, split: str = split, folder: Path = folder, entries: dict = entries) -> tuple:
             path = folder / image.file_name
             facts = pictures.get(path) or check_images.inspect_picture(path, channels)
-            return facts, *check_annotations.check_objects(split, image, entries[image.id])
+            objects, found = check_annotations.check_objects(split, image, entries[image.id])
+            gone = check_annotations.vanishing_sizes(objects, image, train_sizes, layout)
+            for i, sizes in gone.items():
+                id_ = objects[i].annotation.id
+                at = ", ".join(f"{height}x{width}" for height, width in sizes)
+                text = f"annotation {id_} of {image.file_name!r}: its mask has no pixel at {at}"
+                found.append(Flaw("vanishing_mask", split, (id_,), text, is_of_annotation=True))
+            lost = sum(len(sizes) == len(set(train_sizes)) for sizes in gone.values()) if layout.drop_empty_masks else 0
+            return facts, objects, found, sum(o.is_trained for o in objects) - lost
 
-        facts_of[split] = {}
+        facts_of[split], trained[split] = {}, 0
+        of_split: list[Flaw] = []
         with ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="check") as pool:
             for image, seen in zip(images, progress(pool.map(look, images), len(images)), strict=True):
-                facts, objects, found = seen
+                facts, objects, found, num_trained = seen
+                trained[split] += num_trained
                 pictures[folder / image.file_name] = facts_of[split][image.id] = facts
                 files[split].objects[image.id] = objects
-                flaws += check_images.find_picture_flaws(split, image, facts, folder) + found
-        flaws += _empty_flaws(split, files[split])
+                of_split += check_images.find_picture_flaws(split, image, facts, folder) + found
+        suspect = check_annotations.find_suspect_masks(split, of_split, sum(map(len, files[split].objects.values())))
+        if suspect is not None:
+            of_split = [suspect, *(flaw for flaw in of_split if flaw.code != "box_mask_mismatch")]
+        flaws += of_split + _empty_flaws(split, files[split])
     if len(files) == len(SPLITS):
         flaws += check_annotations.compare_categories(files["train"], files["val"])
         flaws += check_images.find_leaks(*(_pairs(files[split], facts_of[split]) for split in SPLITS))
-    measured = {split: check_numbers.measure_split(file, image_size, resize) for split, file in files.items()}
+    measured = {
+        split: check_numbers.measure_split(file, image_size, layout.resize) | {"objects_trained": trained[split]}
+        for split, file in files.items()
+    }
     flaws += check_numbers.advise(
         files, measured, num_queries=num_queries, max_instances=max_instances, image_size=image_size
     )
@@ -140,8 +160,7 @@ def _empty_flaws(split: str, file: CheckedFile) -> list[Flaw]:
 
 
 def _is_trainable(o: CheckedObject) -> bool:
-    a = o.annotation
-    return not a.is_crowd and not a.is_ignored and a.area > 0 and o.mask_area > 0
+    return o.is_trained and o.mask_area > 0
 
 
 def _reading_flaws(source: Source) -> list[Flaw]:

@@ -6,6 +6,7 @@ read there; the findings that go further (boxes that disagree with masks, crossi
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,19 @@ import numpy as np
 
 from instseg_jax import masks
 from instseg_jax.data import coco_entries
+from instseg_jax.data.coco import untrainable_reason
 from instseg_jax.data.coco_entries import Annotation, ImageRecord, is_id
+from instseg_jax.data.examples import Layout
 from instseg_jax.data.findings import Flaw
 from instseg_jax.data.polygons import crosses_itself, is_degenerate
+from instseg_jax.data.rasterize import render_masks, whole_view
+from instseg_jax.images import content_size
 
 OUTSIDE_TOLERANCE_PX = 2.0  # annotators overshoot the border by a pixel or two
 BOX_TOLERANCE_PX = 3.0  # outlines are rounded to pixels and simplified: no reason to doubt a box
 MIN_BOX_IOU = 0.8  # of the bbox with the box around the mask
+SUSPECT_SHARE, MIN_SUSPECT = 0.8, 3  # of a split's boxes that must disagree with their masks to suspect the masks
+THIN_PIXELS = 2.0  # mask pixels: what is thicker on average can't fall between the pixels of a mask
 MAX_CROSSING_POINTS = 1000  # polygons with more are not searched for crossings: the search is quadratic
 
 
@@ -30,6 +37,13 @@ class CheckedObject:
     annotation: Annotation
     category_id: int
     mask_area: int
+    mask_side: int  # the longer side of the box around the mask, in pixels
+    reason: str | None  # why training leaves it out
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether training takes it, unless its mask vanishes."""
+        return self.reason is None
 
 
 @dataclasses.dataclass
@@ -88,6 +102,7 @@ def check_objects(
 ) -> tuple[list[CheckedObject], list[Flaw]]:
     """Read and draw the objects of a picture; also returns what is wrong with them."""
     objects, flaws = [], []
+    seen: dict[tuple, int] = {}  # class and mask: the first object of these
 
     def add(code: str, entry: dict[str, Any], detail: str) -> None:
         text = f"annotation {entry['id']} of {image.file_name!r}: {detail}"
@@ -105,10 +120,57 @@ def check_objects(
             continue
         rle = masks.segmentation_to_rle(annotation.segmentation, image.height, image.width)
         area = masks.rle_area(rle)
-        for code, detail in _find_doubts(annotation, masks.rle_box_xyxy_px(rle), area, image):
+        mask_box = masks.rle_box_xyxy_px(rle)
+        same = (entry["category_id"], bytes(rle["counts"]) if area else annotation.box_xywh_px)
+        if same in seen:
+            add("duplicate_object", entry, f"it has the class and the mask of annotation {seen[same]}")
+        seen.setdefault(same, entry["id"])
+        for code, detail in _find_doubts(annotation, mask_box, area, image):
             add(code, entry, detail)
-        objects.append(CheckedObject(annotation, entry["category_id"], area))
+        side = max(mask_box[2] - mask_box[0], mask_box[3] - mask_box[1])
+        reason = untrainable_reason(annotation, image)
+        objects.append(CheckedObject(annotation, entry["category_id"], area, side, reason))
     return objects, flaws
+
+
+def vanishing_sizes(
+    objects: Sequence[CheckedObject], image: ImageRecord, sizes: Sequence[tuple[int, int]], layout: Layout
+) -> dict[int, list[tuple[int, int]]]:
+    """Network inputs (height, width), out of `sizes`, at which the mask of a trained object has no pixel left.
+
+    Returns: {position in `objects`: sizes}; objects that are seen at every size are not in it. Only objects that are
+    thin at a size are drawn there.
+    """
+    gone: dict[int, list[tuple[int, int]]] = {}
+    for size in dict.fromkeys(sizes):
+        content = content_size((image.height, image.width), size, layout.resize)
+        scale = min(content[0] / image.height, content[1] / image.width)
+        thin = [
+            i
+            for i, o in enumerate(objects)
+            if o.is_trained and o.mask_area * scale < THIN_PIXELS * layout.mask_stride * max(o.mask_side, 1)
+        ]
+        drawn = render_masks(
+            [objects[i].annotation.segmentation for i in thin],
+            (image.height, image.width),
+            whole_view(image.height, image.width),
+            content,
+            size,
+            mask_stride=layout.mask_stride,
+            rasterization=layout.mask_rasterization,
+        )
+        for i, mask in zip(thin, drawn, strict=True):
+            if not mask.any():
+                gone.setdefault(i, []).append(size)
+    return gone
+
+
+def find_suspect_masks(split: str, flaws: Sequence[Flaw], num_objects: int) -> Flaw | None:
+    """Nearly all boxes that disagree with their masks mean that the masks are wrong, not the boxes."""
+    count = sum(flaw.code == "box_mask_mismatch" for flaw in flaws)
+    if count < MIN_SUSPECT or count <= SUSPECT_SHARE * num_objects:
+        return None
+    return Flaw("suspect_masks", split, (), f"{count} of {num_objects} boxes are not the boxes around their masks")
 
 
 def find_segmentation_flaw(segmentation: Any, image: ImageRecord) -> tuple[str, str] | None:
@@ -170,7 +232,7 @@ def _check_categories(split: str, entries: list[Any], flaws: list[Flaw]) -> dict
     except ValueError as error:
         flaws.append(Flaw("broken_json", split, (), str(error)))
         sound = [e for e in entries if isinstance(e, dict) and is_id(e.get("id")) and "name" in e]
-        return {entry["id"]: str(entry["name"]) for entry in reversed(sound)}
+        return {entry["id"]: " ".join(str(entry["name"]).split())[: coco_entries.MAX_NAME] for entry in reversed(sound)}
     for name, count in collections.Counter(categories.values()).items():
         if count > 1:
             ids = tuple(i for i, of_id in categories.items() if of_id == name)
@@ -183,6 +245,9 @@ def _find_doubts(
 ) -> list[tuple[str, str]]:
     """Codes and words for what is odd about an object that can be drawn."""
     doubts = []
+    reason = untrainable_reason(annotation, image)
+    if reason is not None and not annotation.is_crowd and annotation.area > 0:  # these have findings of their own
+        doubts.append(("not_trained", f"training leaves it out: {reason}"))
     x, y, w, h = annotation.box_xywh_px
     box = np.array([x, y, x + w, y + h])
     if annotation.is_crowd:

@@ -84,14 +84,33 @@ def summarise(result: dict[str, Any], workdir: Path) -> list[str]:
     lines.append(f"to look at: {workdir / 'check_dataset.html'}")
     if "fixed" in result:
         fixed = result["fixed"]
-        verdict = "which pass the check" if fixed["check_pass"] else "which still do not pass the check"
-        lines.append(f"{len(fixed['changes'])} changes in repaired copies, {verdict}; use them with")
+        lines += describe_repair(fixed)
         lines += [f"    --config.data.{s}_annotations={Path(file).resolve()}" for s, file in fixed["files"].items()]
     errors = sum(finding["count"] for finding in result["findings"] if finding["severity"] == findings.ERROR)
     failed = f"Check dataset failed: {errors} error{'' if errors == 1 else 's'}."
     if "fixed" not in result and result["analysis"]["splits"]:
         failed += " --fix writes repaired copies of the annotation files."
     return [*lines, "Check dataset passed !" if result["check_pass"] else failed]
+
+
+def describe_repair(fixed: dict[str, Any]) -> list[str]:
+    """What became of the files, in lines of text: what is lost first."""
+    if not fixed["files"]:
+        return ["nothing could be repaired: there is no annotation file that can be read"]
+    lost = [
+        f"{split}: {n['objects']} of {n['of_objects']} objects and {n['images']} of {n['of_images']} pictures"
+        for split, n in fixed["lost"].items()
+        if n["objects"] or n["images"]
+    ]
+    lines = [f"left out in the repaired copies: {'; '.join(lost) if lost else 'nothing'}"]
+    if fixed["moved"]:
+        lines.append(
+            f"{fixed['moved']} objects were turned or scaled with their pictures: look at them before you train"
+        )
+        verdict = "not called passed, since masks were moved"
+    else:
+        verdict = "which pass the check" if fixed["check_pass"] else "which still do not pass the check"
+    return [*lines, f"{len(fixed['changes'])} changes in repaired copies, {verdict}; use them with"]
 
 
 def draw_histogram(counts: dict[str, dict[str, int]]) -> Image.Image:
@@ -213,10 +232,10 @@ def _finding_block(finding: dict[str, Any]) -> str:
 
 
 def _fixed_block(fixed: dict[str, Any]) -> str:
-    verdict = "pass the check" if fixed["check_pass"] else "still do not pass the check"
+    said = "<br>".join(html.escape(line) for line in describe_repair(fixed))
     listed = "".join(f"<li>{html.escape(change)}</li>" for change in fixed["changes"])
     paths = html.escape(", ".join(fixed["files"].values()))
-    return f"<h2>Repaired copies</h2><p>They {verdict}: {paths}</p><ul>{listed}</ul>"
+    return f"<h2>Repaired copies</h2><p>{said}</p><p>{paths}</p><ul>{listed}</ul>"
 
 
 def _draw_pictures(

@@ -215,7 +215,7 @@ def select_trainable(dataset: CocoDataset, *, keep_empty: bool) -> CocoDataset:
     for image, of_image in zip(dataset.images, dataset.annotations, strict=True):
         kept = []
         for annotation in of_image:
-            reason = _untrainable_reason(annotation, image)
+            reason = untrainable_reason(annotation, image)
             if reason is None:
                 kept.append(annotation)
             else:
@@ -326,7 +326,8 @@ def check_same_categories(a: CocoDataset, b: CocoDataset) -> None:
         raise ValueError(f"The categories of {a.name} and {b.name} differ: {coco_entries.first_few(differing)}.")
 
 
-def _untrainable_reason(annotation: Annotation, image: ImageRecord) -> str | None:
+def untrainable_reason(annotation: Annotation, image: ImageRecord) -> str | None:
+    """Why training leaves an object out, as the reference does; None where it is trained on."""
     x, y, w, h = annotation.box_xywh_px
     if annotation.is_crowd:
         return "crowd"

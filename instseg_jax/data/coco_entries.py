@@ -19,6 +19,10 @@ from instseg_jax import masks
 MAX_LISTED = 5  # names or ids that an error message lists before it only counts
 MAX_SIDE_PX = 10**6  # of a picture: masks of what lies beyond would be drawn for hours
 MAX_REACH = 10  # times the longer side of its picture that a polygon may reach
+MAX_NAME = 500  # letters of a class name
+MAX_WHOLE_FLOAT = 2.0**53  # beyond it a float does not name one whole number
+ID_KEYS = {"images": ("id",), "categories": ("id",), "annotations": ("id", "image_id", "category_id")}
+FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,7 +56,10 @@ def read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no annotation file {str(file)!r}.") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error.msg} in line {error.lineno}.") from error
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{file} is not valid JSON: {error.msg} in {where}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{file} is not valid JSON: it is nested too deeply.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not a UTF-8 text file.") from error
     if not isinstance(content, dict):
@@ -61,7 +68,18 @@ def read_json(file: Path) -> dict[str, Any]:
     for key in ("images", "annotations", "categories"):
         if not isinstance(content[key], list):
             raise ValueError(f"{key!r} of {file} must be a list.")
+    for key, names in ID_KEYS.items():
+        for entry in content[key]:
+            for name in names if isinstance(entry, dict) else ():
+                if name in entry:
+                    entry[name] = whole(entry[name])
     return content
+
+
+def whole(value: Any) -> Any:
+    """An id as it is meant: 1.0 is 1, as pandas writes ids; anything else stays what it is."""
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) <= MAX_WHOLE_FLOAT
+    return int(value) if is_whole else value
 
 
 def read_categories(entries: list[Any], file: Path) -> list[tuple[int, str]]:
@@ -74,7 +92,25 @@ def read_categories(entries: list[Any], file: Path) -> list[tuple[int, str]]:
     if not entries:
         raise ValueError(f"{file} lists no categories.")
     check_ids([entry["id"] for entry in entries], "categories", file)
-    return sorted((entry["id"], str(entry["name"])) for entry in entries)
+    return sorted((entry["id"], read_name(entry["name"], f"Category {entry['id']} of {file}")) for entry in entries)
+
+
+def read_name(name: Any, what: str) -> str:
+    """A class name on one line: white space at the ends goes, control characters inside become a space.
+
+    Raises: ValueError, begun by `what`, for a name without a letter, of too many, or of characters that are no text.
+    """
+    text = str(name)
+    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
+        raise ValueError(f"{what} has the name {text[:MAX_NAME]!r}, half of a character that UTF-8 can't write.")
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
+        text = " ".join("".join(letter if ord(letter) >= 32 and ord(letter) != 127 else " " for letter in text).split())
+    text = text.strip()
+    if not text:
+        raise ValueError(f"{what} has an empty name.")
+    if len(text) > MAX_NAME:
+        raise ValueError(f"{what} has a name of {len(text)} letters, at most {MAX_NAME} are allowed.")
+    return text
 
 
 def read_images(entries: list[Any], file: Path, licenses: Any = None) -> list[ImageRecord]:
@@ -90,13 +126,17 @@ def read_image(entry: Any, what: str, licenses: Mapping[str, str] | None = None)
     require_keys(entry, ("id", "file_name", "height", "width"), what)
     for name in ("height", "width"):
         value = entry[name]
-        if not is_number(value) or value != int(value) or not 1 <= value <= MAX_SIDE_PX:
+        number = read_number(value)
+        if number is None or number != int(number) or not 1 <= number <= MAX_SIDE_PX:
             raise ValueError(f"{what} (id {entry['id']}) has the {name} {value!r}, not a number of pixels.")
     if not isinstance(entry["file_name"], str):
         raise ValueError(f"{what} (id {entry['id']}) has the file name {entry['file_name']!r}, not a string.")
+    if "\0" in entry["file_name"] or any(0xD800 <= ord(letter) <= 0xDFFF for letter in entry["file_name"]):
+        raise ValueError(f"{what} (id {entry['id']}) has the file name {entry['file_name']!r}, which no file can have.")
     license_id = str(entry.get("license") or "")  # an id of the file's list, or a name
     license = (licenses or {}).get(license_id, "" if license_id.isdigit() else license_id)
-    return ImageRecord(entry["id"], entry["file_name"], int(entry["height"]), int(entry["width"]), license)
+    height, width = (int(float(entry[side])) for side in ("height", "width"))
+    return ImageRecord(entry["id"], entry["file_name"], height, width, license)
 
 
 def _read_licenses(entries: Any) -> dict[str, str]:
@@ -116,9 +156,33 @@ def read_annotation(entry: dict[str, Any], label: int, image: ImageRecord) -> An
         box_xywh_px=box,
         area=area,
         segmentation=segmentation,
-        is_crowd=bool(entry.get("iscrowd", 0)),
-        is_ignored=bool(entry.get("ignore", 0)),
+        is_crowd=read_flag(entry, "iscrowd"),
+        is_ignored=read_flag(entry, "ignore"),
     )
+
+
+def read_flag(entry: dict[str, Any], name: str) -> bool:
+    """A field that is 0 or 1, as a number, a truth value or a word; missing or null is 0.
+
+    Raises: ValueError, without saying which object, for anything else.
+    """
+    value = entry.get(name)
+    if value is None:
+        return False
+    text = str(value).strip().lower()
+    if isinstance(value, bool | int | float | str) and text in FLAGS:
+        return FLAGS[text]
+    raise ValueError(f"its {name} must be 0 or 1, got {value!r}.")
+
+
+def read_number(value: Any) -> float | None:
+    """A finite number, also one that is written as text; None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return float(value) if is_number(value) else None
 
 
 def read_box_and_area(
@@ -126,21 +190,29 @@ def read_box_and_area(
 ) -> tuple[tuple[float, float, float, float], float]:
     """(x, y, width, height) in pixels and the area of an object, from the entry or else from its mask.
 
-    Raises: ValueError, without saying which object, for a box or an area that is no number.
+    A box without width or height is as good as none. Raises: ValueError, without saying which object, for a box or an
+    area that is no number.
     """
     box, area = entry.get("bbox"), entry.get("area")
-    if box is None or area is None:
+    numbers: list[float] | None = None
+    if box is not None:
+        read = [read_number(v) for v in box] if isinstance(box, (list, tuple)) else []
+        numbers = [v for v in read if v is not None]
+        if len(read) != 4 or len(numbers) != 4:
+            raise ValueError(f"its bbox must be four numbers [x, y, width, height], got {box!r}.")
+        if numbers[2] <= 0 or numbers[3] <= 0:
+            numbers = None
+    if numbers is None or area is None:
         rle = masks.segmentation_to_rle(segmentation, image.height, image.width)
         if area is None:
             area = masks.rle_area(rle)
-        if box is None:
+        if numbers is None:
             x1, y1, x2, y2 = masks.rle_box_xyxy_px(rle)
-            box = [x1, y1, x2 - x1, y2 - y1]
-    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(is_number(v) for v in box):
-        raise ValueError(f"its bbox must be four numbers [x, y, width, height], got {box!r}.")
-    if not is_number(area):
+            numbers = [x1, y1, x2 - x1, y2 - y1]
+    area_read = read_number(area)
+    if area_read is None:
         raise ValueError(f"its area must be a number, got {area!r}.")
-    return (float(box[0]), float(box[1]), float(box[2]), float(box[3])), float(area)
+    return (float(numbers[0]), float(numbers[1]), float(numbers[2]), float(numbers[3])), area_read
 
 
 def read_segmentation(segmentation: Any, image: ImageRecord) -> masks.Segmentation:
@@ -166,7 +238,7 @@ def _read_polygon(polygon: list[Any], image: ImageRecord) -> np.ndarray:
         raise ValueError(f"it has a polygon with {len(polygon)} numbers, but x and y come in pairs.")
     try:
         points = np.array(polygon, np.float64).reshape(-1, 2)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError("it has a polygon with coordinates that are not numbers.") from None
     # Drawing takes memory and time in proportion to the coordinates: a stray 1e9 would end the process.
     limit = MAX_REACH * max(image.height, image.width)
@@ -200,8 +272,13 @@ def is_id(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a JSON file is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value of a JSON file is a finite number that a float can hold."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond 1.8e308
+        return False
 
 
 def first_few(items: Sequence[Any]) -> str:

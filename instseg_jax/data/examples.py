@@ -23,6 +23,7 @@ class Layout:
     mask_rasterization: str  # "exact" or "polygon", see rasterize.render_masks
     refit_boxes: bool  # boxes from what is left of the masks; the reference keeps clipped boxes
     max_instances: int  # target slots per picture
+    drop_empty_masks: bool = False  # leave out objects whose mask has no pixel left; the reference keeps them
 
     def __post_init__(self):
         for name, choice, allowed in (
@@ -119,6 +120,9 @@ def finish(
         boxes, visible = _refit_boxes(rendered)
         middles = slice(layout.mask_stride // 2, None, layout.mask_stride)
         labels, rendered = labels[visible], rendered[visible][:, middles, middles]
+    if layout.drop_empty_masks:
+        kept = rendered.any(axis=(1, 2))
+        boxes, labels, rendered = boxes[kept], labels[kept], rendered[kept]
     return Sample(
         image=images.resize_pixels(pixels, content, size, interpolation, out),
         boxes=_normalise_boxes(boxes, size),

@@ -95,6 +95,28 @@ CODES: dict[str, tuple[str, str, str]] = {
         "an object's bbox is not the box around its mask",
         "--fix computes the box from the mask.",
     ),
+    "suspect_masks": (
+        ERROR,
+        "nearly all boxes of a split disagree with its masks, so the masks are likely wrong",
+        "Look at the drawings. Run-length codes count down the columns, from top left; an export that counts along "
+        "the rows has to be made again. --fix leaves such a file as it is.",
+    ),
+    "duplicate_object": (
+        WARNING,
+        "the same object is there twice: perfect predictions could find only one of the two",
+        "Remove one of them; --fix keeps the first.",
+    ),
+    "not_trained": (
+        WARNING,
+        "training leaves objects out",
+        "Nothing, where that is meant (`ignore`); else correct the field that is named.",
+    ),
+    "vanishing_mask": (
+        WARNING,
+        "an object's mask has no pixel at a size that the config trains at",
+        "Train on a larger input (--config.data.image_size) or cut the pictures into tiles. Recipes for small data "
+        "leave such objects out (data.drop_empty_masks), the official recipe teaches them as objects of nothing.",
+    ),
     "crowd": (
         WARNING,
         "objects are marked as crowds: training leaves them out, evaluation forgives predictions there",

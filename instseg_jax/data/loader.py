@@ -76,10 +76,10 @@ def build_train_loader(
     recipe = Recipe(
         seed=config.seed,
         batch_size=config.train.batch_size,
-        sizes=tuple(_as_size(size, data.mask_stride) for size in data.train_sizes),
+        sizes=train_sizes(config),
         interpolations=tuple(data.interpolations),
         augmentation=transforms.Augmentation(**data.augment),
-        layout=_build_layout(config, data.max_instances),
+        layout=build_layout(config, data.max_instances),
     )
 
     def batches(start_step: int = 0) -> Batches:
@@ -125,7 +125,7 @@ def build_eval_loader(
             batch_size=batch_size,
             size=_as_size(data.image_size, data.mask_stride),
             interpolation=data.eval_interpolation,
-            layout=_build_layout(config, data.max_instances if use_targets else 0),
+            layout=build_layout(config, data.max_instances if use_targets else 0),
             workers=Workers(data.num_workers, data.prefetch, data.use_processes),
             share=Share(process_index, process_count),
             counters=counters,
@@ -223,7 +223,8 @@ def _yield_batches(
         closing()
 
 
-def _build_layout(config: ConfigDict, max_instances: int) -> examples.Layout:
+def build_layout(config: ConfigDict, max_instances: int) -> examples.Layout:
+    """How a config lays out samples, with a number of target slots."""
     data = config.data
     return examples.Layout(
         resize=data.resize,
@@ -231,7 +232,13 @@ def _build_layout(config: ConfigDict, max_instances: int) -> examples.Layout:
         mask_rasterization=data.mask_rasterization,
         refit_boxes=data.refit_boxes,
         max_instances=max_instances,
+        drop_empty_masks=bool(data.drop_empty_masks),
     )
+
+
+def train_sizes(config: ConfigDict) -> tuple[Size, ...]:
+    """(height, width) of the network inputs that a config trains at."""
+    return tuple(_as_size(size, config.data.mask_stride) for size in config.data.train_sizes)
 
 
 def _as_size(size: int | Sequence[int], mask_stride: int) -> Size:

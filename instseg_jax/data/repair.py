@@ -1,11 +1,13 @@
 """Mended copies of annotation files: what `check_dataset --fix` writes.
 
-Every change is said in a sentence. Nothing is guessed: where it is open what was meant (two pictures of one id),
-the doubtful entries are left out.
+Every change is said in a sentence. Nothing is guessed: where it is open what was meant (two pictures of one id, a
+picture that was cropped or stretched after it was labelled), the doubtful entries are left out.
 """
 
 import collections
+import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +19,83 @@ from instseg_jax.data.check import Check, Source
 from instseg_jax.data.check_images import PictureFacts
 from instseg_jax.data.coco_entries import ImageRecord, is_id
 
-SAME_SHAPE = 0.01  # relative difference of the two scale factors of a picture that was resized
+ROUNDING_PX = 1.0  # by which the sides of a picture that was resized may differ from one factor for both
 TURNING = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 Entry = dict[str, Any]
 Moves = dict[int, tuple[ImageRecord, PictureFacts]]  # image id: what the file said, what the picture is
 
 
-def repair_dataset(check: Check) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Mend what was found: the new content of each file that could be read, and what was changed, in words."""
+@dataclasses.dataclass(frozen=True)
+class Repaired:
+    """What became of the files."""
+
+    source: Source
+    changes: list[str]  # in words
+    lost: dict[
+        str, tuple[int, int, int, int]
+    ]  # by split: pictures left out, of how many, objects left out, of how many
+    moved: int  # objects whose masks were turned or scaled
+
+
+def repair_dataset(check: Check) -> tuple[dict[str, dict[str, Any]], list[str], int]:
+    """Mend what was found: the new content of each file that could be read, what was changed, in words, and how many
+    objects were moved.
+    """
     changes: list[str] = []
     contents = {split: _copy_finite(content) for split, content in check.contents.items()}
+    num_moved = 0
     for split, content in contents.items():
         said: list[str] = []
-        _repair_file(content, check, split, said)
+        if any(flaw.code == "suspect_masks" and flaw.split == split for flaw in check.flaws):
+            changes.append(f"{split}: nothing is changed, since its masks are likely wrong")
+            continue
+        num_moved += _repair_file(content, check, split, said)
         changes += [f"{split}: {text}" for text in said]
     if any(flaw.code == "categories_differ" for flaw in check.flaws):
         _unite_categories(contents, changes)
-    return contents, changes
+    return contents, changes, num_moved
 
 
-def write_repaired(check: Check, folder: Path) -> tuple[Source, list[str]]:
-    """Write the mended annotation files below `folder`; where they and their pictures are, and what was changed."""
-    contents, changes = repair_dataset(check)
-    splits = {}
+def write_repaired(check: Check, folder: Path) -> Repaired:
+    """Write the mended annotation files below `folder`: one for each file that could be read."""
+    contents, changes, moved = repair_dataset(check)
+    splits, lost = {}, {}
     for split, content in contents.items():
         file = folder / "annotations" / f"instance_{split}.json"
         splits[split] = (files.write_json(file, content), check.source.splits[split][1])
-    return Source(check.source.root, splits), changes
+        before = [len(check.contents[split][key]) for key in ("images", "annotations")]
+        after = [len(content[key]) for key in ("images", "annotations")]
+        lost[split] = (before[0] - after[0], before[0], before[1] - after[1], before[1])
+    return Repaired(Source(check.source.root, splits), changes, lost, moved)
 
 
-def _repair_file(content: Entry, check: Check, split: str, said: list[str]) -> None:
+def _repair_file(content: Entry, check: Check, split: str, said: list[str]) -> int:
+    """Mend a file in place; returns how many of its objects were moved."""
     folder, facts_of = check.source.splits[split][1], check.pictures[split]
+    _read_text_ids(content, said)
     content["categories"] = _sound_categories(content["categories"], said)
     category_ids = {entry["id"] for entry in content["categories"]}
     images, moves = [], {}
+    renamed: set[int] = set()
     _fill_in_sizes(content["images"], folder, check.channels, said)
     for entry in _sound_images(content["images"], said):
         known = facts_of.get(entry["id"]) or check_images.inspect_picture(folder / entry["file_name"], check.channels)
+        name = entry["file_name"]
         facts = _find_picture(entry, folder, known, check.channels, said)
         if facts is None:
             continue
+        if entry["file_name"] != name:
+            renamed.add(entry["id"])
         record = coco_entries.read_image(entry, "")
         if facts.size != (record.height, record.width):
+            if not _was_unturned(record, facts) and not _was_resized(record, facts):
+                sizes = f"it is {facts.size[1]}x{facts.size[0]}, the file says {record.width}x{record.height}"
+                said.append(
+                    f"image {record.id} ({record.file_name!r}) left out with its objects: {sizes}, which one factor "
+                    "does not explain: cropped, stretched or padded after it was labelled"
+                )
+                continue
             moves[record.id] = (record, facts)
             entry["height"], entry["width"] = facts.size
             name, old, new = (
@@ -69,7 +105,7 @@ def _repair_file(content: Entry, check: Check, split: str, said: list[str]) -> N
             )
             said.append(f"{name}: size {old} is now {new}{_how_moved(record, facts)}")
         images.append(entry)
-    content["images"] = images
+    content["images"] = images = _one_entry_a_file(images, renamed, said)
     records = {entry["id"]: coco_entries.read_image(entry, "") for entry in images}
     annotations = []
     for entry in _sound_annotations(content["annotations"], said):
@@ -80,7 +116,51 @@ def _repair_file(content: Entry, check: Check, split: str, said: list[str]) -> N
             said.append(f"{what} left out: there is no image {image_id!r}, or it was left out")
         elif _repair_object(what, entry, records[image_id], moves, said):
             annotations.append(entry)
-    content["annotations"] = annotations
+    content["annotations"] = _without_twins(annotations, records, said)
+    return sum(entry["image_id"] in moves for entry in content["annotations"])
+
+
+def _read_text_ids(content: Entry, said: list[str]) -> None:
+    """Make ids that are written as text the numbers that they spell, in place."""
+    count = 0
+    for key, names in coco_entries.ID_KEYS.items():
+        for entry in content[key]:
+            for name in names if isinstance(entry, dict) else ():
+                value = entry.get(name)
+                if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,18}\s*", value):
+                    entry[name] = int(value)
+                    count += 1
+    if count:
+        said.append(f"{count} ids that were text are numbers now")
+
+
+def _one_entry_a_file(images: list[Entry], renamed: set[int], said: list[str]) -> list[Entry]:
+    """Leave out entries whose picture was found under another name, where it is the picture of another one too."""
+    uses = collections.Counter(entry["file_name"] for entry in images)
+    kept = []
+    for entry in images:
+        if entry["id"] in renamed and uses[entry["file_name"]] > 1:
+            said.append(f"image {entry['id']} left out: {entry['file_name']!r} stands for another entry too")
+        else:
+            kept.append(entry)
+    return kept
+
+
+def _without_twins(annotations: list[Entry], records: dict[int, ImageRecord], said: list[str]) -> list[Entry]:
+    """Of objects of one class with one and the same mask in a picture the first."""
+    seen: set[tuple] = set()
+    kept = []
+    for entry in annotations:
+        image = records[entry["image_id"]]
+        segmentation = coco_entries.read_segmentation(entry["segmentation"], image)
+        counts = bytes(masks.segmentation_to_rle(segmentation, image.height, image.width)["counts"])
+        same = (image.id, entry["category_id"], counts)
+        if same in seen:
+            said.append(f"annotation {entry['id']} left out: the same object is there already")
+            continue
+        seen.add(same)
+        kept.append(entry)
+    return kept
 
 
 def _copy_finite(node: Any) -> Any:
@@ -164,11 +244,16 @@ def _sound_annotations(entries: list[Any], said: list[str]) -> list[Entry]:
     """Annotation entries with the keys that they need, each with an id of its own."""
     sound = []
     for number, entry in enumerate(entries):
-        if isinstance(entry, dict) and is_id(entry.get("id")) and {"image_id", "category_id"} <= entry.keys():
+        if isinstance(entry, dict) and {"image_id", "category_id"} <= entry.keys():
             sound.append(entry)
         else:
-            said.append(f"annotation number {number + 1} left out: it lacks a whole id, image_id or category_id")
-    next_id = max((entry["id"] for entry in sound), default=0) + 1
+            said.append(f"annotation number {number + 1} left out: it lacks image_id or category_id")
+    next_id = max((entry["id"] for entry in sound if is_id(entry.get("id"))), default=0) + 1
+    unnamed = [entry for entry in sound if not is_id(entry.get("id"))]
+    for entry in unnamed:
+        entry["id"], next_id = next_id, next_id + 1
+    if unnamed:
+        said.append(f"{len(unnamed)} annotations without a whole id have the ids from {unnamed[0]['id']} on now")
     taken: set[int] = set()
     for entry in sound:
         if entry["id"] in taken:
@@ -180,7 +265,9 @@ def _sound_annotations(entries: list[Any], said: list[str]) -> list[Entry]:
 
 def _repair_object(what: str, entry: Entry, image: ImageRecord, moves: Moves, said: list[str]) -> bool:
     """Mend the mask, box and area of an object in place; says whether there is an object left."""
-    is_changed = False
+    is_changed = _shape_polygons(entry)
+    if is_changed:
+        said.append(f"{what}: its polygon is a list of numbers now")
     if image.id in moves:
         _move_object(entry, *moves[image.id])
         is_changed = True
@@ -204,6 +291,26 @@ def _repair_object(what: str, entry: Entry, image: ImageRecord, moves: Moves, sa
         if not is_changed:
             said.append(f"{what}: bbox and area computed from the mask")
     return True
+
+
+def _shape_polygons(entry: Entry) -> bool:
+    """Bring a flat polygon, or points as pairs, to COCO's form, in place; says whether it was another."""
+    given = entry.get("segmentation")
+    if not isinstance(given, list) or not given:
+        return False
+    if all(map(coco_entries.is_number, given)):
+        entry["segmentation"] = [given]
+    elif all(map(_is_point, given)) and len(given) >= 3:
+        entry["segmentation"] = [[value for point in given for value in point]]
+    elif all(isinstance(part, list) and len(part) >= 3 and all(map(_is_point, part)) for part in given):
+        entry["segmentation"] = [[value for point in part for value in point] for part in given]
+    else:
+        return False
+    return True
+
+
+def _is_point(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(coco_entries.is_number, value))
 
 
 def _repair_polygons(entry: Entry, image: ImageRecord) -> bool:
@@ -259,8 +366,9 @@ def _was_unturned(record: ImageRecord, facts: PictureFacts) -> bool:
 
 
 def _was_resized(record: ImageRecord, facts: PictureFacts) -> bool:
-    along_y, along_x = facts.size[0] / record.height, facts.size[1] / record.width
-    return abs(along_y / along_x - 1) < SAME_SHAPE
+    factor = math.sqrt(facts.size[0] * facts.size[1] / (record.height * record.width))
+    off = (abs(side - factor * was) for side, was in zip(facts.size, (record.height, record.width), strict=True))
+    return max(off) <= ROUNDING_PX
 
 
 def _unite_categories(contents: dict[str, Entry], changes: list[str]) -> None:

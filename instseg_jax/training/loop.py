@@ -4,6 +4,7 @@ The numbers of a step are fetched after the next one is on its way. Once in a st
 is solved there, between two programs (see `step.py`).
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -189,11 +190,10 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     logger = open_log(workdir / LOG)
     if summary is not None:
         logger.info("%s", summary)
-    for name, dataset in splits.items():
-        if dataset.skipped:  # data.skip_invalid
-            first, reason = dataset.skipped[0]
-            text = "%s: %d malformed objects are left out, the first is annotation %d: %s"
-            logger.warning(text, name, len(dataset.skipped), first, reason)
+    for name, dataset in (("train", train_loader.dataset), ("val", splits["val"])):
+        if dataset.skipped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(dataset.skipped).items())
+            logger.warning("%s: %d objects are left out: %s", name, len(dataset.skipped), reasons)
     logger.info(
         "%s: %.1f M parameters, %d classes; %d training and %d validation images, trained at %s px, evaluated at %s; "
         "%d steps of %d images on %s",
@@ -218,6 +218,13 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     run = Training(config, workdir, mesh, model, train_loader, score, total_steps, logger)
     step_function = build_train_step(config, model, optimizer, schedule, multipliers, mesh)
     return run, put_replicated(state, mesh), step_function
+
+
+def count_reasons(skipped: Sequence[tuple[int, str]]) -> dict[str, int]:
+    """How many objects are left out for which reason; reasons of malformed ones are one."""
+    known = ("crowd", "marked to be ignored", "area is not positive", "box has no width or height")
+    named = (reason if reason in (*known, "box is outside the image") else "malformed" for _, reason in skipped)
+    return dict(collections.Counter(named).most_common())
 
 
 def _run_steps(run: Training, step_function, state: TrainState, manager, history: History) -> tuple[int, str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from instseg_jax.config import check_sizes, load_config
-from instseg_jax.data import check, check_report, findings, repair
+from instseg_jax.data import check, check_report, findings, loader, repair
 from instseg_jax.data.convert import convert_dataset
 from instseg_jax.data.source import build_dataset
 from instseg_jax.data.split import check_percentages, split_dataset
@@ -47,7 +47,8 @@ def _check_dataset(config: ConfigDict, workdir: pathlib.Path, *, is_fixed: bool)
         num_queries=config.model.num_queries,
         max_instances=data.max_instances,
         image_size=(data.image_size, data.image_size),
-        resize=data.resize,
+        train_sizes=loader.train_sizes(config),
+        layout=loader.build_layout(config, data.max_instances),
         channels=channels,
         num_workers=data.num_workers,
         progress=functools.partial(_progress, "checking"),
@@ -56,12 +57,18 @@ def _check_dataset(config: ConfigDict, workdir: pathlib.Path, *, is_fixed: bool)
     checked = run(source, flaws)
     fixed = None
     if is_fixed:
-        repaired, changes = repair.write_repaired(checked, workdir / check_report.FOLDER / "fixed")
-        again = run(repaired, flaws)
+        repaired = repair.write_repaired(checked, workdir / check_report.FOLDER / "fixed")
+        again = run(repaired.source, flaws)
         fixed = {
-            "files": {split: str(file) for split, (file, _) in repaired.splits.items()},
-            "check_pass": again.passed,
-            "changes": changes,
+            "files": {split: str(file) for split, (file, _) in repaired.source.splits.items()},
+            # Where masks were moved a person has to look: the check can't see whether they fit.
+            "check_pass": bool(repaired.source.splits) and again.passed and not repaired.moved,
+            "changes": repaired.changes,
+            "lost": {
+                split: dict(zip(("images", "of_images", "objects", "of_objects"), counts, strict=True))
+                for split, counts in repaired.lost.items()
+            },
+            "moved": repaired.moved,
             "findings": findings.group(again.flaws),
         }
     return check_report.write_report(workdir, checked, draw_instances, fixed)

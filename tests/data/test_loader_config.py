@@ -36,6 +36,7 @@ def config(folder):
                 "mask_stride": 4,
                 "mask_rasterization": "polygon",
                 "refit_boxes": False,
+                "drop_empty_masks": None,
                 "resize": "stretch",
                 "keep_empty": False,
                 "empty_share": None,

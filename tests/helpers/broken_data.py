@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from instseg_jax.data import check
+from instseg_jax.data.examples import Layout
 
 HEIGHT, WIDTH = 24, 32
 
@@ -60,7 +61,8 @@ def run_check(root_or_source, flaws=(), **changes):
         "num_queries": 300,
         "max_instances": 100,
         "image_size": (64, 64),
-        "resize": "stretch",
+        "train_sizes": ((64, 64),),
+        "layout": Layout("stretch", mask_stride=1, mask_rasterization="exact", refit_boxes=False, max_instances=100),
         "channels": None,
     }
     arguments |= {"channels": None, "num_workers": 1, "progress": lambda items, total: items, "pictures": {}}
