@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -190,7 +191,7 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     logger = open_log(workdir / LOG)
     if summary is not None:
         logger.info("%s", summary)
-    for name, dataset in (("train", train_loader.dataset), ("val", splits["val"])):
+    for name, dataset in (splits | {"train": train_loader.dataset}).items():
         if dataset.skipped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(dataset.skipped).items())
             logger.warning("%s: %d objects are left out: %s", name, len(dataset.skipped), reasons)
