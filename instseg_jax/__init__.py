@@ -125,11 +125,11 @@ def create_pipeline(
     )
 
 
-def train(config: "ConfigDict", workdir: str | os.PathLike[str]) -> dict:
+def train(config: "ConfigDict | str", workdir: str | os.PathLike[str]) -> dict:
     """Train as the verb `train` does; the same call on the same workdir goes on where it stopped.
 
     Args:
-      config: from `instseg_jax.config.load_config`.
+      config: from `instseg_jax.config.load_config`, or the name of one: "quickstart", "finetune:n".
       workdir: folder of the run; `instseg_jax.training.loop.train` lists what is written there.
 
     Returns: what train_result.json holds: done_flag, steps, best_score (0..1), models, seconds, and so on.
@@ -138,14 +138,15 @@ def train(config: "ConfigDict", workdir: str | os.PathLike[str]) -> dict:
     """
     from instseg_jax.training.loop import train as run
 
-    return run(config, os.fspath(workdir))
+    return run(_config_of(config), os.fspath(workdir))
 
 
-def evaluate(config: "ConfigDict", weights: str | os.PathLike[str]) -> dict:
+def evaluate(config: "ConfigDict | str", weights: str | os.PathLike[str]) -> dict:
     """Score weights on the validation images of a config, as the verb `evaluate` does.
 
     Args:
-      config: from `instseg_jax.config.load_config`; how the network is built and fed comes from a checkpoint itself.
+      config: from `instseg_jax.config.load_config`, or the name of one; how the
+        network is built and fed comes from a checkpoint itself.
       weights: workdir of a run, checkpoint, or official file.
 
     Returns: metrics by name, such as segm/AP, bbox/AP50 and segm/AP/<class>, 0..1; None where there is nothing to find.
@@ -154,5 +155,11 @@ def evaluate(config: "ConfigDict", weights: str | os.PathLike[str]) -> dict:
     """
     from instseg_jax.scoring.run import evaluate_weights
 
-    metrics, _ = evaluate_weights(config, weights)
+    metrics, _ = evaluate_weights(_config_of(config), weights)
     return metrics
+
+
+def _config_of(config: "ConfigDict | str") -> "ConfigDict":
+    from instseg_jax.config import load_config
+
+    return load_config(config) if isinstance(config, str | os.PathLike) else config

@@ -13,7 +13,9 @@ import sys
 from typing import NoReturn
 
 import instseg_jax
+from instseg_jax.commands import program
 
+DEFAULT_CONFIG = "configs/mask_rtdetr.py:l"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 HUGE_PAGES_SWITCH = "INSTSEG_HUGE_PAGES"
 OPENCV_SWITCH = "OPENCV_LOG_LEVEL"
@@ -40,10 +42,10 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """Declare every verb with its options; `parse_args` raises ValueError for arguments that are wrong."""
     parser = _Parser(
-        prog="instseg" if pathlib.Path(sys.argv[0]).name == "instseg" else "run.py",
+        prog=program(),
         description="Instance segmentation in JAX with Mask-RT-DETR.",
         epilog="Any field of the config can be set: --config.train.epochs=20 --config.data.dir=my/data. "
-        "`run.py VERB --help` shows the options of a verb.",
+        f"`{program()} config NAME` shows them all, `{program()} VERB --help` the options of a verb.",
     )
     parser.add_argument("--version", action="version", version=instseg_jax.__version__)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", required=True)
@@ -60,11 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--threshold", type=float, default=0.3, help="lowest score that is drawn (%(default)s)")
     about = "start from the weights that come with the package instead of from nothing"
     sub.add_argument("--from_pretrained", action="store_true", help=about)
+    sub = add("config", "show the fields of a config with their values and meanings, or the configs there are", None)
+    sub.add_argument("name", nargs="?", metavar="NAME[:ARG]", help="such as finetune:n (default: list the configs)")
     about = "look at every picture and annotation; what passes can be trained on"
-    sub = add("check_dataset", about, "configs/mask_rtdetr.py:l")
+    sub = add("check_dataset", about, DEFAULT_CONFIG)
     sub.add_argument("--fix", action="store_true", help="write repaired copies of the annotation files")
     about = "turn LabelMe, VOC or YOLO annotations into COCO's, and split them when percentages are given"
-    sub = add("convert", about, "configs/mask_rtdetr.py:l")
+    sub = add("convert", about, DEFAULT_CONFIG)
     sub.add_argument("--src_dataset_type", metavar="LabelMe|VOC|YOLO", required=True, help="format of config.data.dir")
     sub.add_argument("--save_path", metavar="DIR", help="where annotations/ and images/ go (default: config.data.dir)")
     sub.add_argument("--labels", metavar="FILE", help="class names, one a line (default: labels.txt and the like)")
@@ -72,14 +76,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--val_percent", type=int, metavar="N", help="share of the validation split")
     sub.add_argument("--group_by", metavar="REGEX", help="pictures whose names match alike stay together")
     about = "deal the pictures out to training and validation anew; the old files stay as .bak"
-    sub = add("split", about, "configs/mask_rtdetr.py:l")
+    sub = add("split", about, DEFAULT_CONFIG)
     sub.add_argument("--train_percent", type=int, metavar="N", required=True, help="share of the training split")
     sub.add_argument("--val_percent", type=int, metavar="N", required=True, help="share of the validation split")
     sub.add_argument("--group_by", metavar="REGEX", help="pictures whose names match alike stay together")
     about = "write the data set as ArrayRecord (TFDS), to be read with config.data.source=tfds"
-    sub = add("prepare", about, "configs/mask_rtdetr.py:l")
+    sub = add("prepare", about, DEFAULT_CONFIG)
     sub.add_argument("--save_path", metavar="DIR", required=True, help="folder of the prepared data set")
-    sub = add("train", "train a model; the same command again resumes", "configs/mask_rtdetr.py:l")
+    sub = add("train", "train a model; the same command again resumes", DEFAULT_CONFIG)
     _add_processes(sub)
     about = "train variants of a config, each a run of its own, and compare them; the same command again resumes"
     _add_sweep(add("sweep", about, "configs/finetune.py:l"))
@@ -121,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--peer", metavar="SIZE=FILE", help="other networks beside it, ONNX files: s=a.onnx,l=b.onnx")
     sub.add_argument("--weights", metavar="PATH", help="of inference: a trained model's masks encode faster than fresh")
     _add_export(add("export", "write the model for other runtimes, with proof that it finds the same", None))
-    sub = add("import_weights", "turn official weights into a checkpoint", "configs/mask_rtdetr.py:l")
+    sub = add("import_weights", "turn official weights into a checkpoint", DEFAULT_CONFIG)
     sub.add_argument("--weights", metavar="FILE|URL|NAME", required=True, help="e.g. mask_rtdetr_l_coco")
     sub = add("export_weights", "write a checkpoint's weights for the official tools", None)
     sub.add_argument("--weights", metavar="PATH", help="workdir of a run or checkpoint (default: workdir)")
@@ -210,14 +214,35 @@ def _add_server(sub: argparse.ArgumentParser) -> None:
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """The options of a verb. Raises ValueError that names the option nearest to an unknown one."""
+    """The options of a verb.
+
+    Raises: ValueError that names the option nearest to an unknown one, or the fields of the config with its name.
+    """
     options, unknown = parser.parse_known_args(arguments)
     if not unknown:
         return options
-    names = [f"--{name}" for name in vars(options) if name not in ("verb", "runs")]
-    nearest = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ";"
+    name, equals, value = unknown[0].partition("=")
+    names = [f"--{known}" for known in vars(options) if known not in ("verb", "runs", "name")]
+    exact, near = find_fields(options.config or DEFAULT_CONFIG, name.lstrip("-"))
+    fields = [f"--config.{field}{equals}{value}" for field in exact or near]
+    nearest = fields if exact else difflib.get_close_matches(name, names, 1) or fields
+    hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ";"
     raise ValueError(f"unknown: {' '.join(unknown)}{hint} `{parser.prog} {options.verb} --help` explains")
+
+
+def find_fields(spec: str, name: str) -> tuple[list[str], list[str]]:
+    """Fields of a config with the name (epochs, batch-size, data.dir; data for data.dir), and with nearly this one."""
+    from instseg_jax.config import list_fields, load_config
+
+    wanted = name.replace("-", "_")
+    try:
+        fields = list_fields(load_config(spec))
+    except (ValueError, OSError):  # the config itself is wrong: that is told once the options are right
+        return [], []
+    exact = [field for field in fields if wanted in (field, field.rpartition(".")[2])]
+    exact = exact or [field for field in fields if field in (f"{wanted}.dir", f"{wanted}.name")]
+    near = difflib.get_close_matches(wanted, {field.rpartition(".")[2] for field in fields}, 1, 0.75)
+    return exact, [field for field in fields if field.rpartition(".")[2] in near]
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -275,7 +300,6 @@ def run() -> NoReturn:
     busy = sys.modules.get("instseg_jax.training.signals")
     if busy is not None and busy.is_still_working():
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code)
 
@@ -286,7 +310,7 @@ def call(*arguments: str) -> int:
     Errors are raised, not printed. Returns the exit code of a verb that ended.
     """
     rest, overrides = split_overrides(list(arguments))
-    return run_verb(build_parser().parse_args(rest), overrides) or 0
+    return run_verb(parse_arguments(build_parser(), rest), overrides) or 0
 
 
 def run_verb(options: argparse.Namespace, overrides: dict[str, str]) -> int | None:

@@ -173,7 +173,7 @@ def override(config: ConfigDict, field: str, text: Any) -> None:
 
 def _unknown_field(config: ConfigDict, field: str, section: str, part: str, known: list[str]) -> str:
     where = f"config.{section}" if section else "config"
-    everywhere = _all_fields(config)
+    everywhere = list_fields(config)
     same_name = [name for name in everywhere if name.split(".")[-1] == field.split(".")[-1]]
     near = difflib.get_close_matches(part, known, 1, 0.5)
     nearest = [f"{section}.{near[0]}".lstrip(".")] if near else same_name
@@ -182,11 +182,12 @@ def _unknown_field(config: ConfigDict, field: str, section: str, part: str, know
     return f"unknown field config.{field}: {where} has no {part!r}{hint}"
 
 
-def _all_fields(config: ConfigDict, prefix: str = "") -> list[str]:
+def list_fields(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Every field of a config, dotted, by the alphabet."""
     names = []
     for key, value in config.items():
         name = f"{prefix}{key}"
-        names += _all_fields(value, f"{name}.") if isinstance(value, ConfigDict) else [name]
+        names += list_fields(value, f"{name}.") if isinstance(value, ConfigDict) else [name]
     return names
 
 

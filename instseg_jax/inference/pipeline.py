@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from instseg_jax.bands import build_bands
+from instseg_jax.commands import shown
 from instseg_jax.config import load_config
 from instseg_jax.devices import make_mesh, select_devices
 from instseg_jax.inference import predictor, tiling
@@ -240,10 +241,11 @@ def load_pipeline_model(
         source = PRETRAINED
         log.warning(
             "there is no trained model in %s: using the small one that comes with the package (%s). For your own "
-            "classes train one (`python run.py quickstart` takes minutes), or name weights (a run's workdir, a "
+            "classes train one (`%s` takes minutes), or name weights (a run's workdir, a "
             "checkpoint, a .pdparams file) with weights=... or --weights=...",
             Path(default).resolve(),
             PRETRAINED,
+            shown("quickstart"),
         )
     located = locate(source)
     if model_config is None and located.kind == "file" and located.source not in PACKAGED_WEIGHTS:

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -28,14 +27,9 @@ LIST_DEVICES = (
 
 
 def command_of(spec: str, overrides: dict[str, str], workdir: Path) -> list[str]:
-    """The arguments that train a run, after `run.py`."""
+    """The arguments that train a run, after the program's name."""
     fields = [f"--config.{field}={text}" for field, text in overrides.items()]
     return ["train", f"--config={spec}", *fields, f"--workdir={workdir}"]
-
-
-def shown_command(arguments: Sequence[str]) -> str:
-    """A command as a person would type it."""
-    return shlex.join(["python", "run.py", *arguments])
 
 
 def list_devices(device: str) -> list[str]:

@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from instseg_jax.commands import shown
 from instseg_jax.config import CHECKOUT, PACKAGED, find_config
 from instseg_jax.files import write_bytes, write_text
-from instseg_jax.sweeps.launch import command_of, shown_command
+from instseg_jax.sweeps.launch import command_of
 from instseg_jax.sweeps.plan import Plan, Row, Run, Table, Variant
 from instseg_jax.sweeps.state import SCORES, State
 
@@ -104,7 +105,7 @@ def to_markdown(plan: Plan, states: Mapping[str, State], winner: Winner | None, 
         said = f"{winner.variant.name}: {winner.metric} {winner.score} ({_num_runs(len(winner.score.values))})."
         files = f"`{workdir / f'{plan.name}_best.py'}`, its best weights are in `{workdir / winner.run.name}`"
         lines += ["", "## The best", "", f"{said} Its config is {files}. To repeat it:"]
-        lines += ["", "```bash", shown_command(command), "```"]
+        lines += ["", "```bash", shown(*command), "```"]
     broken = [(run, states[run.name]) for run in plan.runs if states[run.name].status == "failed"]
     if broken:
         lines += ["", "## Broken runs", "", *(f"- {run.name}: {state.reason}" for run, state in broken)]
@@ -239,7 +240,7 @@ def best_config(plan: Plan, winner: Winner, workdir: Path) -> str:
     score = f"{winner.metric} {winner.score} ({_num_runs(len(winner.score.values))})"
     return (
         f'"""The best of the sweep of {source}: {winner.variant.name}.\n\n'
-        f"Command:   {shown_command(command)}\n"
+        f"Command:   {shown(*command)}\n"
         f'Measured:  {score}\n"""\n\n'
         "from instseg_jax.config import load_config\n\n"
         f"FIELDS = {{\n{fields}}}\n\n\n"

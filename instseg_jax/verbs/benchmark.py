@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from instseg_jax.benchmarks.inference import STEPS, measure_encoding, time_inference
+from instseg_jax.commands import print_next
 from instseg_jax.config import check_sizes, load_config
 from instseg_jax.data import coco
 from instseg_jax.data.source import build_dataset
@@ -54,6 +55,7 @@ def benchmark(options: argparse.Namespace) -> int:
         table["runtimes"] = [_compare_runtimes(each, options) for each in configs]
         path = write_json(Path(options.workdir) / "runtimes.json", table, indent=2)
         print(f"all numbers: {path}")
+        _print_next(options)
         return 0
     if "training" in parts:
         from instseg_jax.benchmarks.training import run_benchmark
@@ -65,7 +67,12 @@ def benchmark(options: argparse.Namespace) -> int:
         _print(table)
     path = write_json(Path(options.workdir) / "benchmark.json", table, indent=2)
     print(f"all numbers: {path}")
+    _print_next(options)
     return 0
+
+
+def _print_next(options: argparse.Namespace) -> None:
+    print_next("export", f"--weights={options.weights or 'RUN'}", comment="for a quicker runtime")
 
 
 def _load(config: ConfigDict, options: argparse.Namespace) -> tuple[ConfigDict, MaskRTDETR, dict, coco.CocoDataset]:

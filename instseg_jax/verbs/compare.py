@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from instseg_jax.commands import print_next
 from instseg_jax.data import coco
 from instseg_jax.evaluation.coco import detection_limit
 from instseg_jax.evaluation.compare import Comparison, compare_matches, shared_metrics, write_comparison
@@ -83,6 +84,9 @@ def compare(options: argparse.Namespace) -> int:
     _print(metrics, comparisons)
     print(f"all numbers: {path}")
     print(f"plots:       {page}")
+    key = f"{kinds[0]}/AP"
+    best = max(range(len(names)), key=lambda i: metrics[names[i]][key] or 0.0)
+    print_next("predict", f"--weights={options.runs[best]}", "--input=YOUR_PICTURES", comment=f"the highest {key}")
     return 0
 
 

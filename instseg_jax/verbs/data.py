@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
+from instseg_jax.cli import DEFAULT_CONFIG
+from instseg_jax.commands import changed, print_next
 from instseg_jax.config import check_sizes, load_config
 from instseg_jax.data import check, check_report, findings, loader, repair
 from instseg_jax.data.convert import convert_dataset
@@ -15,6 +17,8 @@ from instseg_jax.data.split import check_percentages, split_dataset
 from instseg_jax.files import write_json
 from instseg_jax.progress import track
 from instseg_jax.results.visualize import draw_instances
+
+FIRST_CONFIG = "finetune:n"  # to begin with: from the package's weights, on any machine
 
 
 def check_dataset(options: argparse.Namespace) -> int:
@@ -28,6 +32,14 @@ def check_dataset(options: argparse.Namespace) -> int:
         write_json(workdir / "check_dataset_result.json", failure, indent=2)
         raise
     print("\n".join(check_report.summarise(result, workdir)))
+    if result["check_pass"]:
+        print_next("train", *_data_options(options, config.data.dir))
+    elif "fixed" not in result:
+        print(f"next: {changed('check_dataset', {})} --fix")
+    else:
+        files = [f"--config.data.{split}_annotations={file}" for split, file in result["fixed"]["files"].items()]
+        verb = "train" if result["fixed"]["check_pass"] else "check_dataset"
+        print_next(verb, *_data_options(options, config.data.dir), *files)
     return 0 if result["check_pass"] else 1
 
 
@@ -96,6 +108,7 @@ def convert(options: argparse.Namespace) -> int:
         print(f"note: {note}")
     print(f"{len(done.categories)} classes: {', '.join(done.categories)}")
     _print_parts(done.parts)
+    print_next("check_dataset", *_data_options(options, options.save_path or source))
     return 0
 
 
@@ -110,6 +123,7 @@ def split(options: argparse.Namespace) -> int:
         seed=config.seed,
     )
     _print_parts(parts)
+    print_next("check_dataset", *_data_options(options, config.data.dir))
     return 0
 
 
@@ -122,8 +136,14 @@ def prepare(options: argparse.Namespace) -> int:
     folder = prepare_dataset(datasets, options.save_path)
     for name, dataset in datasets.items():
         print(f"{name}: {len(dataset)} images, {sum(map(len, dataset.annotations))} objects")
-    print(f"use it with --config.data.source=tfds --config.data.dir={folder}")
+    print_next("train", *_data_options(options, folder), "--config.data.source=tfds")
     return 0
+
+
+def _data_options(options: argparse.Namespace, folder: str | pathlib.Path) -> list[str]:
+    """The options of a verb on the same data: another config than the default one, and the folder."""
+    spec = FIRST_CONFIG if options.config == DEFAULT_CONFIG else options.config
+    return [f"--config={spec}", f"--config.data.dir={folder}"]
 
 
 def _print_parts(parts: dict[str, tuple[pathlib.Path, int, int]]) -> None:

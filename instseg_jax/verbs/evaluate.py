@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from instseg_jax.commands import print_next
 from instseg_jax.config import load_config
 from instseg_jax.evaluation.analysis import Analysis
 from instseg_jax.evaluation.read import read_results, read_truth
@@ -51,6 +52,10 @@ def evaluate(options: argparse.Namespace) -> int:
     print_metrics(evaluated.metrics)
     print(f"all numbers: {workdir / 'evaluate_result.json'}")
     print(f"report:      {workdir / 'report.html'}")
+    if options.predictions:
+        print_next("compare", str(workdir), "ANOTHER_RUN", comment="with bootstrap intervals")
+    else:
+        print_next("predict", f"--weights={options.weights or options.workdir}", "--input=YOUR_PICTURES")
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from instseg_jax.commands import print_next
 from instseg_jax.inference.predictor import LoadedModel, load_with_overrides
 from instseg_jax.scoring.pictures import _with_data, calibration_images, comparison_images
 from instseg_jax.scoring.run import score_loaded
@@ -43,6 +44,7 @@ def export(options: argparse.Namespace) -> int:
         score=_score if options.data else None,
     )
     print_report(report, folder)
+    print_next("predict", f"--weights={folder}", "--input=YOUR_PICTURES")
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.progress import Progress
 
+from instseg_jax.commands import print_next
 from instseg_jax.config import load_config
 from instseg_jax.export.accelerate import accelerate
 from instseg_jax.inference.pipeline import Pipeline, create_pipeline
@@ -46,6 +47,8 @@ def predict(options: argparse.Namespace) -> int:
         print(f"{seconds:.1f} s, {pace}; before that {ready - started:.1f} s to get ready")
     for name, error in summary.failed:
         print(f"failed: {name}: {error}")
+    weights = [f"--weights={options.weights}"] if options.weights else [f"--workdir={options.workdir}"]
+    print_next("serve", *weights, comment="the same over HTTP; `export` writes the model for other programs")
     return 1 if summary.failed else 0
 
 
@@ -74,7 +77,7 @@ def get_pipeline_config(options: argparse.Namespace) -> int:
     """Write the YAML file of a pipeline, for changing."""
     path = write_pipeline_config(options.save_path, pipeline=options.pipeline, model_dir=options.weights)
     print(f"pipeline: {path}")
-    print(f"use it:   python run.py predict --pipeline={path} --input=YOUR_PICTURES")
+    print_next("predict", f"--pipeline={path}", "--input=YOUR_PICTURES")
     return 0
 
 

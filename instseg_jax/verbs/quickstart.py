@@ -4,6 +4,7 @@ import argparse
 import pathlib
 import time
 
+from instseg_jax.commands import print_next
 from instseg_jax.config import load_config
 from instseg_jax.data import coco
 from instseg_jax.data.source import build_dataset
@@ -57,5 +58,5 @@ def quickstart(options: argparse.Namespace) -> int:
     print(f"     numbers:  {workdir / 'evaluate_result.json'}")
     print(f"     report:   {workdir / 'report.html'}")
     print(f"     model:    {workdir / checkpoint.BEST_MODEL}")
-    print(f"     next:     python run.py predict --weights={workdir} --input=YOUR_PICTURES")
+    print_next("predict", f"--weights={workdir}", "--input=YOUR_PICTURES")
     return 0

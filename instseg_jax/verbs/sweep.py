@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from instseg_jax.commands import print_next, shown
 from instseg_jax.config import check_sizes
 from instseg_jax.data import coco
 from instseg_jax.models.mask_rtdetr import build_model
 from instseg_jax.progress import say_duration
 from instseg_jax.sweeps import tables
-from instseg_jax.sweeps.launch import CONSOLE, assign_devices, command_of, launch, shown_command
+from instseg_jax.sweeps.launch import CONSOLE, assign_devices, command_of, launch
 from instseg_jax.sweeps.plan import Plan, Run, build_plan
 from instseg_jax.sweeps.state import State, read_state
 from instseg_jax.training.workdir import FREE_TO_CHANGE, check_same_config
@@ -35,6 +36,7 @@ def sweep(options: argparse.Namespace) -> int:
     )
     if options.sweep_list:
         _print_list(plan, workdir)
+        print_next("sweep", "...", "--sweep_index=I", comment="trains one of them; without it all are trained")
         return 0
     _check_folders(plan, workdir)
     if options.sweep_table:
@@ -71,7 +73,7 @@ def sweep(options: argparse.Namespace) -> int:
 def _print_list(plan: Plan, workdir: Path) -> None:
     for i, run in enumerate(plan.runs):
         print(f"{i:3d}  {read_state(workdir / run.name).status:8s}  {run.name}")
-        print(f"     {shown_command(command_of(plan.spec, run.overrides, workdir / run.name))}")
+        print(f"     {shown(*command_of(plan.spec, run.overrides, workdir / run.name))}")
 
 
 def _check_variants(plan: Plan) -> None:
@@ -105,6 +107,11 @@ def _finish(plan: Plan, workdir: Path, selected: list[Run] | None = None) -> int
     else:
         print(text)
     print("files: " + ", ".join(map(str, paths)))
+    if best := tables.find_winner(plan, states):
+        folder = workdir / best.run.name
+        print_next("evaluate", f"--weights={folder}", f"--workdir={folder}", comment="the best run")
+    else:
+        print_next("sweep", "...", comment="the same command goes on and tries again what broke")
     return 0 if all(states[run.name].status == "finished" for run in selected or plan.runs) else 1
 
 

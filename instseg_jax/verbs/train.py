@@ -4,6 +4,7 @@ import argparse
 
 import jax
 
+from instseg_jax.commands import changed, print_next
 from instseg_jax.config import load_config
 from instseg_jax.training import loop
 from instseg_jax.verbs.export import check_best_export, export_best
@@ -18,7 +19,14 @@ def train(options: argparse.Namespace) -> int:
         return 0
     best = result["best_score"]
     print(f"{result['steps']} of {result['total_steps']} steps in {options.workdir}")
-    print(f"best {result['best_metric']}: {'none yet' if best is None else f'{best:.3f}'}")
-    if result["done_flag"] and config.checkpoint.export:
+    has_weights = "best" in result["models"]
+    nothing = "none, best_model has the last weights" if has_weights else "none yet"
+    print(f"best {result['best_metric']}: {nothing if best is None else f'{best:.3f}'}")
+    if not result["done_flag"]:
+        print(f"next: {changed('train', {})}")
+        return 0
+    if config.checkpoint.export:
         export_best(options.workdir, config.checkpoint.export)
+    verb = ("evaluate",) if best is not None else ("predict", "--input=YOUR_PICTURES")
+    print_next(*verb, f"--weights={options.workdir}", f"--workdir={options.workdir}")
     return 0

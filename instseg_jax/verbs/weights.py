@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 
+from instseg_jax.commands import print_next
 from instseg_jax.config import load_config
 from instseg_jax.inference.predictor import describe, load_with_overrides
 from instseg_jax.weights import checkpoint
@@ -16,6 +17,7 @@ def import_weights(options: argparse.Namespace) -> int:
     summary = import_checkpoint(config, options.weights, pathlib.Path(options.workdir) / checkpoint.BEST_MODEL)
     print(summary)
     print(f"checkpoint: {pathlib.Path(options.workdir) / checkpoint.BEST_MODEL}")
+    print_next("predict", f"--weights={options.workdir}", "--input=YOUR_PICTURES")
     return 0
 
 
@@ -32,4 +34,6 @@ def export_weights(options: argparse.Namespace) -> int:
     metadata = describe(model)
     write_weights(path, model.variables, format=options.format, metadata=metadata, half=options.half)
     print(f"weights: {path}")
+    size = model.config.model.name[-1]
+    print_next("import_weights", f"--weights={path}", f"--config=mask_rtdetr:{size}", comment="reads them back")
     return 0

@@ -1,6 +1,7 @@
 """What lies at a path, a name or an address of weights: asked once, and handed on."""
 
 import dataclasses
+import difflib
 import os
 from pathlib import Path
 from typing import Literal
@@ -46,7 +47,7 @@ def locate(source: str | os.PathLike[str] | Located) -> Located:
         return Located("export", folder, name)
     if path.suffix in FILE_SUFFIXES:
         if not path.exists():
-            raise FileNotFoundError(f"no weights file {path}")
+            raise FileNotFoundError(f"there is no such file of weights: {path}{_nearest(path)}")
         return Located("file", path, name)
     if path.is_file():
         raise ValueError(f"weights file {path} does not end with one of {', '.join(FILE_SUFFIXES)}")
@@ -54,8 +55,17 @@ def locate(source: str | os.PathLike[str] | Located) -> Located:
 
     if not path.exists() and not is_checkpoint(path):
         known = ", ".join([*KNOWN_WEIGHTS, *PACKAGED_WEIGHTS])
-        raise FileNotFoundError(f"weights {name!r} are no file, no checkpoint, and none of {known}")
+        raise FileNotFoundError(
+            f"there is no such folder of weights: {name}{_nearest(path)} (weights with a name are {known})"
+        )
     return Located("checkpoint", path, name)
+
+
+def _nearest(path: Path) -> str:
+    """`; did you mean ...?`, where something beside has nearly this name."""
+    beside = sorted(child.name for child in path.parent.iterdir()) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, [*beside, *(PACKAGED_WEIGHTS if path.parent == Path() else ())], 1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def is_there(path: str | os.PathLike[str]) -> bool:

@@ -7,7 +7,7 @@ of the tensors in `CLASS_AXES` are copied by the name of their class.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -30,6 +30,9 @@ STEM = "params/backbone/stem/stem1/conv/kernel"
 BACKBONE_LEFT_OUT = ("fc.*", "last_conv.*", "lab.*", "*.lab.*")
 """Official names in ImageNet backbone files that the detector's backbone has no use for: the classifier, and the
 learnable affine blocks of B1 and B2, which the reference implementation drops as well."""
+
+_SIZES = {210: "mask_rtdetr_s", 300: "mask_rtdetr_m", 400: "mask_rtdetr_l", 650: "mask_rtdetr_x", 870: "mask_rtdetr_h"}
+"""The official size by the number of its backbone's tensors."""
 
 _LISTED = 5  # names of each kind shown in an error
 
@@ -201,7 +204,17 @@ def _check_match(wanted: Mapping[str, Any], offered: Mapping[str, Any], *, has_c
     hint = "name with skip=... what is to be left out"
     if not has_class_names and any(path in CLASS_AXES for path, _, _ in wrong):
         hint = "for another number of classes give the class names of both sides"
-    raise ValueError(f"the weights do not fit the model; {'; '.join(parts)}; {hint}")
+    raise ValueError(f"{_say_sizes(offered, wanted)}; {'; '.join(parts)}; {hint}")
+
+
+def _say_sizes(offered: Iterable[str], wanted: Iterable[str]) -> str:
+    """That weights don't fit: for another size of the model, or for something else."""
+    counts = [sum(_short(path).startswith("backbone/") for path in paths) for paths in (offered, wanted)]
+    if counts[0] == counts[1] or not all(counts):
+        return "the weights do not fit the model"
+    of_file, of_model = (_SIZES.get(count) for count in counts)
+    of_file = f"of {of_file}" if of_file else "of another size"
+    return f"the weights are {of_file}, the model is {of_model or 'of another size'}: each size has its own"
 
 
 def _is_float(array: Any) -> bool:

@@ -218,3 +218,14 @@ def test_backbone_files_are_recognised():
     assert merge.is_backbone_state(official_state(keep="backbone."))
     assert merge.is_backbone_state({"stem.stem1.conv.weight": np.ones(1)})
     assert not merge.is_backbone_state(official_state())
+
+
+def test_weights_of_another_size_are_named_in_the_first_words():
+    trees = {size: names.official_to_flax(official_state(size)) for size in "sm"}
+    with pytest.raises(ValueError, match=r"^the weights are of mask_rtdetr_s, the model is mask_rtdetr_m: each size"):
+        merge.merge_variables(trees["m"], trees["s"])
+    other = {name: {**parts, "backbone": {"a": np.zeros(1)}} for name, parts in trees["s"].items()}
+    with pytest.raises(ValueError, match=r"^the weights are of another size, the model is mask_rtdetr_m: each size"):
+        merge.merge_variables(trees["m"], other)
+    with pytest.raises(ValueError, match=r"^the weights are of mask_rtdetr_m, the model is of another size: each size"):
+        merge.merge_variables(other, trees["m"])
