@@ -31,7 +31,8 @@ def check_dataset(options: argparse.Namespace) -> int:
         failure = {"done_flag": False, "check_pass": False, "err_type": type(error).__name__, "err_msg": str(error)}
         write_json(workdir / "check_dataset_result.json", failure, indent=2)
         raise
-    print("\n".join(check_report.summarise(result, workdir)))
+    *lines, verdict = check_report.summarise(result, workdir)
+    print("\n".join(lines))
     if result["check_pass"]:
         print_next("train", *_data_options(options, config.data.dir))
     elif "fixed" not in result:
@@ -40,6 +41,7 @@ def check_dataset(options: argparse.Namespace) -> int:
         files = [f"--config.data.{split}_annotations={file}" for split, file in result["fixed"]["files"].items()]
         verb = "train" if result["fixed"]["check_pass"] else "check_dataset"
         print_next(verb, *_data_options(options, config.data.dir), *files)
+    print(verdict)  # last, as the official tool does
     return 0 if result["check_pass"] else 1
 
 

@@ -84,9 +84,11 @@ def test_data_verbs_lead_to_a_training(tmp_path, capsys):
     after_split = last_command(capsys.readouterr().out)
     assert after_split == f"check_dataset --config=finetune:n '--config.data.dir={data}'"
     assert main([*shlex.split(after_split), *told[1:]]) == 0
-    assert last_command(capsys.readouterr().out) == f"train --config=finetune:n '--config.data.dir={data}'"
+    said, verdict = capsys.readouterr().out.strip().rsplit("\n", 1)
+    assert verdict == "Check dataset passed !"
+    assert last_command(said) == f"train --config=finetune:n '--config.data.dir={data}'"
     assert main(["check_dataset", "--config=quickstart", *told]) == 0
-    assert "train --config=quickstart " in last_command(capsys.readouterr().out)
+    assert "train --config=quickstart " in last_command(capsys.readouterr().out.strip().rsplit("\n", 1)[0])
     assert main(["get_pipeline_config", f"--save_path={tmp_path}"]) == 0
     assert last_command(capsys.readouterr().out).startswith("predict --pipeline=")
 

@@ -88,7 +88,7 @@ def test_the_winner_is_a_config_and_a_command(sweep, tmp_path):
     fields = {"optimizer.learning_rate": "3e-3", "train.epochs": "20", "seed": "4"}
     assert best == load_config("configs/quickstart.py", fields)
     text = (tmp_path / "sweep" / "sweep.md").read_text()
-    command = re.search(r"python run\.py train .*", text).group()
+    command = re.search(r"instseg train .*", text).group()
     assert "--config.optimizer.learning_rate=3e-3" in command and "--config.train.epochs=20" in command
     assert "learning_rate=0.003,seed=5`" in text  # the better of its two runs has the weights
 
@@ -127,7 +127,7 @@ def test_an_array_job_runs_one_of_the_list(sweep, tmp_path):
     assert code == 0 and not (tmp_path / "sweep").exists()
     listed = re.findall(r"^ *(\d+)  (\w+) +(\S+)$", said, re.MULTILINE)
     assert listed[2:] == [("2", "waiting", "base,seed=1"), ("3", "waiting", "learning_rate=0.003,seed=1")]
-    assert said.count("python run.py train --config=configs/quickstart.py") == 4
+    assert said.count("instseg train --config=configs/quickstart.py") == 4
     code, said = sweep(RATES, "--seeds=2", "--sweep_index=3")
     assert code == 0
     assert [p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir()] == ["learning_rate=0.003,seed=1"]
