@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--src_dataset_type", metavar="LabelMe|VOC|YOLO", required=True, help="format of config.data.dir")
     sub.add_argument("--save_path", metavar="DIR", help="where annotations/ and images/ go (default: config.data.dir)")
     sub.add_argument("--labels", metavar="FILE", help="class names, one a line (default: labels.txt and the like)")
+    sub.add_argument("--skip_invalid", action="store_true", help="leave out what can't be read, and say what that was")
     sub.add_argument("--train_percent", type=int, metavar="N", help="share of the training split")
     sub.add_argument("--val_percent", type=int, metavar="N", help="share of the validation split")
     sub.add_argument("--group_by", metavar="REGEX", help="pictures whose names match alike stay together")

@@ -10,6 +10,8 @@ import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from unicodedata import normalize
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
@@ -98,17 +100,27 @@ def find_picture_flaws(split: str, image: ImageRecord, facts: PictureFacts, fold
 
 
 def find_file(folder: Path, file_name: str) -> Path | None:
-    """The one file that a wrong file name may mean: without its folders, in other case, or with another ending."""
-    wanted = Path(file_name.replace("\\", "/"))
-    if (folder / wanted).is_file():  # written with backslashes
-        return folder / wanted
-    if (folder / wanted.name).is_file():
-        return folder / wanted.name
+    """The one file that a wrong file name may mean.
+
+    Without its folders, in other case, with another ending, percent-encoded, in another form of Unicode (as a Mac
+    writes umlauts), or one folder down.
+    """
+    plain = unquote(file_name.replace("\\", "/"))
+    for text in (file_name.replace("\\", "/"), plain, *(normalize(form, plain) for form in ("NFC", "NFD"))):
+        wanted = Path(text)
+        for path in (folder / wanted, folder / wanted.name):
+            if path.is_file():
+                return path
     if not folder.is_dir():
         return None
-    found = [path for path in folder.iterdir() if path.name.casefold() == wanted.name.casefold()]
-    found = found or [path for path in folder.iterdir() if path.stem.casefold() == wanted.stem.casefold()]
-    return found[0] if len(found) == 1 and found[0].is_file() else None
+    wanted = Path(normalize("NFC", plain))
+    there = [path for path in folder.iterdir() if path.is_file()]
+    there += [path for down in sorted(folder.iterdir()) if down.is_dir() for path in down.iterdir() if path.is_file()]
+    for name in (lambda path: path.name, lambda path: path.stem):
+        found = [path for path in there if normalize("NFC", name(path)).casefold() == name(wanted).casefold()]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def fingerprint(image: np.ndarray) -> tuple[np.ndarray | None, int]:

@@ -1,7 +1,6 @@
 """COCO annotation files as plain records: finding, reading and filtering them.
 
-Two layouts are recognised: `annotations/instance_{split}.json` with `images/`, and COCO 2017's own
-`annotations/instances_{split}2017.json` with `{split}2017/`. Masks stay polygons or run-length codes;
+The layouts that are recognised are in `data/layouts.py`. Masks stay polygons or run-length codes;
 drawing them is `masks.py` and `data/rasterize.py`; single entries of a file are read by
 `data/coco_entries.py`. No image is opened here.
 """
@@ -17,7 +16,7 @@ import numpy as np
 from instseg_jax import images, masks
 from instseg_jax.bands import Bands, decode_bands, read_bands
 from instseg_jax.commands import shown
-from instseg_jax.data import coco_entries
+from instseg_jax.data import coco_entries, layouts
 from instseg_jax.data.coco_entries import Annotation, ImageRecord
 
 MIN_BOX_SIDE_PX = 1e-5  # of the reference: a training box must be wider and higher than this
@@ -123,21 +122,15 @@ def find_split(
     names everything that was looked for (`MissingAnnotations` for the file).
     """
     root = data_root(dir)
-    if annotations is not None:
-        files = [root / annotations]
-    else:
-        files = [root / "annotations" / f"{stem}.json" for stem in (f"instance_{split}", f"instances_{split}2017")]
+    files = [root / annotations] if annotations is not None else layouts.annotation_files(root, split)
     file = next((f for f in files if f.is_file()), None)
     if file is None:
-        raise MissingAnnotations(f"The {split} annotations are missing: there is no {_either(files)}{_say_split(root)}")
-    if images is not None:
-        folders = [root / images]
-    else:
-        names = [f"{split}2017", f"images/{split}2017", "images"]
-        folders = [root / name for name in (names if file.name == f"instances_{split}2017.json" else names[::-1])]
-    folder = next((f for f in folders if f.is_dir()), None)
+        hint = layouts.describe_other(root) or _say_split(root)
+        raise MissingAnnotations(f"The {split} annotations are missing: there is no {_either(files[:2])}{hint}")
+    folders = [root / images] if images is not None else layouts.image_folders(root, split, file)
+    folder = layouts.choose_folder(folders, file)
     if folder is None:
-        raise FileNotFoundError(f"The {split} images are missing: there is no folder {_either(folders)}.")
+        raise FileNotFoundError(f"The {split} images are missing: there is no folder {_either(folders[:3])}.")
     return file, folder
 
 

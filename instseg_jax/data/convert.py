@@ -40,13 +40,15 @@ def convert_dataset(
     group_by: str | None,
     seed: int,
     progress: Track,
+    skip_invalid: bool = False,
 ) -> Conversion:
     """Convert a data set to COCO below `target` (may be the folder itself); existing annotation files become .bak.
 
     `kind` is LabelMe, VOC or YOLO in any case. `labels` names a file of class names, one a line; otherwise
     labels.txt, class_names.txt or classes.txt in or above the folder is used, otherwise classes are numbered as
     they occur. With `percentages` of training and validation all pictures are dealt out as `split_images` does;
-    without them, a `train_anno_list.txt` alone gives a fifth to validation.
+    without them, a `train_anno_list.txt` alone gives a fifth to validation. `skip_invalid` goes on past what can't be
+    read, and notes it.
 
     Raises FileNotFoundError or ValueError, naming the file, for what can't be read.
     """
@@ -58,10 +60,19 @@ def convert_dataset(
     reader = READERS[kind.lower()]
     listing: Listing = reader.find_annotations(source, labels)
     notes: collections.Counter[str] = collections.Counter()
-    converted = {
-        part: [reader.read_annotation(path, listing, notes) for path in progress(paths, len(paths))]
-        for part, paths in listing.parts.items()
-    }
+    converted: dict[str, list[ConvertedImage]] = {}
+    for part, paths in listing.parts.items():
+        converted[part] = []
+        for path in progress(paths, len(paths)):
+            try:
+                converted[part].append(reader.read_annotation(path, listing, notes))
+            except (ValueError, OSError) as error:
+                if not skip_invalid:
+                    raise type(error)(f"{error} --skip_invalid goes on without it.") from error
+                notes[f"left out, {error}"] += 1
+    pictures_of = collections.Counter(image.path for images in converted.values() for image in images if image.path)
+    if doubled := [path for path, count in pictures_of.items() if count > 1]:
+        notes[f"pictures that several annotation files are of, as {doubled[0].name}"] += len(doubled)
     if not any(image.objects for images in converted.values() for image in images):
         raise ValueError(f"There is no object in the {kind} annotations below {str(source)!r}.")
     is_certain = labels is not None or bool(read_class_names(source, None, above=False))

@@ -61,10 +61,21 @@ def read_class_names(source: Path, labels: str | Path | None, *, above: bool = T
         candidates = [folder / name for folder in folders for name in LABEL_FILES]
     for candidate in candidates:
         if candidate.is_file():
-            return tuple(
-                line.strip() for line in candidate.read_text(encoding="utf-8-sig").splitlines() if line.strip()
-            )
+            return tuple(line.strip() for line in read_lines(candidate) if line.strip())
     return ()
+
+
+def read_lines(file: Path) -> list[str]:
+    """Lines of a text file, UTF-8 with or without a BOM. Raises ValueError that names a file of another encoding."""
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a UTF-8 text file (byte {error.start}).") from error
+
+
+def is_hidden(path: Path, root: Path) -> bool:
+    """Whether a file, or a folder above it below `root`, is hidden: `._a.jpg` of a Mac, `.ipynb_checkpoints/`."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def find_picture(stem: str, folders: Sequence[Path]) -> Path | None:

@@ -19,14 +19,17 @@ from instseg_jax.data.converted import (
     ConvertedObject,
     Listing,
     find_picture,
+    is_hidden,
     join_parts,
     read_class_names,
+    read_lines,
 )
 
 LISTS = {"train": "train_anno_list.txt", "val": "val_anno_list.txt"}
 LINE_WIDTH_PX = 10  # as LabelMe itself draws lines
 POINT_RADIUS_PX = 5
 CIRCLE_TOLERANCE_PX = 0.1  # of the polygon from the circle
+MOST_CORNERS = 3600  # of a circle
 SAME_SHAPE = 0.01  # relative difference of the two scale factors of a picture that was resized
 IGNORING_FLAGS = ("__ignore__", "ignore", "ignored")
 CROWD_FLAGS = ("crowd", "iscrowd")
@@ -41,7 +44,7 @@ def find_annotations(source: Path, labels: str | Path | None) -> Listing:
     if (source / LISTS["train"]).is_file():
         parts = {part: _read_list(source / name) for part, name in LISTS.items() if (source / name).is_file()}
         return Listing(source, parts, class_names, is_val_wanted="val" not in parts)
-    found = sorted(path for path in source.rglob("*.json") if _is_labelme(path))
+    found = sorted(path for path in source.rglob("*.json") if not is_hidden(path, source) and _may_be_labelme(path))
     if not found:
         raise FileNotFoundError(f"There is no LabelMe file below {str(source)!r}, and no {LISTS['train']} in it.")
     return Listing(source, {"train": found}, class_names)
@@ -53,7 +56,7 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
     Raises: ValueError that names the file for shapes that are no LabelMe shapes.
     """
     content = _read_json(path)
-    picture, data = _find_picture(path, content, listing.root)
+    picture, data = _find_picture(path, content, listing.root, notes)
     height, width = (images.read_image(picture) if picture else images.decode_image(data, str(path))).shape[:2]
     if not isinstance(content.get("shapes"), list):
         raise ValueError(f"{path} has no list of shapes.")
@@ -64,13 +67,19 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
         what = f"Shape {number + 1} of {path}"
         if not isinstance(shape, dict):
             raise ValueError(f"{what} is no JSON object.")
-        label, flags = str(shape.get("label") or "").strip(), shape.get("flags") or {}
+        label, flags = shape.get("label"), shape.get("flags") or {}
+        label = "" if label is None else str(label).strip()  # the class 0 is one
+        if not isinstance(flags, dict):  # names of those that are set
+            flags = dict.fromkeys(map(str, flags), True) if isinstance(flags, list) else {}
         if label in NOT_A_CLASS or any(flags.get(name) for name in IGNORING_FLAGS):
             notes["shapes left out, unlabelled or to be ignored"] += 1
             continue
         group = shape.get("group_id")
-        key = (label, "group", group) if group is not None else (label, "shape", number)
-        instances.setdefault(key, []).append(_shape_mask(shape, what, height, width, scale, notes))
+        key = (label, "group", str(group)) if group is not None else (label, "shape", number)
+        drawn = _shape_mask(shape, what, height, width, scale, notes)
+        if drawn is None:
+            continue
+        instances.setdefault(key, []).append(drawn)
         if any(flags.get(name) for name in CROWD_FLAGS):
             crowds.add(key)
     objects = []
@@ -85,9 +94,12 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
 
 
 def _read_list(file: Path) -> list[Path]:
-    """Paths of a list file, one a line (of several words the last), relative to its folder."""
-    lines = [line.split(" ")[-1].strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    paths = [file.parent / line.replace("\\", "/") for line in lines if line]
+    """Paths of a list file, one a line (of a picture and its annotation the last), relative to its folder."""
+    lines = [line.strip().replace("\\", "/") for line in read_lines(file)]
+    paths = []
+    for line in filter(None, lines):
+        whole, last = file.parent / line, file.parent / line.split(" ")[-1]
+        paths.append(last if last.is_file() and not whole.is_file() else whole)
     if not paths:
         raise ValueError(f"{file} lists no annotation file.")
     for path in paths:
@@ -96,28 +108,46 @@ def _read_list(file: Path) -> list[Path]:
     return paths
 
 
-def _is_labelme(path: Path) -> bool:
+def _may_be_labelme(path: Path) -> bool:
+    """Whether a file is LabelMe's, or damaged so that it can't be told: such a one must not vanish unsaid."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError):
-        return False
+    except (ValueError, RecursionError):
+        return True
     return isinstance(content, dict) and "shapes" in content and "imagePath" in content
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a UTF-8 text file (byte {error.start}).") from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{path} is not valid JSON: {error.msg} in {where}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is not valid JSON: it is nested too deeply.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no LabelMe file: it must hold a JSON object.")
     return content
 
 
-def _find_picture(path: Path, content: dict[str, Any], root: Path) -> tuple[Path | None, bytes]:
-    """The picture's file, or the bytes that are embedded where there is none."""
+def _find_picture(
+    path: Path, content: dict[str, Any], root: Path, notes: collections.Counter[str]
+) -> tuple[Path | None, bytes]:
+    """The picture's file, or the bytes that are embedded where there is none.
+
+    Where imagePath names another picture than the one beside the file that has its name, the files were renamed since:
+    the one beside is taken, and that is noted.
+    """
     named = str(content.get("imagePath") or "").replace("\\", "/")
     folders = [path.parent, path.parent.parent / "images", root / "images", root]
+    beside = find_picture(path.stem, [path.parent])
+    if beside is not None and named and Path(named).stem != path.stem and not content.get("imageData"):
+        notes[
+            f"files whose imagePath names another picture than the one beside them, which was taken ({path.name})"
+        ] += 1
+        return beside.resolve(), b""
     for candidate in itertools.chain([path.parent / named], (folder / Path(named).name for folder in folders)):
         if named and candidate.is_file():
             return candidate.resolve(), b""
@@ -152,8 +182,10 @@ def _shape_mask(
     width: int,
     scale: tuple[float, float],
     notes: collections.Counter[str],
-) -> np.ndarray:
-    """A shape as a polygon [P, 2] float64, or as a mask [height, width] uint8 where it has no outline."""
+) -> np.ndarray | None:
+    """A shape as a polygon [P, 2] float64, or as a mask [height, width] uint8 where it has no outline; None, noted, for
+    a polygon of too few points, a slip of the mouse.
+    """
     kind = shape.get("shape_type") or "polygon"
     try:
         points = np.array(shape["points"], np.float64).reshape(-1, 2)
@@ -162,6 +194,9 @@ def _shape_mask(
     if not np.isfinite(points).all():
         raise ValueError(f"{what} has points that are not finite.")
     least = {"point": 1, "points": 1, "rectangle": 2, "circle": 2, "line": 2, "linestrip": 2, "mask": 1, "ellipse": 2}
+    if kind == "polygon" and len(points) < 3:
+        notes["polygons left out, with fewer than 3 points"] += 1
+        return None
     if len(points) < least.get(kind, 3):
         raise ValueError(f"{what}, a {kind}, has {len(points)} points, it needs at least {least.get(kind, 3)}.")
     if kind == "mask":
@@ -175,7 +210,7 @@ def _shape_mask(
     if kind in ("line", "linestrip", "point", "points"):
         notes[f"{kind} shapes, drawn as wide as LabelMe draws them"] += 1
         return _draw_thin(points, kind, height, width)
-    if kind not in ("polygon", "rectangle", "rotation", "quadrilateral"):
+    if kind not in ("polygon", "rectangle", "rotation", "quadrilateral", "oriented_rectangle"):
         raise ValueError(f"{what} has the unknown shape type {kind!r}.")
     return points
 
@@ -184,7 +219,8 @@ def _circle(center: np.ndarray, edge: np.ndarray) -> np.ndarray:
     radius = math.dist(center, edge)
     # A regular polygon of n corners leaves its circle by radius * (1 - cos(pi / n)).
     flatness = min(CIRCLE_TOLERANCE_PX / max(radius, 1e-9), 1.0)
-    corners = max(12, math.ceil(math.pi / math.acos(1 - flatness)))
+    angle = max(math.acos(1 - flatness), math.pi / MOST_CORNERS)  # what is seen of a huge one is nearly straight
+    corners = max(12, math.ceil(math.pi / angle))
     return _around(center, radius, radius, corners)
 
 

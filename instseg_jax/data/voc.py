@@ -7,6 +7,7 @@ SegmentationClass first, then of the XML. Without masks, the boxes of the XML be
 import collections
 import dataclasses
 import functools
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -22,11 +23,14 @@ from instseg_jax.data.converted import (
     ConvertedObject,
     Listing,
     find_picture,
+    is_hidden,
     join_parts,
     read_class_names,
+    read_lines,
 )
 
 VOID = 255
+LABEL_MAP = "labelmap.txt"  # of CVAT: names and colours of the classes
 FOLDERS = ("SegmentationObject", "SegmentationClass", "Annotations")
 MIN_OVERLAP = 0.5  # IoU of a mask's box with a box of the XML that names its class
 # The classes of the Pascal VOC challenge itself, whose palette index is their place in the alphabet.
@@ -51,20 +55,25 @@ def find_annotations(source: Path, labels: str | Path | None) -> Listing:
     """
     class_names = read_class_names(source, labels)
     source = _find_root(source)
-    if not class_names and not (source / "Annotations").is_dir():
-        class_names = ("_background_", *VOC_CLASSES)
+    if not class_names and (source / LABEL_MAP).is_file():
+        class_names = tuple(_read_label_map(source / LABEL_MAP).values())
     parts = {}
     for part in ("train", "val"):
         for folder in ("Segmentation", "Main"):
             file = source / "ImageSets" / folder / f"{part}.txt"
             if file.is_file() and part not in parts:
-                parts[part] = [Path(line.split()[0]) for line in file.read_text().splitlines() if line.strip()]
+                lines = [
+                    re.sub(r"\s+-?[01]$", "", line.strip()) for line in read_lines(file)
+                ]  # Main says whether it is there
+                parts[part] = [Path(line) for line in lines if line]
     if not parts:
-        for folder, suffix in (("SegmentationObject", ".png"), ("SegmentationClass", ".png"), ("Annotations", ".xml")):
-            found = sorted((source / folder).glob(f"*{suffix}"))
-            if found:
-                parts = {"train": [Path(path.stem) for path in found]}
-                break
+        stems = {
+            path.stem
+            for folder, suffix in (("SegmentationObject", "png"), ("SegmentationClass", "png"), ("Annotations", "xml"))
+            for path in (source / folder).glob(f"*.{suffix}")
+            if not is_hidden(path, source)
+        }
+        parts = {"train": [Path(stem) for stem in sorted(stems)]}
     if not any(parts.values()):
         raise FileNotFoundError(
             f"There is neither SegmentationObject nor SegmentationClass nor Annotations in {str(source)!r}."
@@ -91,21 +100,24 @@ def read_annotation(stem: Path, listing: Listing, notes: collections.Counter[str
         raise FileNotFoundError(f"There is no picture {name!r} in {str(root / 'JPEGImages')!r} ({PICTURE_SUFFIXES}).")
     height, width = images.read_image(picture).shape[:2]
     xml = _read_xml(root / "Annotations" / f"{name}.xml")
-    classes = _read_indices(root / "SegmentationClass" / f"{name}.png", height, width)
-    instances = _read_indices(root / "SegmentationObject" / f"{name}.png", height, width)
+    colors = _read_label_map(root / LABEL_MAP) if (root / LABEL_MAP).is_file() else {}
+    codes = {code: index for index, code in enumerate(colors)} or None
+    classes, _ = _read_indices(root / "SegmentationClass" / f"{name}.png", height, width, codes)
+    instances, void = _read_indices(root / "SegmentationObject" / f"{name}.png", height, width)
     if instances is None and classes is not None:
         notes["pictures without SegmentationObject, each connected region made an object"] += 1
-        instances = _connected_regions(classes)
+        instances, void = _connected_regions(classes), VOID
     if instances is None:
         objects = _boxes_as_objects(xml, height, width, notes)
     else:
-        objects = _masks_as_objects(name, instances, classes, xml, listing, notes)
+        objects = _masks_as_objects(name, instances, void, classes, xml, listing, notes)
     return ConvertedImage(picture.resolve(), b"", picture.name, height, width, tuple(objects))
 
 
 def _masks_as_objects(
     name: str,
     instances: np.ndarray,
+    void: int | None,  # the number of no object; 16-bit images have none
     classes: np.ndarray | None,
     xml: list[_XmlObject],
     listing: Listing,
@@ -113,7 +125,7 @@ def _masks_as_objects(
 ) -> list[ConvertedObject]:
     objects = []
     for number in np.unique(instances).tolist():
-        if number in (0, VOID):
+        if number in (0, void):
             continue
         mask = (instances == number).astype(np.uint8)
         rle = masks.encode_mask(mask)
@@ -126,6 +138,11 @@ def _masks_as_objects(
                 notes["objects left out that SegmentationClass calls void or background"] += 1
                 continue
         label = _name_of_index(index, listing.class_names) or _name_by_box(box, xml, number)
+        if label is None and not listing.class_names and index is not None and index <= len(VOC_CLASSES) and not xml:
+            label = VOC_CLASSES[index - 1]
+            notes[
+                "objects whose class number is read as one of the Pascal VOC challenge, since no file names classes"
+            ] += 1
         if label is None:
             raise ValueError(
                 f"Object {number} of {name!r} has no class name: neither class number {index} in a labels.txt "
@@ -193,23 +210,50 @@ def _read_box(node: ElementTree.Element | None) -> tuple[float, float, float, fl
     return x1 - 1, y1 - 1, x2, y2
 
 
-def _read_indices(file: Path, height: int, width: int) -> np.ndarray | None:
-    """Palette indices [height, width] of a PNG; colours of the VOC palette are turned back into indices."""
+def _read_label_map(file: Path) -> dict[int, str]:
+    """CVAT's labelmap.txt, `name:r,g,b:parts:actions` a line: names by colour 0xRRGGBB, in the order of the file.
+
+    Raises: ValueError that names a line of another form.
+    """
+    names = {}
+    for number, line in enumerate(read_lines(file), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, _, rest = line.partition(":")
+        try:
+            red, green, blue = (int(value) for value in rest.split(":")[0].split(","))
+        except ValueError:
+            raise ValueError(f"Line {number} of {file} is not name:red,green,blue:parts:actions.") from None
+        names[red << 16 | green << 8 | blue] = name.strip()
+    return names
+
+
+def _read_indices(
+    file: Path, height: int, width: int, codes: dict[int, int] | None = None
+) -> tuple[np.ndarray | None, int | None]:
+    """Indices [height, width] of a PNG, and the one of them that stands for no object.
+
+    Colours are turned into indices by `codes` {0xRRGGBB: index}, else by the VOC palette. 255 stands for no object
+    where there are 8 bits; of 16 it is a number like others.
+    """
     if not file.is_file():
-        return None
+        return None, None
+    void: int | None = VOID
     try:
         with Image.open(file) as picture:
-            if picture.mode in ("RGB", "RGBA"):
-                indices = _colors_to_indices(np.asarray(picture.convert("RGB")), file)
+            if codes is not None or picture.mode in ("RGB", "RGBA"):
+                known = _palette_codes() if codes is None else codes
+                indices = _colors_to_indices(np.asarray(picture.convert("RGB")), file, known)
             else:
                 indices = np.asarray(picture)
+                void = VOID if indices.dtype == np.uint8 else None
     except OSError as error:
         raise ValueError(f"{str(file)!r} can't be read as an image: {error}.") from error
     if indices.ndim != 2 or indices.shape != (height, width):
         raise ValueError(
             f"{str(file)!r} is {indices.shape[1]}x{indices.shape[0]}, its picture {width}x{height} pixels."
         )
-    return indices.astype(np.int64)
+    return indices.astype(np.int64), void
 
 
 @functools.cache
@@ -226,12 +270,11 @@ def _palette_codes() -> dict[int, int]:
     return codes
 
 
-def _colors_to_indices(rgb: np.ndarray, file: Path) -> np.ndarray:
+def _colors_to_indices(rgb: np.ndarray, file: Path, known: dict[int, int]) -> np.ndarray:
     codes = rgb.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
     values, inverse = np.unique(codes, return_inverse=True)
-    known = _palette_codes()
     if any(value not in known for value in values.tolist()):
-        raise ValueError(f"{str(file)!r} has colours that are not of the VOC palette.")
+        raise ValueError(f"{str(file)!r} has colours that are neither of the VOC palette nor of a {LABEL_MAP}.")
     return np.array([known[value] for value in values.tolist()])[inverse].reshape(codes.shape)
 
 

@@ -13,8 +13,10 @@ from instseg_jax.data.converted import (
     ConvertedImage,
     ConvertedObject,
     Listing,
+    is_hidden,
     join_parts,
     read_class_names,
+    read_lines,
 )
 
 
@@ -24,16 +26,15 @@ def find_annotations(source: Path, labels: str | Path | None) -> Listing:
     The label file of `images/.../a.jpg` is `labels/.../a.txt`, or stands beside the picture; pictures without one
     have no objects.
 
-    Raises: FileNotFoundError when there is no picture, or none has labels.
+    Raises: FileNotFoundError when there is no picture, or none has labels; ValueError for labels of poses.
     """
     description = next(
         (source / name for name in ("data.yaml", "dataset.yaml", "data.yml") if (source / name).is_file()), None
     )
     content = _read_yaml(description) if description else {}
-    names = content.get("names") or ()
-    if isinstance(names, dict):
-        names = [names[key] for key in sorted(names)]
-    class_names = tuple(map(str, names))
+    if "kpt_shape" in content:
+        raise ValueError(f"{description} has kpt_shape: these are poses, whose keypoints are no outlines of objects.")
+    class_names = _read_names(content.get("names"), description)
     if labels is not None or not class_names:
         class_names = read_class_names(source, labels)
     base = source / str(content.get("path") or "")
@@ -55,13 +56,15 @@ def find_annotations(source: Path, labels: str | Path | None) -> Listing:
 
 
 def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str]) -> ConvertedImage:
-    """Read the labels of a picture; classes without a name are called by their number.
+    """Read the labels of a picture; where no file names the classes they are called by their number.
 
     Raises: ValueError that names the line for what is neither a polygon nor a box.
     """
     height, width = images.read_image(path).shape[:2]
     file, objects = _label_file(path), []
-    lines = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else []
+    if not file.is_file():
+        notes["pictures without a label file, taken as background"] += 1
+    lines = read_lines(file) if file.is_file() else []
     for number, line in enumerate(lines, start=1):
         words = line.split()
         if not words:
@@ -83,8 +86,27 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
             notes["objects left out, without a pixel in their picture"] += 1
             continue
         names = listing.class_names
-        objects.append(ConvertedObject(names[label] if label < len(names) else f"class {label}", segmentation))
+        if names and (label >= len(names) or not names[label]):
+            raise ValueError(f"Line {number} of {file} has the class {label}, which has no name in {len(names)} names.")
+        if not names:
+            notes["objects whose class is called by its number, since no file names the classes"] += 1
+        objects.append(ConvertedObject(names[label] if names else f"class {label}", segmentation))
     return ConvertedImage(path.resolve(), b"", path.name, height, width, tuple(objects))
+
+
+def _read_names(names: Any, description: Path | None) -> tuple[str, ...]:
+    """Class names by number, "" where a number has none; of a list, or of numbers (also as text) with names."""
+    if not names:
+        return ()
+    if not isinstance(names, dict):
+        return tuple(map(str, names)) if isinstance(names, list) else (str(names),)
+    try:
+        by_number = {int(key): str(name) for key, name in names.items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"{description} has names whose keys are no numbers: {', '.join(map(str, names))}.") from None
+    if min(by_number) < 0 or len(by_number) < len(names):
+        raise ValueError(f"{description} has names whose keys are negative or the same: {', '.join(map(str, names))}.")
+    return tuple(by_number.get(number, "") for number in range(max(by_number) + 1))
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -103,11 +125,13 @@ def _find_pictures(source: Path, base: Path, entry: Any, description: Path | Non
     for name in entry if isinstance(entry, list) else [entry]:
         relative = str(name)
         candidates = [base / relative, source / relative, source / relative.lstrip("./")]
+        if relative.startswith(".."):  # written for a folder above: what lies inside is meant, not what is beside
+            candidates.reverse()
         place = next((path for path in candidates if path.exists()), None)
         if place is None:
             raise FileNotFoundError(f"{description} names {relative!r}, which does not exist.")
         if place.is_file():
-            lines = place.read_text(encoding="utf-8-sig").split()
+            lines = [line.strip().replace("\\", "/") for line in read_lines(place) if line.strip()]
             found += [path if path.is_absolute() else place.parent / path for path in map(Path, lines)]
         else:
             found += _pictures_below(place)
@@ -115,15 +139,18 @@ def _find_pictures(source: Path, base: Path, entry: Any, description: Path | Non
 
 
 def _pictures_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    return sorted(path for path in found if not is_hidden(path, folder))
 
 
 def _label_file(picture: Path) -> Path:
-    """The label file of a picture: the last folder `images` of its path becomes `labels`."""
+    """The label file of a picture: the last folder `images` of its path becomes `labels`, else it lies beside."""
     parts = list(picture.parts)
+    usual = picture.parent.parent / "labels" / f"{picture.stem}.txt"
     for position in range(len(parts) - 2, -1, -1):
         if parts[position] == "images":
             parts[position] = "labels"
-            return Path(*parts).with_suffix(".txt")
+            usual = Path(*parts).with_suffix(".txt")
+            break
     beside = picture.with_suffix(".txt")
-    return beside if beside.is_file() else picture.parent.parent / "labels" / f"{picture.stem}.txt"
+    return beside if beside.is_file() and not usual.is_file() else usual

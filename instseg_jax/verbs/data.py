@@ -105,6 +105,7 @@ def convert(options: argparse.Namespace) -> int:
         group_by=options.group_by,
         seed=config.seed,
         progress=functools.partial(_progress, "converting"),
+        skip_invalid=options.skip_invalid,
     )
     for note in done.notes:
         print(f"note: {note}")

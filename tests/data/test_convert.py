@@ -122,7 +122,7 @@ def test_the_official_lists(tmp_path):
 @pytest.mark.parametrize(
     ("shapes", "more", "message"),
     [
-        ([shape("a", [[1, 2], [3, 4]])], {}, "Shape 1 of .*a.json, a polygon, has 2 points"),
+        ([shape("a", [[1, 2], [3, 4]], "rotation")], {}, "Shape 1 of .*a.json, a rotation, has 2 points"),
         ([shape("a", [[1, 2]], "circle")], {}, "a circle, has 1 points"),
         ([shape("a", square(1, 1, 4), "spiral")], {}, "unknown shape type 'spiral'"),
         ([shape("a", "xy")], {}, "points that are not pairs"),

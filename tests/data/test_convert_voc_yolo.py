@@ -144,9 +144,12 @@ def test_yolo_without_a_description(tmp_path):
     write_picture(tmp_path / "in" / "images" / "a.jpg")
     (tmp_path / "in" / "labels").mkdir()
     (tmp_path / "in" / "labels" / "a.txt").write_text(yolo_line(2, (8, 6, 40, 30)))
-    (tmp_path / "in" / "classes.txt").write_text("x\ny\n")
-    convert(tmp_path / "in", "yolo", tmp_path / "out")
+    done = convert(tmp_path / "in", "yolo", tmp_path / "out")
     assert [name for name, _ in read(tmp_path / "out")[0]["a.jpg"]] == ["class 2"]
+    assert done.notes == ("objects whose class is called by its number, since no file names the classes: 1",)
+    (tmp_path / "in" / "classes.txt").write_text("x\ny\n")
+    with pytest.raises(ValueError, match=r"Line 1 of .*a.txt has the class 2, which has no name in 2 names"):
+        convert(tmp_path / "in", "yolo", tmp_path / "out")
     (tmp_path / "in" / "labels" / "a.txt").write_text("0 0.1 0.2 0.3 0.4 0.5")
     with pytest.raises(ValueError, match=r"Line 1 of .*a.txt has 5 coordinates"):
         convert(tmp_path / "in", "yolo", tmp_path / "out")
