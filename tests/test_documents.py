@@ -5,11 +5,15 @@ import re
 import shlex
 
 import pytest
+import yaml
 from ml_collections import ConfigDict
 from places import ROOT
 
+import instseg_jax
 from instseg_jax.cli import build_parser, split_overrides
 from instseg_jax.config import load_config, override
+from instseg_jax.weights.download import KNOWN_WEIGHTS
+from instseg_jax.weights.locate import PACKAGED_WEIGHTS
 
 DOCUMENTS = [path for name in ("README.md", ".github/*.md", ".github/docs/*.md") for path in sorted(ROOT.glob(name))]
 EVERY_FIELD = "configs/mask_rtdetr.py:n"  # for verbs that take the config of the weights
@@ -87,6 +91,46 @@ def test_commands_are_found_wherever_they_stand():
     ])  # fmt: skip
     found = [(1, "predict --input=a"), (3, "quickstart  # minutes"), (4, "train --distributed --workdir=SHARED")]
     assert find_commands(text) == found
+
+
+def test_links_of_the_documents_lead_somewhere():
+    """Links within the project are files of it; headings are found as GitHub names them."""
+    missing = []
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        headings = re.findall(r"(?m)^#+ (.+)", text)
+        anchors = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            file, _, anchor = link.partition("#")
+            is_there = (path.parent / file).exists() if file else anchor in anchors
+            if not is_there and not file.startswith(("http:", "https:")):
+                missing.append((path.name, link))
+    assert not missing
+
+
+def test_a_newcomer_reads_what_it_does_and_how_before_how_well():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    order = [
+        "## Two commands",
+        "## Your own data",
+        "## Predict",
+        "## Models",
+        "**Licences.**",
+        "## Results",
+        "## Licence",
+    ]
+    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+    for name in (*KNOWN_WEIGHTS, *PACKAGED_WEIGHTS):
+        if name.startswith("mask_rtdetr"):
+            assert f"`{name}`" in text
+    assert all(url in text for name, url in KNOWN_WEIGHTS.items() if name.startswith("mask_rtdetr"))
+
+
+def test_the_citation_and_the_changelog_are_of_this_version():
+    citation = yaml.safe_load((ROOT / ".github/CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == instseg_jax.__version__ and citation["license"] == "Apache-2.0"
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert f"## {instseg_jax.__version__}" in (ROOT / ".github/CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_files_of_tests_that_the_documents_name_are_there():
