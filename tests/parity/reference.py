@@ -1,4 +1,4 @@
-"""Reads the reference's numbers: cases, sub-sampled tensors, synthetic weights and images.
+"""Reads the reference's numbers: cases, tensors whole or as samples (`NAME@s`), synthetic weights and images.
 
 A case folder has the layout `VARIANT/eval_*`, `VARIANT/train_*`, `unit/*`, `preprocess/*`; it may lack any of
 them. `$INSTSEG_PARITY` names another folder than the one kept here.
@@ -57,11 +57,6 @@ class Case:
         nchw = synth.synth_image(case["image_seed"], case["h"], case["w"], case["batch"])
         return nchw.transpose(0, 2, 3, 1)
 
-    def tolerance(self, tensor: str) -> tuple[float, float]:
-        """(largest absolute difference, relative 2-norm) that a float32 run may have."""
-        noise = self.info["_noise"][tensor]
-        return NOISE_FACTOR * noise["max_abs"], max(NOISE_FACTOR * noise["rel"], RELATIVE_FLOOR)
-
 
 def load_case(name: str) -> Case:
     path = CASES / name
@@ -74,15 +69,33 @@ def load_case(name: str) -> Case:
     )
 
 
-def stored_values(tensors: dict[str, np.ndarray], name: str, mine: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """(reference, mine) over the values that are stored of a tensor; None when it is not in the case."""
-    if name in tensors:
-        assert tensors[name].shape == mine.shape, f"{name}: {tensors[name].shape} and {mine.shape}"
+def stored_values(
+    tensors: dict[str, np.ndarray], name: str, mine: np.ndarray, drawn_as: str | None = None
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """(reference, mine) over the values that are stored of a tensor, whole or as samples; None when there are none.
+
+    Args:
+      drawn_as: name whose samples they are, where it is another one.
+    """
+    if name in tensors and tensors[name].shape == mine.shape:
         return tensors[name], mine
-    if f"{name}@s" not in tensors:
+    reference = tensors.get(f"{name}@s", tensors.get(name) if drawn_as else None)
+    if reference is None:
+        assert name not in tensors, f"{name}: {tensors[name].shape} and {mine.shape}"
         return None
-    reference = tensors[f"{name}@s"]
-    return reference, mine.reshape(-1)[synth.subsample_indices(name, mine.size, reference.size)]
+    return reference.reshape(-1), mine.reshape(-1)[synth.subsample_indices(drawn_as or name, mine.size, reference.size)]
+
+
+def whole_tensor(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """A tensor of which all values are stored, as such or as samples; None when they aren't."""
+    stored = tensors.get(name, tensors.get(f"{name}@s"))
+    return stored.reshape(shape) if stored is not None and stored.size == np.prod(shape) else None
+
+
+def relative_error(mine: np.ndarray, theirs: np.ndarray, floor: float = 0.0) -> float:
+    """2-norm of the difference over that of the reference, or over `floor` where the reference is smaller."""
+    mine, theirs = np.asarray(mine, np.float64), np.asarray(theirs, np.float64)
+    return float(np.linalg.norm(mine - theirs) / max(np.linalg.norm(theirs), floor, np.finfo(np.float64).tiny))
 
 
 def load_json(name: str) -> dict:

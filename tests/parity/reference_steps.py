@@ -1,11 +1,13 @@
 """Trains on a case of the reference by the step that training uses, with the random numbers of the case.
 
-What comes out is compared in `test_training_steps.py`.
+A case is trained in float32 and in float64, with our selection of queries and start boxes or with those that the
+reference recorded (`reference_starts.py`). What comes out is compared in `test_training_steps.py`.
 """
 
 import dataclasses
 import functools
 import math
+import re
 import types
 
 import jax
@@ -31,6 +33,20 @@ from instseg_jax.weights.names import flax_to_official, official_to_flax
 IMAGE_SEED, FIRST_SEED = 77, 1000
 MIN_SLOTS = 4
 NUM_CLASSES = 80
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}  # of a program of four hundred tensors that runs a few times
+STEPS_IN_FLOAT64 = 2  # from the third on, two runs in float64 part as well
+
+
+def image_seed(case: Case) -> int:
+    """Seed of the case's pictures, from `_case` or from the call that its recipe writes down."""
+    written = re.search(r"synth_image\((\d+)", str(case.info.get("recipe", {}).get("image", "")))
+    return case.info.get("_case", {}).get("image_seed", int(written[1]) if written else IMAGE_SEED)
+
+
+def first_seed(case: Case) -> int:
+    """Seed of the first step's random numbers; that of step i is i higher."""
+    written = re.search(r"PCG64\((\d+) *\+ *step", str(case.info.get("recipe", {}).get("rng", "")))
+    return int(written[1]) if written else FIRST_SEED
 
 
 def object_counts(case: Case) -> list[int]:
@@ -48,7 +64,7 @@ def load_batch(case: Case) -> Batch:
         labels[b, :n], boxes[b, :n], valid[b, :n] = z[f"gt_class{b}"][:, 0], z[f"gt_bbox{b}"], True
         bits = np.unpackbits(z[f"gt_mask{b}_packbits"], count=n * size * size)
         masks[b, :n] = bits.reshape(n, size, size)
-    images = synth.synth_image(IMAGE_SEED, size, size, len(counts)).transpose(0, 2, 3, 1)
+    images = synth.synth_image(image_seed(case), size, size, len(counts)).transpose(0, 2, 3, 1)
     sizes = np.full((len(counts), 2), size, np.int32)
     index = np.arange(len(counts), dtype=np.int32)
     return Batch(images, Targets(labels, boxes, masks, valid), index >= 0, index, sizes, sizes)
@@ -79,6 +95,12 @@ def prepare(name: str) -> types.SimpleNamespace:
     )
 
 
+def used_slots(setup: types.SimpleNamespace) -> int:
+    """Denoising slots that the reference has."""
+    most = int(setup.batch.targets.valid.sum(axis=1).max())
+    return most * max(1, setup.config.denoising.num_denoising // most)
+
+
 def remember_gradients() -> optax.GradientTransformation:
     """Changes nothing and keeps the last gradients as its state."""
     return optax.GradientTransformation(
@@ -93,7 +115,7 @@ def draw_step(setup: types.SimpleNamespace, step: int) -> tuple[dict, dict]:
     denoising ones [S - 1, B, D, ..] by slot.
     """
     targets, s, info = setup.batch.targets, setup.settings, setup.case.info
-    rng = np.random.Generator(np.random.PCG64(FIRST_SEED + step))
+    rng = np.random.Generator(np.random.PCG64(first_seed(setup.case) + step))
     drawn = []
 
     def rand(*shape: int) -> np.ndarray:
@@ -180,6 +202,7 @@ class Run:
 
     outputs: object  # of the first step
     query_index: np.ndarray  # [S, B, N] of the first step
+    match_costs: np.ndarray  # [S, B, Q, N]
     terms: list[dict[str, float]]
     gradients: dict[str, np.ndarray]
     grad_norm: float
@@ -189,18 +212,39 @@ class Run:
 
 
 @functools.cache
-def train(name: str) -> Run:
+def train(name: str, dtype: str = "float32") -> Run:
+    """Our steps from our own selection of queries and start boxes."""
+    return run_steps(name, dtype, {})
+
+
+def run_steps(name: str, dtype: str, start: dict[str, np.ndarray]) -> Run:
+    """Our steps; `start` may give the first step's `selected_index`, `reference_boxes` and `query_index`.
+
+    In float64 two steps are made and float32 inputs, weights and random numbers are taken as they are.
+    """
+    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
+        return _run_steps(name, dtype, start)
+
+
+def widen(tree, dtype: str):
+    """Floating-point leaves in another type."""
+    return jax.tree.map(lambda x: x.astype(dtype) if np.issubdtype(np.asarray(x).dtype, np.floating) else x, tree)
+
+
+def _run_steps(name: str, dtype: str, start: dict[str, np.ndarray]) -> Run:
     setup = prepare(name)
-    batch, targets, config = setup.batch, setup.batch.targets, setup.config
+    batch, config = widen(setup.batch, dtype), setup.config
+    targets, start = batch.targets, widen(start, dtype)
+    matches = start.pop("query_index", None)
     fixed = {"settings": setup.settings, "mesh": None}
 
-    def forward(state, noise, points) -> Forward:
+    def forward(params, batch_stats, noise, points, start) -> Forward:
         denoising = noise_targets(
             targets, **noise, **config.denoising, num_classes=NUM_CLASSES, num_queries=setup.model.num_queries
         )
-        weights = state.params, state.batch_stats
-        options = {"model": setup.model, "multipliers": setup.multipliers, **fixed}
-        return run_forward(*weights, batch, denoising, lambda _: points["matcher"], **options)
+        model = types.SimpleNamespace(apply=functools.partial(setup.model.apply, **start))
+        options = {"model": model, "multipliers": setup.multipliers, **fixed}
+        return run_forward(params, batch_stats, batch, denoising, lambda _: points["matcher"], **options)
 
     def backward(ahead, query_index, points):
         draws = arrange_points(setup, points, ahead.outputs, query_index)
@@ -214,27 +258,33 @@ def train(name: str) -> Run:
         decay=config.optimizer.ema_decay,
         ramp_steps=config.optimizer.ema_ramp_steps,
     )
-    run = Run(None, None, [], {}, 0.0, [], {}, {})
-    state = initial_state(setup.variables, setup.optimizer)
-    with jax.default_matmul_precision("highest"):
-        forward, backward, update = map(jax.jit, (forward, backward, update))
-        for i in range(len(setup.history)):
-            noise, points = draw_step(setup, i)
-            ahead = forward(state, noise, points)
-            query_index = assign(ahead.match_costs, targets.valid)
-            gradients, loss, terms = backward(ahead, query_index, points)
-            state, metrics = update(state, gradients, ahead.batch_stats, loss, terms)
-            metrics = jax.tree.map(np.asarray, metrics)
-            assert not metrics["skipped"]
-            sums = sum_terms({key: value for key, value in metrics.items() if key.startswith("loss/")})
-            run.terms.append({key: float(value) for key, value in sums.items()} | {"total": float(metrics["loss"])})
-            run.learning_rates.append(float(metrics["learning_rate"]))
-            if i == 0:
-                run.outputs, run.query_index = jax.tree.map(np.asarray, (ahead.outputs, query_index))
-                run.grad_norm = float(metrics["grad_norm"])
-                gradients = jax.tree.map(np.asarray, state.opt_state[0])
-                run.gradients = flax_to_official({"params": gradients, "batch_stats": {}})
-            if any(key.startswith(f"P{i + 1}@") for key in setup.case.tensors):
-                values = {"params": state.params, "batch_stats": state.batch_stats}
-                run.weights[i + 1], run.averages[i + 1] = map(flax_to_official, (values, state.ema_variables))
+    run = Run(None, None, None, [], {}, 0.0, [], {}, {})
+    # On a device from the start, as all later states are: else the second step compiles everything again.
+    state = jax.device_put(initial_state(widen(setup.variables, dtype), setup.optimizer), jax.devices()[0])
+    forward, backward = map(jax.jit, (forward, backward))
+    update = jax.jit(update, compiler_options=QUICK_COMPILE)
+    for i in range(min(len(setup.history), STEPS_IN_FLOAT64 if dtype == "float64" else len(setup.history))):
+        noise, points = widen(draw_step(setup, i), dtype)
+        ahead = forward(state.params, state.batch_stats, noise, points, start if i == 0 else {})
+        query_index = assign(ahead.match_costs, targets.valid)
+        if i == 0:
+            query_index = jnp.asarray(matches) if matches is not None else query_index
+        gradients, loss, terms = backward(ahead, query_index, points)
+        assert loss.dtype == dtype
+        state, metrics = update(state, gradients, ahead.batch_stats, loss, terms)
+        metrics = jax.tree.map(np.asarray, metrics)
+        assert not metrics["skipped"]
+        sums = sum_terms({key: value for key, value in metrics.items() if key.startswith("loss/")})
+        run.terms.append({key: float(value) for key, value in sums.items()} | {"total": float(metrics["loss"])})
+        run.learning_rates.append(float(metrics["learning_rate"]))
+        if i == 0:
+            run.outputs, run.query_index, run.match_costs = jax.tree.map(
+                np.asarray, (ahead.outputs, query_index, ahead.match_costs)
+            )
+            run.grad_norm = float(metrics["grad_norm"])
+            gradients = jax.tree.map(np.asarray, state.opt_state[0])
+            run.gradients = flax_to_official({"params": gradients, "batch_stats": {}})
+        if i == 0 or any(key.startswith(f"P{i + 1}@") for key in setup.case.tensors):
+            values = {"params": state.params, "batch_stats": state.batch_stats}
+            run.weights[i + 1], run.averages[i + 1] = map(flax_to_official, (values, state.ema_variables))
     return run

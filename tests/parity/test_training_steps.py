@@ -1,29 +1,37 @@
 """Real optimiser steps do what the official ones do: outputs, matches, losses, gradients, weights, moving averages.
 
-Each case is trained once. Its tolerances come from its `_noise`: how far the official float32 run is from the
-official network in higher precision.
+Float64 judges: two steps are compared with the official ones in float64 where a case brings them. A float32 recording
+is then asked to be no farther from our run in float64 than our own float32 run is, times NOISE_FACTOR: no other case
+lends its noise. Each case is trained once in either type.
 """
 
 import os
 import types
 
-import jax
 import numpy as np
 import pytest
-import synth
-from jax import Array
-from reference import NOISE_FACTOR, RELATIVE_FLOOR, REPORT, find_cases, load_json, stored_values
-from reference_steps import object_counts, prepare, train
+from reference import CASES, NOISE_FACTOR, RELATIVE_FLOOR, REPORT, find_cases, relative_error, stored_values
+from reference_starts import (
+    decisions,
+    differing_start,
+    inspect,
+    recorded_matches,
+    train_as_reference,
+    train_from_reference_starts,
+)
+from reference_steps import Run, prepare, train, used_slots
 
 from instseg_jax.training.optimizer import ema_decay
 
 TRAIN_CASES = find_cases("*/train_*.json")
-NOISE_CASE = "s/train_128_const.json"  # whose noise counts for a case that states none
+DOUBLE_CASES = [name for name in TRAIN_CASES if (CASES / f"{name}_f64.npz").exists()]
 OFFICIAL = {"class": "class", "box_l1": "bbox", "box_giou": "giou", "mask_bce": "mask", "mask_dice": "dice"}
 OUTPUT_NAMES = {"class_logits": "logits", "boxes": "boxes", "mask_queries": "masks"}
-SAMPLE_LIMIT = 0.3  # relative; sixteen values of a tensor, of which the case states no noise
-SAME_BOX = 1e-3  # normalised; boxes of one query differ less between two float32 runs
-OUTPUT_LIMIT = 5e-4  # relative 2-norm; of these the case states no noise either
+FIRST_STEP, DOUBLE = 1e-9, 1e-6  # relative errors in float64: loss terms of the first step, and all else
+WEIGHTS_IN_FLOAT64 = 1e-3  # learning rates
+ZERO_GRADIENT = 1e-12  # of the global norm: biases before a batch norm have no gradient but rounding
+OFF = 0.1  # learning rates; float32 weights farther than this had a gradient of mere rounding
+FALL = 0.95  # a total that the reference brings below this share of the last step's falls in ours as well
 RATE_ROUNDING = 2e-11  # float32 near the full learning rate of 1e-4
 parametrized = pytest.mark.parametrize("name", TRAIN_CASES)
 
@@ -32,192 +40,248 @@ def test_there_is_a_case():
     assert TRAIN_CASES or "INSTSEG_PARITY" in os.environ
 
 
-def relative_noise(name: str) -> list[dict[str, float]]:
-    """For each step the worst relative noise of a loss term, "terms", and that of the total, "total".
-
-    Errors of the terms may cancel by luck, so that of the total counts as at least the root of their squares.
-    """
-    info = noise_info(name)
-    steps = []
-    for noise, values in zip(info["_noise"]["history"], info["history"], strict=True):
-        terms = [key for key in noise if key != "loss" and values[key]]
-        total = max(noise["loss"], float(np.linalg.norm([noise[key] for key in terms])))
-        steps.append({"terms": max(noise[key] / abs(values[key]) for key in terms), "total": total / values["loss"]})
-    return steps
+def term_names() -> dict[str, str]:
+    """The reference's name of each of our sums, and of the total."""
+    suffixes = ("", "_aux", "_dn", "_aux_dn")
+    names = {term + suffix: f"loss_{official}{suffix}" for term, official in OFFICIAL.items() for suffix in suffixes}
+    return names | {"total": "loss"}
 
 
-def tolerance(noise: list[dict[str, float]], step: int) -> dict[str, float]:
-    """Allowed relative errors in a step, counted from 0."""
-    return {key: max(NOISE_FACTOR * x, RELATIVE_FLOOR) for key, x in noise[min(step, len(noise) - 1)].items()}
+@pytest.mark.parametrize("name", DOUBLE_CASES)
+def test_loss_terms_in_float64(name):
+    theirs, run = prepare(name).case.tensors_f64, train(name, "float64")
+    listed, compared = list(theirs["term_names"]), 0
+    for step in (0, 1):
+        if f"terms{step}" not in theirs:
+            continue
+        values = dict(zip(listed, theirs[f"terms{step}"], strict=True))
+        values.setdefault("loss", sum(values.values()))
+        errors = {ours: relative_error(run.terms[step][ours], values[key]) for ours, key in term_names().items()}
+        worst = max(errors, key=errors.get)
+        figures = f"{errors['total']:.1e} in the total, {errors[worst]:.1e} in a term ({worst})"
+        REPORT.append((name, f"float64, step {step + 1}", figures))
+        assert errors[worst] <= (FIRST_STEP if step == 0 else DOUBLE), errors
+        compared += 1
+    assert compared
 
 
-def noise_info(name: str) -> dict:
-    info = prepare(name).case.info
-    return info if "_noise" in info else load_json(NOISE_CASE)
-
-
-def query_order(name: str) -> np.ndarray:
-    """[B, Q] our query for each of the reference's: the same one, or one that changed places with it."""
-    mine = train(name).outputs.matching.boxes[0]
-    theirs = prepare(name).case.tensors.get("enc_boxes_full", mine)
-    distance = np.abs(theirs[:, :, None] - mine[:, None]).max(axis=-1)
-    same = np.diagonal(distance, axis1=1, axis2=2) < SAME_BOX
-    order = np.where(same, np.arange(theirs.shape[1]), distance.argmin(axis=-1))
-    assert all(len(set(row)) == len(row) for row in order)
-    return order
+@pytest.mark.parametrize("name", DOUBLE_CASES)
+def test_gradients_and_weights_in_float64(name):
+    case, run = prepare(name).case, train(name, "float64")
+    floor = ZERO_GRADIENT * run.grad_norm
+    errors, norms, weights, statistics = {}, {}, {}, {}
+    for key, theirs in case.tensors_f64.items():
+        kind, _, tensor = key.removesuffix("@s").partition("@")
+        if kind == "G":
+            pair = stored_values({key: theirs}, key, run.gradients[tensor], f"G@{tensor}")
+            errors[tensor] = relative_error(pair[1], pair[0], floor / DOUBLE)
+        elif kind == "N":
+            norms[tensor] = relative_error(np.linalg.norm(run.gradients[tensor]), theirs, floor / DOUBLE)
+        elif kind == "P1":
+            reference, mine = stored_values({key: theirs}, key, run.weights[1][tensor], f"P@{tensor}")
+            if tensor.endswith(("_mean", "_variance")):
+                statistics[tensor] = relative_error(mine, reference)
+            else:
+                weights[tensor] = np.abs(mine - reference).max() / run.learning_rates[0]
+    for what, found in (("gradient samples", errors), ("gradient norms", norms), ("statistics", statistics)):
+        if found:
+            worst = max(found, key=found.get)
+            REPORT.append((name, f"float64, {what}", f"{found[worst]:.1e} at most ({worst})"))
+            assert found[worst] <= DOUBLE, (what, worst, found[worst])
+    worst = max(weights, key=weights.get)
+    REPORT.append((name, "float64, weights after step 1", f"{weights[worst]:.1e} learning rates at most ({worst})"))
+    assert weights[worst] <= WEIGHTS_IN_FLOAT64, worst
+    assert len(errors) == len([key for key in case.tensors_f64 if key.startswith("G@")]) > 0
 
 
 @parametrized
-def test_first_outputs(name):
-    setup, run, order = prepare(name), train(name), query_order(name)
-    outputs, used = run.outputs, used_slots(setup)
-    mine = {}
+def test_queries_and_start_boxes(name):
+    """`decisions` asserts that those of the reference are float64's, or rounding's."""
+    tokens, starts = decisions(name)
+    own = inspect(name, "float64")
+    swapped = int((own["tokens"][:, : tokens.shape[1]] != tokens).sum())
+    given = {dtype: bool(differing_start(name, dtype)) for dtype in ("float32", "float64")}
+    REPORT.append((name, "queries in another place", f"{swapped}; other queries or boxes given: {given}"))
+    assert np.isfinite(starts).all() and len(np.unique(tokens[0])) == tokens.shape[1]
+
+
+def first_outputs(setup: types.SimpleNamespace, run: Run, maps: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Our tensors of the first step under the names of the reference."""
+    outputs, used, mine = run.outputs, used_slots(setup), {}
     for kind in ("class_logits", "boxes", "mask_queries"):
-        matching = np.take_along_axis(getattr(outputs.matching, kind), order[None, ..., None], axis=2)
-        denoising = getattr(outputs.denoising, kind)[:, :, :used]
+        matching, denoising = getattr(outputs.matching, kind), getattr(outputs.denoising, kind)[:, :, :used]
         rows = {"enc": matching[0], "init": np.concatenate([denoising[0], matching[1]], axis=1)}
         rows["dec"] = np.concatenate([denoising[1:], matching[2:]], axis=2)
         for stage, value in rows.items():
             if kind == "mask_queries":
-                value = np.einsum("...bqp,bhwp->...bqhw", value, outputs.mask_features)
+                value = np.einsum("...bqp,bhwp->...bqhw", value, outputs.mask_features, optimize=True)
             mine[f"{stage}_{OUTPUT_NAMES[kind]}"] = value
     mine["mask_feat"] = np.moveaxis(outputs.mask_features, -1, 1)
-    mine |= {f"neck{i}": np.moveaxis(np.asarray(x), -1, 1) for i, x in enumerate(neck_maps(setup))}
-    mine |= {f"{stage}_boxes_full": mine[f"{stage}_boxes"] for stage in ("enc", "init")}
-    errors = {}
-    for stage, value in mine.items():
-        pair = stored_values(setup.case.tensors, stage, value)
-        if pair is not None:
-            errors[stage] = np.linalg.norm(pair[1] - pair[0]) / np.linalg.norm(pair[0])
-    worst = max(errors, key=errors.get)
-    REPORT.append((name, "training outputs, worst stage", f"{errors[worst]:.1e} relative ({worst})"))
-    assert errors and errors[worst] <= OUTPUT_LIMIT, errors
-
-
-def used_slots(setup: types.SimpleNamespace) -> int:
-    most = int(setup.batch.targets.valid.sum(axis=1).max())
-    return most * max(1, setup.config.denoising.num_denoising // most)
-
-
-def neck_maps(setup: types.SimpleNamespace) -> list[Array]:
-    def run(variables, images):
-        _, state = setup.model.apply(variables, images, train=True, mutable=["batch_stats", "intermediates"])
-        return state["intermediates"]["maps"][0]
-
-    with jax.default_matmul_precision("highest"):
-        return jax.jit(run)(setup.variables, setup.batch.images)
+    mine |= {f"neck{i}": np.moveaxis(x, -1, 1) for i, x in enumerate(maps)}
+    return mine | {f"{stage}_boxes_full": mine[f"{stage}_boxes"] for stage in ("enc", "init")}
 
 
 @parametrized
-def test_matches_are_identical(name):
-    """Call 0 of the reference matches the last layer, the next ones the sets in our order."""
-    setup, run, order = prepare(name), train(name), query_order(name)
-    sets = len(run.query_index)
-    compared = 0
-    for call, one_set in enumerate((sets - 1, *range(sets - 1))):
-        for b, n in enumerate(object_counts(setup.case)):
-            if n == 0 or f"match{call}_img{b}" not in setup.case.tensors:
-                continue
-            queries, objects = setup.case.tensors[f"match{call}_img{b}"]
-            expected = np.full(n, -1)
-            expected[objects] = order[b][queries]
-            np.testing.assert_array_equal(run.query_index[one_set, b, :n], expected, err_msg=f"call {call}, image {b}")
-            compared += n
-    swapped = int((order != np.arange(order.shape[1])).sum())
-    REPORT.append((name, "matches, first step", f"{compared} identical; {swapped} queries in another place"))
-    assert compared
+def test_first_outputs(name):
+    setup, tensors = prepare(name), prepare(name).case.tensors
+    single, double = (
+        first_outputs(setup, train_as_reference(name, dtype), inspect(name, dtype)["maps"])
+        for dtype in ("float32", "float64")
+    )
+    ratios, in_order = {}, any(key in tensors for key in ("enc_boxes_full", "enc_boxes_full@s"))
+    for stage, value in double.items():
+        pair = stored_values(tensors, stage, value)
+        if pair is None or (stage.startswith(("enc_", "init_", "dec_")) and not in_order):
+            continue  # rows of queries can be compared where the case tells whose they are
+        reference, exact = pair
+        own = relative_error(stored_values(tensors, stage, single[stage])[1], exact)
+        ratios[stage] = relative_error(reference, exact) / max(NOISE_FACTOR * own, RELATIVE_FLOOR)
+    if not ratios:
+        pytest.skip("the case stores no outputs that can be compared")
+    worst = max(ratios, key=ratios.get)
+    REPORT.append((name, "training outputs, worst stage", f"{ratios[worst]:.2f} of the tolerance ({worst})"))
+    assert ratios[worst] <= 1, ratios
+
+
+@parametrized
+def test_matches(name):
+    """Those of the reference, or others that cost the same within the noise of our two runs."""
+    single, double = (train_from_reference_starts(name, dtype) for dtype in ("float32", "float64"))
+    expected, recorded = recorded_matches(name, double.query_index)
+    noise = NOISE_FACTOR * np.abs(single.match_costs - double.match_costs).max()
+    others = 0
+    for ours, theirs, cost in zip(double.query_index, expected, double.match_costs, strict=True):
+        for mine, their, own_cost in zip(ours, theirs, cost, strict=True):
+            slots = np.flatnonzero(mine >= 0)
+            assert (their[slots] >= 0).all()
+            excess = own_cost[their[slots], slots].sum() - own_cost[mine[slots], slots].sum()
+            assert excess <= noise * len(slots), f"{their[slots]} for {mine[slots]} costs {excess} more"
+            others += int((their != mine).sum())
+    REPORT.append((name, "matches, first step", f"{recorded} recorded, {others} another query of equal cost"))
+    assert recorded or not any("match" in key for key in prepare(name).case.tensors)
 
 
 @parametrized
 def test_loss_terms(name):
-    setup, run, noise = prepare(name), train(name), relative_noise(name)
-    ratios, totals = [], []
-    for i, (mine, theirs) in enumerate(zip(run.terms, setup.history, strict=True)):
-        limit = tolerance(noise, i)
-        for term, official in OFFICIAL.items():
-            for suffix in ("", "_aux", "_dn", "_aux_dn"):
-                value = theirs[f"loss_{official}{suffix}"]
-                error = abs(mine[term + suffix] - value) / abs(value)
-                ratios.append((error / limit["terms"], f"step {i + 1}, {term}{suffix}"))
-        error = abs(mine["total"] - theirs["loss"]) / theirs["loss"]
-        totals.append((error / limit["total"], f"step {i + 1}"))
-    for what, found in (("loss terms", ratios), ("total loss", totals)):
-        ratio, where = max(found)
-        REPORT.append((name, f"{what}, {len(run.terms)} steps", f"{ratio:.2f} of the tolerance ({where})"))
-    assert len(ratios) == 20 * len(setup.history)
-    assert max(ratios)[0] <= 1, max(ratios)
-    assert max(totals)[0] <= 1, max(totals)
+    """Two steps against float64; later ones, where two runs in float64 part as well, are finite and fall."""
+    setup = prepare(name)
+    single, double = (train_as_reference(name, dtype) for dtype in ("float32", "float64"))
+    for step, exact in enumerate(double.terms):
+        theirs, own = {}, {}
+        for ours, official in term_names().items():
+            theirs[ours] = relative_error(setup.history[step][official], exact[ours])
+            own[ours] = relative_error(single.terms[step][ours], exact[ours])
+        worst = max(theirs, key=theirs.get)
+        ratio = theirs[worst] / max(NOISE_FACTOR * max(own.values()), RELATIVE_FLOOR)
+        figures = f"{ratio:.2f} of the tolerance ({worst}; {theirs[worst]:.1e}, ours {max(own.values()):.1e})"
+        REPORT.append((name, f"loss terms, step {step + 1}", figures))
+        assert ratio <= 1, (step, theirs, own)
+    totals = [terms["total"] for terms in single.terms]
+    assert len(totals) == len(setup.history)
+    assert np.isfinite([list(terms.values()) for terms in single.terms]).all()
+    for i in range(2, len(totals)):
+        if setup.history[i]["loss"] < FALL * setup.history[i - 1]["loss"]:
+            assert totals[i] < totals[i - 1], f"the total rises to {totals[i]} in step {i + 1}"
 
 
 @parametrized
 def test_gradients(name):
-    setup, run = prepare(name), train(name)
+    setup = prepare(name)
+    single, double = (train_as_reference(name, dtype) for dtype in ("float32", "float64"))
     expected, total = setup.case.info["grad_norms"], setup.case.info["grad_global_norm"]
-    noise = noise_info(name)["_noise"]
-    limit, median_limit = (NOISE_FACTOR * noise[f"grad_norms_{kind}_relative"] for kind in ("worst", "median"))
-    # Biases before a batch norm have no gradient; what is computed for them is rounding, here and there.
+    exact = {key: np.linalg.norm(gradient) for key, gradient in double.gradients.items()}
+    assert {key for key, norm in exact.items() if norm > 0} <= set(expected)
+    # What is computed for a bias before a batch norm is rounding, here and there.
     rounding = np.finfo(np.float32).eps * total
-    norms = {key: np.linalg.norm(gradient.astype(np.float64)) for key, gradient in run.gradients.items()}
-    assert {key for key, norm in norms.items() if norm > 0} <= set(expected)
-    errors = {key: abs(norms[key] - norm) / max(norm, rounding / limit) for key, norm in expected.items()}
-    samples = {}
-    for key in expected:
-        if f"G@{key}" in setup.case.tensors:
-            theirs, mine = setup.case.tensors[f"G@{key}"], run.gradients[key].reshape(-1)
-            mine = mine[synth.subsample_indices(f"G@{key}", mine.size, len(theirs))]
-            samples[key] = np.linalg.norm(mine - theirs) / max(np.linalg.norm(theirs), rounding / SAMPLE_LIMIT)
-    worst, median = max(errors, key=errors.get), float(np.median(list(errors.values())))
-    worst_sample, median_sample = max(samples, key=samples.get), float(np.median(list(samples.values())))
-    total_error = abs(run.grad_norm - total) / total
-    REPORT.append((name, "gradient norms, worst tensor", f"{errors[worst] / limit:.2f} of the tolerance ({worst})"))
-    REPORT.append((name, "gradient norms, median", f"{median / median_limit:.2f} of the tolerance"))
-    REPORT.append((name, "global gradient norm", f"{total_error / limit:.2f} of the tolerance"))
-    figures = f"{median_sample:.1e} and {samples[worst_sample]:.1e} relative ({worst_sample})"
-    REPORT.append((name, "gradient samples, median and worst", figures))
-    assert errors[worst] <= limit, worst
-    assert median <= median_limit
-    assert total_error <= limit
-    assert samples[worst_sample] <= SAMPLE_LIMIT, samples
+    norms, samples = {"theirs": {}, "ours": {}}, {"theirs": {}, "ours": {}}
+    for key, norm in expected.items():
+        mine = np.linalg.norm(single.gradients[key].astype(np.float64))
+        norms["theirs"][key] = abs(norm - exact[key]) / max(exact[key], rounding)
+        norms["ours"][key] = abs(mine - exact[key]) / max(exact[key], rounding)
+        drawn_as = f"G@{key}"
+        pair = stored_values(setup.case.tensors, drawn_as, double.gradients[key], drawn_as)
+        if pair is not None:
+            reference, values = pair
+            mine = stored_values(setup.case.tensors, drawn_as, single.gradients[key], drawn_as)[1]
+            samples["theirs"][key] = relative_error(reference, values, rounding)
+            samples["ours"][key] = relative_error(mine, values, rounding)
+    for what, found in (("norms", norms), ("samples", samples)):
+        for kind, figure in (("worst", np.max), ("median", np.median)):
+            if not found["theirs"]:
+                continue
+            theirs, ours = (float(figure(list(found[whose].values()))) for whose in ("theirs", "ours"))
+            limit = max(NOISE_FACTOR * ours, RELATIVE_FLOOR)
+            text = f"{theirs / limit:.2f} of the tolerance ({theirs:.1e}, ours {ours:.1e})"
+            REPORT.append((name, f"gradient {what}, {kind}", text))
+            assert theirs <= limit, (what, kind, max(found["theirs"], key=found["theirs"].get))
+    error, own = abs(total - double.grad_norm) / double.grad_norm, abs(single.grad_norm / double.grad_norm - 1)
+    own = max(own, max(norms["ours"].values()) / NOISE_FACTOR)  # it may agree by luck
+    REPORT.append((name, "global gradient norm", f"{error:.1e} from float64, ours {own:.1e}"))
+    assert error <= max(NOISE_FACTOR * own, RELATIVE_FLOOR)
 
 
 @parametrized
 def test_weights_statistics_and_moving_averages(name):
-    """Weights in units of the learning rate: Adam turns noise in small gradients into steps of that size."""
-    setup, run, relative = prepare(name), train(name), relative_noise(name)
-    noise = noise_info(name)["_noise"]["parameters_in_lr"]
-    assert run.weights
-    for k in run.weights:
-        stated = min(noise, key=lambda n: (int(n) < k, abs(int(n) - k)))
-        limits = NOISE_FACTOR * np.array(noise[stated])  # of the maximum, the 99 % quantile and the median
-        statistics_limit = tolerance(relative, k - 1)["total"]
-        rate = np.mean([row["lr"] for row in setup.history[:k]])
-        for letter, what, state in (("P", "weights", run.weights[k]), ("E", "moving averages", run.averages[k])):
-            errors, statistics = [], []
-            for key, expected in setup.case.tensors.items():
-                if not key.startswith(f"{letter}{k}@"):
-                    continue
-                tensor = key.partition("@")[2]
-                mine = state[tensor].reshape(-1)
-                mine = mine[synth.subsample_indices(f"P@{tensor}", mine.size, len(expected))]
-                difference = np.abs(mine.astype(np.float64) - expected)
-                if tensor.endswith(("_mean", "_variance")):
-                    statistics.append(difference.max() / np.abs(expected).max())
-                else:
-                    rounding = 2 * k * np.spacing(np.abs(expected))
-                    errors.append(np.maximum(difference - rounding, 0) / rate)
-            errors = np.concatenate(errors)
-            figures = np.array([errors.max(), np.quantile(errors, 0.99), np.median(errors)])
-            text = f"{(figures / limits).max():.2f} of the tolerance (99 % within {figures[1]:.2g} learning rates)"
-            REPORT.append((name, f"{what}, step {k}", text))
-            assert (figures <= limits).all(), figures
-            ratio = max(statistics) / statistics_limit
-            REPORT.append((name, f"batch statistics, {what}, step {k}", f"{ratio:.2f} of the tolerance"))
-            assert ratio <= 1
+    """Adam turns rounding in a small gradient into a step of the size of the learning rate: such values are counted."""
+    setup = prepare(name)
+    single, double = (train_as_reference(name, dtype) for dtype in ("float32", "float64"))
+    for k in single.weights:
+        for letter, kind in (("P", "weights"), ("E", "averages")):
+            stored = {key for key in setup.case.tensors if key.startswith(f"{letter}{k}@")}
+            if not stored:
+                continue
+            ours = getattr(single, kind)[k]
+            if k in getattr(double, kind):
+                check_against_float64(name, stored, ours, getattr(double, kind)[k], k, kind)
+                continue
+            reach = 2.2 * sum(row["lr"] for row in setup.history[:k])  # two ways of Adam, 1.1 rates a step at most
+            for key in stored:
+                tensor = key.removesuffix("@s").partition("@")[2]
+                reference, mine = stored_values(setup.case.tensors, key, ours[tensor], f"P@{tensor}")
+                assert np.isfinite(mine).all(), tensor
+                if not tensor.endswith(("_mean", "_variance")):
+                    assert np.abs(mine - reference).max() <= reach, tensor
+    assert single.weights
+
+
+def check_against_float64(name: str, stored: set[str], single: dict, double: dict, k: int, kind: str) -> None:
+    setup = prepare(name)
+    rate = np.mean([row["lr"] for row in setup.history[:k]])
+    off, counted, statistics = {"theirs": 0, "ours": 0}, 0, {"theirs": [], "ours": []}
+    for key in stored:
+        tensor = key.removesuffix("@s").partition("@")[2]
+        reference, exact = stored_values(setup.case.tensors, key, double[tensor], f"P@{tensor}")
+        mine = stored_values(setup.case.tensors, key, single[tensor], f"P@{tensor}")[1]
+        for whose, values in (("theirs", reference), ("ours", mine)):
+            if tensor.endswith(("_mean", "_variance")):
+                statistics[whose].append(relative_error(values, exact))
+            else:
+                error = np.abs(values - exact) - 2 * k * np.spacing(np.abs(reference))
+                off[whose] += int((error > OFF * rate).sum())
+        counted += 0 if tensor.endswith(("_mean", "_variance")) else len(exact)
+    share = share_off(single, double, rate, k)
+    limit = NOISE_FACTOR * max(off["ours"], share * counted, 1)
+    text = f"{off['theirs']} of {counted} off, ours {off['ours']}, of all our values {100 * share:.2f} %"
+    REPORT.append((name, f"{kind}, step {k}", text))
+    assert off["theirs"] <= limit
+    theirs, ours = max(statistics["theirs"]), max(statistics["ours"])
+    REPORT.append((name, f"batch statistics, {kind}, step {k}", f"{theirs:.1e} from float64, ours {ours:.1e}"))
+    assert theirs <= max(NOISE_FACTOR * ours, RELATIVE_FLOOR)
+
+
+def share_off(single: dict, double: dict, rate: float, k: int) -> float:
+    """Share of all weights in which our two runs differ by more than OFF learning rates."""
+    count = total = 0
+    for tensor, exact in double.items():
+        if not tensor.endswith(("_mean", "_variance")):
+            error = np.abs(single[tensor] - exact) - 2 * k * np.spacing(np.abs(single[tensor]))
+            count, total = count + int((error > OFF * rate).sum()), total + exact.size
+    return count / total
 
 
 @parametrized
 def test_learning_rates_and_decay_of_the_averages(name):
-    setup, run = prepare(name), train(name)
+    setup, run = prepare(name), train_as_reference(name, "float32")
     info, optimizer = setup.case.info, setup.config.optimizer
     np.testing.assert_allclose(run.learning_rates, [row["lr"] for row in setup.history], rtol=1e-6, atol=RATE_ROUNDING)
     for step, rate in listed_rates(info.get("lr_schedule", setup.case.tensors.get("lr_schedule", []))):
