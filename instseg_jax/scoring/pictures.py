@@ -24,7 +24,10 @@ def comparison_images(model: LoadedModel, size: int) -> list[np.ndarray]:
     """
     data = model.config.data
     try:
-        return _network_inputs(build_dataset(data, "val"), model, size, COMPARED)
+        dataset = build_dataset(data, "val")
+        if not len(dataset):
+            raise ValueError(coco.say_empty(dataset))
+        return _network_inputs(dataset, model, size, COMPARED)
     except (OSError, ValueError):
         if build_bands(data) is not None:
             rng = np.random.default_rng(0)

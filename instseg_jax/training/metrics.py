@@ -70,6 +70,17 @@ def _open_events(folder: pathlib.Path, start_step: int):
     return SummaryWriter(str(folder), purge_step=start_step)
 
 
+class _ConsoleHandler(logging.StreamHandler):
+    """Prints to whatever is sys.stdout now: a live bar puts itself in its place, to stay below what is printed."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):
+        return sys.stdout
+
+
 def open_log(path: pathlib.Path) -> logging.Logger:
     """A logger that appends to `path` and prints to the console; of several processes only the first one's."""
     logger = logging.getLogger("instseg_jax.train")
@@ -83,7 +94,7 @@ def open_log(path: pathlib.Path) -> logging.Logger:
         return logger
     to_file = logging.FileHandler(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    to_console = logging.StreamHandler(sys.stdout)
+    to_console = _ConsoleHandler()
     to_console.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(to_file)
     logger.addHandler(to_console)
@@ -137,6 +148,8 @@ class TrainingProgress:
         """Around a step that compiles for pictures of a size (height, width) in pixels: says so before and after."""
         name = f"the training step for {size[0]} x {size[1]} px"
         self._logger.info("compiling %s, about %d s the first time", name, COMPILING_SECONDS)
+        if self._bar:
+            self._bar.update(self._task, left="compiling")
         started = time.monotonic()
         yield
         self._logger.info("compiled %s in %.0f s", name, time.monotonic() - started)

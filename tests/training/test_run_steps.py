@@ -1,7 +1,9 @@
 """The training loop around a step that takes no time: what is saved when, what a signal does, how long it says."""
 
 import collections
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import logging
@@ -254,3 +256,11 @@ def test_a_process_that_compiles_ends_on_sigterm(tmp_path):
     assert process.returncode == 0, said
     assert "stopped by a signal before the first step; the same command goes on from there" in said
     assert json.loads((tmp_path / "run/train_result.json").read_text())["end"] == "stopped"
+
+
+def test_log_lines_go_to_what_stdout_is_by_then(tmp_path):
+    """A live bar takes the place of sys.stdout, so that lines are printed above it."""
+    logger, said = metrics.open_log(tmp_path / "train.log"), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        logger.info("compiling")
+    assert said.getvalue() == "compiling\n"
