@@ -14,10 +14,18 @@ from typing import Any
 
 from instseg_jax import files, masks
 from instseg_jax.data import coco_entries, labelme, split, voc, yolo
-from instseg_jax.data.converted import NOT_A_CLASS, ConvertedImage, Listing, read_class_names
+from instseg_jax.data.converted import (
+    NOT_A_CLASS,
+    PICTURE_SUFFIXES,
+    ConvertedImage,
+    Listing,
+    is_hidden,
+    read_class_names,
+)
 from instseg_jax.progress import Track
 
 DEFAULT_PERCENTAGES = (80, 20)  # of a train_anno_list.txt without a val_anno_list.txt
+MASK_FOLDERS = ("SegmentationClass", "SegmentationObject")  # of VOC
 READERS = {"labelme": labelme, "voc": voc, "yolo": yolo}
 
 
@@ -64,15 +72,21 @@ def convert_dataset(
     for part, paths in listing.parts.items():
         converted[part] = []
         for path in progress(paths, len(paths)):
+            its_notes: collections.Counter[str] = collections.Counter()  # they don't count where the file is left out
             try:
-                converted[part].append(reader.read_annotation(path, listing, notes))
+                converted[part].append(reader.read_annotation(path, listing, its_notes))
+                notes.update(its_notes)
             except (ValueError, OSError) as error:
                 if not skip_invalid:
-                    raise type(error)(f"{error} --skip_invalid goes on without it.") from error
+                    kind_of_error = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+                    raise kind_of_error(f"{error} --skip_invalid goes on without it.") from error
                 notes[f"left out, {error}"] += 1
+    notes.update(listing.left_out)
     pictures_of = collections.Counter(image.path for images in converted.values() for image in images if image.path)
     if doubled := [path for path, count in pictures_of.items() if count > 1]:
         notes[f"pictures that several annotation files are of, as {doubled[0].name}"] += len(doubled)
+    if unused := _unused_pictures(source, target, set(pictures_of)):
+        notes[f"pictures of the folder that are not in the result, as {unused[0].name}"] += len(unused)
     if not any(image.objects for images in converted.values() for image in images):
         raise ValueError(f"There is no object in the {kind} annotations below {str(source)!r}.")
     is_certain = labels is not None or bool(read_class_names(source, None, above=False))
@@ -95,6 +109,21 @@ def convert_dataset(
         categories=tuple(names),
         notes=tuple(f"{note}: {count}" for note, count in notes.items()),
     )
+
+
+def _unused_pictures(source: Path, target: Path, used: set[Path]) -> list[Path]:
+    """Pictures below the source that no annotation took; neither masks nor copies of an earlier conversion."""
+    names = {path.name for path in used}
+    copies = (target / "images").resolve()
+    found = []
+    for path in sorted(source.rglob("*")):
+        if path.suffix.lower() not in PICTURE_SUFFIXES or is_hidden(path, source) or not path.is_file():
+            continue
+        is_mask = any(part in MASK_FOLDERS for part in path.relative_to(source).parts)
+        is_copy = path.name in names and path.resolve().is_relative_to(copies)
+        if not (is_mask or is_copy or path.resolve() in used):
+            found.append(path)
+    return found
 
 
 class _PictureFolder:

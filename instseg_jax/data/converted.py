@@ -45,6 +45,7 @@ class Listing:
     parts: dict[str, list[Path]]
     class_names: tuple[str, ...]  # of a file; one that lies above the folder counts if it has every class that occurs
     is_val_wanted: bool = False  # a part of train is to become the validation split
+    left_out: tuple[str, ...] = ()  # a note for each thing of the source that is in no part
 
 
 def read_class_names(source: Path, labels: str | Path | None, *, above: bool = True) -> tuple[str, ...]:

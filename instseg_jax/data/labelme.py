@@ -43,8 +43,11 @@ def find_annotations(source: Path, labels: str | Path | None) -> Listing:
     class_names = read_class_names(source, labels)
     if (source / LISTS["train"]).is_file():
         parts = {part: _read_list(source / name) for part, name in LISTS.items() if (source / name).is_file()}
-        return Listing(source, parts, class_names, is_val_wanted="val" not in parts)
-    found = sorted(path for path in source.rglob("*.json") if not is_hidden(path, source) and _may_be_labelme(path))
+        listed = {path.resolve() for paths in parts.values() for path in paths}
+        rest = [path for path in _files_below(source) if path.resolve() not in listed]
+        left_out = ("LabelMe files left out, that no list names",) * len(rest)
+        return Listing(source, parts, class_names, is_val_wanted="val" not in parts, left_out=left_out)
+    found = _files_below(source)
     if not found:
         raise FileNotFoundError(f"There is no LabelMe file below {str(source)!r}, and no {LISTS['train']} in it.")
     return Listing(source, {"train": found}, class_names)
@@ -93,6 +96,10 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
     return ConvertedImage(picture, data, name, height, width, tuple(objects))
 
 
+def _files_below(source: Path) -> list[Path]:
+    return sorted(path for path in source.rglob("*.json") if not is_hidden(path, source) and _may_be_labelme(path))
+
+
 def _read_list(file: Path) -> list[Path]:
     """Paths of a list file, one a line (of a picture and its annotation the last), relative to its folder."""
     lines = [line.strip().replace("\\", "/") for line in read_lines(file)]
@@ -114,7 +121,7 @@ def _may_be_labelme(path: Path) -> bool:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         return True
-    return isinstance(content, dict) and "shapes" in content and "imagePath" in content
+    return isinstance(content, dict) and ("shapes" in content or "imagePath" in content)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -143,24 +150,32 @@ def _find_picture(
     named = str(content.get("imagePath") or "").replace("\\", "/")
     folders = [path.parent, path.parent.parent / "images", root / "images", root]
     beside = find_picture(path.stem, [path.parent])
-    if beside is not None and named and Path(named).stem != path.stem and not content.get("imageData"):
+    embedded = content.get("imageData")
+    is_another = bool(named) and Path(named).stem != path.stem
+    if beside is not None and is_another and (not embedded or _decode_picture(path, embedded) == beside.read_bytes()):
         notes[
             f"files whose imagePath names another picture than the one beside them, which was taken ({path.name})"
         ] += 1
         return beside.resolve(), b""
     for candidate in itertools.chain([path.parent / named], (folder / Path(named).name for folder in folders)):
         if named and candidate.is_file():
+            if beside is not None and is_another and _decode_picture(path, embedded) != candidate.read_bytes():
+                notes["files whose imagePath names another picture, the one embedded in them was taken"] += 1
+                break
             return candidate.resolve(), b""
-    embedded = content.get("imageData")
     if embedded:
-        try:
-            return None, base64.b64decode(embedded, validate=False)
-        except (binascii.Error, ValueError, TypeError) as error:
-            raise ValueError(f"The picture embedded in {path} is damaged: {error}.") from error
+        return None, _decode_picture(path, embedded)
     found = find_picture(path.stem, folders)
     if found is None:
         raise FileNotFoundError(f"{path} names the picture {named!r}, which does not exist, and embeds none.")
     return found.resolve(), b""
+
+
+def _decode_picture(path: Path, embedded: Any) -> bytes:
+    try:
+        return base64.b64decode(embedded, validate=False)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise ValueError(f"The picture embedded in {path} is damaged: {error}.") from error
 
 
 def _scale_of_points(path: Path, content: dict[str, Any], height: int, width: int) -> tuple[float, float]:

@@ -123,7 +123,7 @@ def _masks_as_objects(
     listing: Listing,
     notes: collections.Counter[str],
 ) -> list[ConvertedObject]:
-    objects = []
+    objects, boxes = [], []
     for number in np.unique(instances).tolist():
         if number in (0, void):
             continue
@@ -131,6 +131,7 @@ def _masks_as_objects(
         rle = masks.encode_mask(mask)
         box = masks.mask_box_xyxy_px(mask)
         assert box is not None  # the number occurs
+        boxes.append(box)
         index = None
         if classes is not None:
             index = int(np.bincount(classes[mask > 0], minlength=VOID + 1).argmax())
@@ -152,6 +153,9 @@ def _masks_as_objects(
             notes["objects left out, to be ignored"] += 1
         else:
             objects.append(ConvertedObject(label, rle))
+    for o in xml:
+        if max((_box_iou(box, o.box) for box in boxes), default=0.0) < MIN_OVERLAP:
+            notes["objects of Annotations left out, since no mask has their box"] += 1
     return objects
 
 

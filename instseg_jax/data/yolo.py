@@ -44,15 +44,21 @@ def find_annotations(source: Path, labels: str | Path | None) -> Listing:
         part: _find_pictures(source, base, content[part], description) for part in ("train", "val") if content.get(part)
     }
     if not parts:
-        folders = {part: source / "images" / part for part in ("train", "val")}
-        parts = {part: _pictures_below(folder) for part, folder in folders.items() if folder.is_dir()}
+        for part, folder in (("train", "train"), ("val", "val"), ("val", "valid")):
+            if (source / "images" / folder).is_dir():
+                parts[part] = parts.get(part, []) + _pictures_below(source / "images" / folder)
     if not any(parts.values()):
         parts = {"train": _pictures_below(source / "images" if (source / "images").is_dir() else source)}
     if not any(parts.values()):
         raise FileNotFoundError(f"There is no picture below {str(source)!r}.")
     if not any(_label_file(path).is_file() for paths in parts.values() for path in paths):
         raise FileNotFoundError(f"No picture below {str(source)!r} has a YOLO label file (labels/NAME.txt).")
-    return Listing(source, parts, class_names)
+    taken = {_label_file(path).resolve() for paths in parts.values() for path in paths}
+    labelled = {path.resolve() for folder in source.rglob("labels") for path in folder.rglob("*.txt")}
+    unused = [path for path in labelled - taken if not is_hidden(path, source.resolve())]
+    return Listing(
+        source, parts, class_names, left_out=("label files left out, of no picture of a part",) * len(unused)
+    )
 
 
 def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str]) -> ConvertedImage:
@@ -111,7 +117,7 @@ def _read_names(names: Any, description: Path | None) -> tuple[str, ...]:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+        content = yaml.safe_load("\n".join(read_lines(file)))
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not valid YAML: {error}.") from error
     if not isinstance(content, dict):
@@ -123,7 +129,7 @@ def _find_pictures(source: Path, base: Path, entry: Any, description: Path | Non
     """Pictures of a folder or of a list file that a data.yaml names; exports often write `../` too often."""
     found: list[Path] = []
     for name in entry if isinstance(entry, list) else [entry]:
-        relative = str(name)
+        relative = str(name).replace("\\", "/")
         candidates = [base / relative, source / relative, source / relative.lstrip("./")]
         if relative.startswith(".."):  # written for a folder above: what lies inside is meant, not what is beside
             candidates.reverse()
