@@ -59,6 +59,7 @@ def get_config(size: str = "l") -> ConfigDict:
     data.keep_empty = False  # train on images without objects too
     data.empty_share = placeholder(float)  # share of images without objects in an epoch; None: as keep_empty says
     data.skip_invalid = False  # leave out objects with a malformed mask or box, instead of stopping
+    data.allow_change = placeholder(bool)  # True: resume although pictures or annotations are others than before
     data.refit_boxes = False  # fit boxes to what a crop leaves of the masks
     data.drop_empty_masks = placeholder(bool)  # leave out objects without a mask pixel at the trained size; None: keep
     data.num_workers = 2  # threads, or processes

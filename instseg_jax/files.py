@@ -1,13 +1,21 @@
-"""Writing files so that a reader never finds half of one: aside first, then moved into place."""
+"""Writing files so that a reader never finds half of one, and reading them so that damage does not pass for content.
+
+A file is written aside, then moved into place. What must outlast a power cut is flushed to the disk before it is moved
+(`durable`). A sealed JSON object carries a digest of itself, which reading checks.
+"""
 
 import json
 import os
 import secrets
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+DIGEST = "digest"  # key of a sealed object
 
-def write_bytes(path: str | Path, data: bytes) -> Path:
+
+def write_bytes(path: str | Path, data: bytes, *, durable: bool = False) -> Path:
     """Write `data` to `path` whole or not at all, making its folder if need be; return the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -16,7 +24,11 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         aside.write_bytes(data)
+        if durable:
+            sync(aside)
         aside.replace(path)
+        if durable:
+            sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
     return path
@@ -27,14 +39,83 @@ def write_text(path: str | Path, text: str) -> Path:
     return write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: str | Path, obj: Any, *, indent: int | None = None, ensure_ascii: bool = False) -> Path:
+def write_json(
+    path: str | Path, obj: Any, *, indent: int | None = None, ensure_ascii: bool = False, durable: bool = False
+) -> Path:
     """Write `obj` as JSON to `path` whole or not at all; return the path.
 
     numpy scalars and arrays become numbers and lists, paths become strings. Raises ValueError for NaN and
     infinity, which JSON does not have: use None.
     """
     text = json.dumps(obj, indent=indent, ensure_ascii=ensure_ascii, allow_nan=False, default=_plain)
-    return write_text(path, text + "\n")
+    return write_bytes(path, (text + "\n").encode("utf-8"), durable=durable)
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file. Raises ValueError that names the file and the place where it is damaged, OSError without it."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: it is no UTF-8 text (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error.msg} in line {error.lineno}, column {error.colno}") from error
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file, or the list of a folder, to the disk; nothing where it can't (Windows folders)."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # a file system that can't
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` for everything below a folder, and the folder."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def digest(data: Any) -> str:
+    """CRC-32 of some bytes (any buffer), as 8 hex digits: no flipped bit leaves it the same."""
+    return f"{zlib.crc32(data):08x}"
+
+
+def digest_file(path: str | Path) -> str:
+    """`digest` of a file's content, read in parts."""
+    value = 0
+    with Path(path).open("rb") as file:
+        while part := file.read(1 << 22):
+            value = zlib.crc32(part, value)
+    return f"{value:08x}"
+
+
+def seal(obj: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the digest of its content under the key "digest"."""
+    plain = {key: value for key, value in obj.items() if key != DIGEST}
+    return plain | {DIGEST: _digest_of_json(plain)}
+
+
+def check_seal(obj: Mapping[str, Any], where: str | Path, *, is_sealed: bool = False) -> dict[str, Any]:
+    """The object without its digest. Raises ValueError that names `where` it was read from if its content is another
+    than was sealed. Objects without a digest, of before there were any, pass unless `is_sealed` says that it had one.
+    """
+    plain = {key: value for key, value in obj.items() if key != DIGEST}
+    if (is_sealed or DIGEST in obj) and obj.get(DIGEST) != _digest_of_json(plain):
+        raise ValueError(f"{where} is damaged: its content is not what was written")
+    return plain
+
+
+def _digest_of_json(obj: Mapping[str, Any]) -> str:
+    plain = json.loads(json.dumps(obj, default=_plain))  # as it is read again: keys are text, tuples are lists
+    return digest(json.dumps(plain, sort_keys=True).encode())
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,7 @@ import numpy as np
 
 from instseg_jax.config import check_side
 from instseg_jax.export import parity
-from instseg_jax.files import write_json, write_text
+from instseg_jax.files import digest_file, seal, sync_tree, write_json, write_text
 from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.pipeline import pick_threshold
 from instseg_jax.inference.pipeline_config import load_pipeline_config
@@ -128,12 +128,15 @@ def export_model(
         path = aside / FORMATS[request.format].file
         said = FORMATS[request.format].write(path, make_detect, shape, request.precision, calibration)
         seconds = time.monotonic() - started
-        write_json(aside / CONFIG, _describe(model, request, source, said), indent=2)
+        digests = {file.name: digest_file(file) for file in sorted(aside.glob("model.*"))}
+        config = _describe(model, request, source, said) | {"files": digests}
+        write_json(aside / CONFIG, seal(config), indent=2)
         write_text(aside / "postprocess.py", POSTPROCESS.read_text(encoding="utf-8"))
         report = _compare(model, aside, request, images, score, say)
         report["seconds"] = {"writing": round(seconds, 1), "all": round(time.monotonic() - started, 1)}
         report["megabytes"] = round(sum(file.stat().st_size for file in aside.glob("model.*")) / 1e6, 2)
         write_json(aside / "parity.json", report, indent=2)
+        sync_tree(aside)
         _replace(folder, aside)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -5,7 +5,6 @@ post-selection: it takes images and gives the best detections, as `postprocess.s
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from instseg_jax.files import write_json
+from instseg_jax.files import check_seal, digest_file, read_json, seal, write_json
 from instseg_jax.runtimes.formats import FORMATS, RUNTIMES, Compute
 from instseg_jax.types import Detections
 
@@ -59,7 +58,7 @@ def read_export(folder: str | os.PathLike[str]) -> Export:
     """Read an export's config.json. Raises ValueError where it is none of ours, or its model file is missing."""
     folder = Path(folder)
     try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        settings = check_seal(read_json(folder / CONFIG), folder / CONFIG)
         model_file = FORMATS[settings["format"]].file
         complete = {"preprocessing", "batch", "dynamic_batch", "class_names", "config", "compute_type"} <= set(settings)
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -129,12 +128,26 @@ def save_export_thresholds(export: Export, thresholds: Mapping[str, Any]) -> Pat
     names = export.settings["class_names"]
     by_class = [thresholds["classes"].get(name, thresholds["overall"]) for name in names]
     settings = export.settings | {"stored_thresholds": dict(thresholds), "thresholds": by_class}
-    return write_json(export.folder / CONFIG, settings, indent=2)
+    return write_json(export.folder / CONFIG, seal(settings), indent=2, durable=True)
+
+
+def check_files(export: Export) -> None:
+    """Raise ValueError that names a file of the export which is missing or not what was written.
+
+    Exports of before there were digests pass.
+    """
+    for name, wanted in export.settings.get("files", {}).items():
+        path = export.folder / name
+        if not path.is_file():
+            raise ValueError(f"{export.folder} is no whole export: {name} is missing; export again")
+        if digest_file(path) != wanted:
+            raise ValueError(f"{path} is damaged: its content is not what was written; export again")
 
 
 def _open(export: Export, device: str) -> Compute:
     format = FORMATS[export.settings["format"]]
     name = export.backend or format.runtimes[0]
+    check_files(export)
     if ":" in device and "," in device:
         raise ValueError(f"device is {device!r}, but an export runs on one device; name a single one")
     try:

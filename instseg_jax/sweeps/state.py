@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from instseg_jax.files import read_json
 from instseg_jax.training.workdir import METRICS, RESULT, VALIDATION, read_rows
 
 SCORES = ("segm/AP50", "segm/AP", "bbox/AP50", "bbox/AP")
@@ -34,7 +35,7 @@ def read_state(folder: Path) -> State:
         if not row:
             return State("waiting")
         return State("stopped", steps=int(row["step"]) + 1, epoch=row.get("epoch", 0.0))
-    result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    result = read_json(folder / RESULT)
     if "err_msg" in result:
         return State("failed", reason=f"{result['err_type']}: {' '.join(str(result['err_msg']).split())}")
     steps, seconds = result["steps"], result["seconds"]

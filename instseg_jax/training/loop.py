@@ -46,8 +46,13 @@ from instseg_jax.training.workdir import (
     LOG,
     METRICS,
     RESULT,
+    BusyError,
+    check_same_data,
+    describe_data,
     describe_models,
+    find_gaps,
     is_out_of_room,
+    lock_workdir,
     open_workdir,
     saved_steps,
     tell_no_room,
@@ -69,6 +74,7 @@ class Training:
     score: Score | None  # None: without validation
     total_steps: int
     logger: logging.Logger
+    data: dict[str, dict]  # what it is trained on, see `workdir.describe_data`
 
     @property
     def steps_per_epoch(self) -> int:
@@ -88,6 +94,7 @@ class Training:
             "best_score": best,
             "best_metric": self.config.eval.best_metric,
             "versions": checkpoint.library_versions(),
+            "data": self.data,
         }
 
 
@@ -106,7 +113,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     workdir = pathlib.Path(workdir)
     is_first = jax.process_index() == 0
     try:
-        result = _train(config, workdir)
+        with lock_workdir(workdir):
+            result = _train(config, workdir)
+    except BusyError:
+        raise
     except Exception as error:
         told = tell_no_room(workdir) if is_out_of_room(error) else error
         if is_first and workdir.is_dir():
@@ -126,8 +136,14 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict:
     run, state, step_function = _set_up(config, workdir)
     manager = checkpoint.make_manager(workdir / checkpoint.CHECKPOINTS, max_to_keep=config.checkpoint.keep)
     if manager.latest_step() is not None:
-        state, _ = checkpoint.restore(manager, state)
+        state, metadata, damaged = checkpoint.restore_newest(manager, state)
+        for text in damaged:
+            run.logger.warning("%s; it is set aside, and the one before it is taken", text)
+        if not config.data.allow_change:
+            check_same_data(metadata.get("data"), run.data)
         run.logger.info("resuming at step %d of %d", int(state.step), run.total_steps)
+    for before, after in find_gaps(workdir / METRICS, config.log.every_steps):
+        run.logger.warning("%s has no rows of the steps between %d and %d", METRICS, before, after)
     history = open_history(workdir, config.eval.best_metric, int(state.step))
     started = time.monotonic()
     try:
@@ -165,10 +181,10 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.micro_batches)
     if config.log.tensorboard:
         check_tensorboard()
-    for field in ("train.epochs", "eval.every_epochs"):
-        section, name = field.split(".")
-        if config[section][name] <= 0:
-            raise ValueError(f"{field} is {config[section][name]}, it must be above 0")
+    if config.train.epochs < 0:  # none at all makes everything ready, and trains nothing
+        raise ValueError(f"train.epochs is {config.train.epochs}, it must not be negative")
+    if config.eval.every_epochs <= 0:
+        raise ValueError(f"eval.every_epochs is {config.eval.every_epochs}, it must be above 0")
     train_set, (val_set, lack) = build_dataset(config.data, "train"), open_validation(config.data)
     splits = {"train": train_set} | ({} if val_set is None else {"val": val_set})
     for dataset in splits.values():
@@ -216,7 +232,7 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
         logger.info("%s", say_longer(config, epochs_before, max(saved_steps(workdir)), before, schedule))
     if "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""):
         logger.info("memory comes in huge pages (GLIBC_TUNABLES is set; INSTSEG_HUGE_PAGES=0 leaves it alone)")
-    run = Training(config, workdir, mesh, model, train_loader, score, total_steps, logger)
+    run = Training(config, workdir, mesh, model, train_loader, score, total_steps, logger, describe_data(splits))
     step_function = build_train_step(config, model, optimizer, schedule, multipliers, mesh)
     return run, put_replicated(state, mesh), step_function
 

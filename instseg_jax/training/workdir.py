@@ -1,26 +1,31 @@
 """The folder of a run: whose it is, whether it can be written to, and what is written there at the end."""
 
+import contextlib
 import errno
 import itertools
 import json
 import os
 import pathlib
+import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from instseg_jax.commands import changed
-from instseg_jax.files import write_json, write_text
+from instseg_jax.data import coco
+from instseg_jax.files import digest, digest_file, read_json, write_json, write_text
 from instseg_jax.weights import checkpoint
 
 CONFIG, LOG, METRICS, VALIDATION, RESULT = (
     *("config.json", "train.log", "metrics.jsonl"),
     *("validation.jsonl", "train_result.json"),
 )
+LOCK = ".lock"  # held while a training runs
 OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # A run may be continued with other values of these: none of them changes what is computed.
 FREE_TO_CHANGE = (
@@ -28,7 +33,13 @@ FREE_TO_CHANGE = (
     *("eval.engine", "eval.boundary", "eval.gallery_size", "eval.tta_scales"),
 )
 # And a run may go on with other values of these, which say how long it trains and when it is scored.
-FREE_TO_GO_ON = ("train.epochs", "train.early_stopping", "train.max_skipped_steps", "eval.every_epochs")
+FREE_TO_GO_ON = (
+    "data.allow_change",
+    "train.epochs",
+    "train.early_stopping",
+    "train.max_skipped_steps",
+    "eval.every_epochs",
+)
 # With other values of these the weights have other shapes.
 SHAPES = ("model.name", "model.num_decoder_layers", "model.num_prototypes", "data.channels")
 
@@ -52,7 +63,7 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict, state_bytes: int, to
         raise type(error)(f"can't write to the folder {workdir} ({error.strerror})") from error
     if (workdir / CONFIG).exists() and (steps := saved_steps(workdir)):
         check_can_go_on(workdir, config)
-        saved = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
+        saved = read_json(workdir / CONFIG)
         epochs_before = saved["train"]["epochs"]
         if max(steps) > total_steps:
             raise ValueError(
@@ -63,7 +74,7 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict, state_bytes: int, to
     if jax.process_count() > 1:  # nobody writes before everybody has looked
         multihost_utils.sync_global_devices("open_workdir")
     if jax.process_index() == 0:
-        write_json(workdir / CONFIG, json.loads(config.to_json_best_effort()), indent=2)
+        write_json(workdir / CONFIG, json.loads(config.to_json_best_effort()), indent=2, durable=True)
     return epochs_before
 
 
@@ -104,7 +115,7 @@ def check_same_config(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 def _differing(workdir: pathlib.Path, config: ConfigDict, free: Sequence[str]) -> dict[str, str]:
     """What is said of each field that has another value than in the folder's run."""
-    saved = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
+    saved = read_json(workdir / CONFIG)
     mine = json.loads(config.to_json_best_effort())
     if mine["data"]["channel_ranges"] is None:  # not looked for yet
         saved["data"]["channel_ranges"] = None
@@ -137,11 +148,111 @@ def _differences(saved: dict, mine: dict, free: Sequence[str], prefix: str = "")
 
 
 def read_rows(path: pathlib.Path) -> list[dict]:
-    """Rows of a file of JSON lines; a last line that was cut off is left out."""
+    """Rows of a file of JSON lines; lines that are damaged or cut off are left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip().endswith("}")]
+    rows = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def find_gaps(path: pathlib.Path, every: int) -> list[tuple[int, int]]:
+    """Where rows of a file of JSON lines are missing that were `every` steps apart: (last step before, first after)."""
+    steps = [row["step"] for row in read_rows(path)]
+    return [(a, b) for a, b in itertools.pairwise(steps) if b - a > every]
+
+
+class BusyError(ValueError):
+    """Another process is training in the folder, which stays as it is."""
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
+    """Keep other trainings out of a folder while inside; of several processes the first one does.
+
+    The system gives the lock back when a process ends, however it ends, so that none is ever left behind.
+
+    Raises: BusyError that names the process which is training there.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise type(error)(f"can't write to the folder {workdir} ({error.strerror})") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().strip() or "another process"
+            raise BusyError(f"{who} is training in {workdir}; wait for it, or name another --workdir") from None
+        except OSError:  # a file system without locks
+            yield
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+
+
+def describe_data(datasets: Mapping[str, coco.CocoDataset]) -> dict[str, dict]:
+    """What data a run is trained on, in the metadata of its checkpoints: counts, class names, and digests."""
+    described = {}
+    for split, dataset in datasets.items():
+        pictures = [[image.id, image.file_name, image.height, image.width] for image in dataset.images]
+        described[split] = {
+            "pictures": len(pictures),
+            "objects": sum(map(len, dataset.annotations)),
+            "classes": list(dataset.categories),
+            "picture_list": digest(json.dumps(pictures).encode()),
+            "annotations": digest_file(file) if (file := dataset.annotation_file).is_file() else None,
+        }
+    return described
+
+
+def check_same_data(saved: Mapping[str, dict] | None, mine: Mapping[str, dict]) -> None:
+    """Raise ValueError that says what changed where a run would go on with other data than it began with.
+
+    Runs of before this was noted pass.
+    """
+    said = []
+    for split in sorted({*(saved or mine), *mine}):
+        old, new = (saved or mine).get(split), mine.get(split)
+        if old is None or new is None:
+            said.append(f"there {'was no' if old is None else 'is no'} {split} part")
+            continue
+        for what in ("pictures", "objects", "classes"):
+            if old[what] != new[what]:
+                said.append(f"{split}: {what} were {shorten(old[what])}, are {shorten(new[what])}")
+        if not said and old["picture_list"] != new["picture_list"]:
+            said.append(f"{split}: other pictures, as many as before")
+        elif not said and old["annotations"] != new["annotations"]:
+            said.append(f"{split}: another annotation file, with as many objects as before")
+    if said:
+        raise ValueError(
+            f"the data are not those that the run began with ({'; '.join(said)}); restore them, start a new run, or go "
+            "on all the same with --config.data.allow_change=True"
+        )
+
+
+def shorten(value: Any) -> str:
+    """A value in at most 80 characters."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def keep_rows(path: pathlib.Path, is_kept: Callable[[dict], bool]) -> None:

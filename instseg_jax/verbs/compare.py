@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +14,7 @@ from instseg_jax.evaluation.compare import Comparison, compare_matches, shared_m
 from instseg_jax.evaluation.matching import match_detections
 from instseg_jax.evaluation.read import read_results, read_truth
 from instseg_jax.evaluation.report import percent
-from instseg_jax.files import write_json
+from instseg_jax.files import read_json, write_json
 from instseg_jax.progress import track
 from instseg_jax.scoring.outcome import score_results
 
@@ -108,11 +107,11 @@ def _annotations_of(source: Path) -> Path:
     folder = source if source.is_dir() else source.parent
     result, config = folder / "evaluate_result.json", folder / "config.json"
     if result.is_file():
-        said = json.loads(result.read_text(encoding="utf-8")).get("evaluated", {}).get("annotations")
+        said = read_json(result).get("evaluated", {}).get("annotations")
         if said:
             return Path(said)
     if config.is_file():
-        data = json.loads(config.read_text(encoding="utf-8"))["data"]
+        data = read_json(config)["data"]
         return coco.find_split(data["dir"], "val", data["val_annotations"], data["val_images"])[0]
     raise ValueError(f"{source} does not say what it was scored on; name the ground truth with --annotations=FILE")
 

@@ -15,7 +15,7 @@ from instseg_jax.weights.locate import PACKAGED_WEIGHTS as PACKAGED_WEIGHTS
 from instseg_jax.weights.locate import PRETRAINED as PRETRAINED
 from instseg_jax.weights.locate import Located, locate
 from instseg_jax.weights.merge import MergeSummary, is_backbone_state, load_backbone, merge_variables
-from instseg_jax.weights.names import COCO_CLASSES, official_to_flax
+from instseg_jax.weights.names import COCO_CLASSES, flatten_tree, official_to_flax
 from instseg_jax.weights.paddle import read_pdparams
 from instseg_jax.weights.state_dicts import read_safetensors, read_safetensors_metadata
 
@@ -57,6 +57,7 @@ def read_weights(source: str | os.PathLike[str] | Located, *, class_names: Seque
     if located.kind == "checkpoint":
         return _read_checkpoint(located, class_names)
     state = {name: _widened(tensor) for name, tensor in _READERS[path.suffix](path).items()}
+    check_finite(str(path), state)
     metadata = read_safetensors_metadata(path) if path.suffix == ".safetensors" else {}
     class_names = class_names or metadata.get("class_names")
     if is_backbone_state(state):
@@ -67,6 +68,13 @@ def read_weights(source: str | os.PathLike[str] | Located, *, class_names: Seque
     return Weights(located.source, official_to_flax(state), None, names, metadata, metadata.get("thresholds"))
 
 
+def check_finite(source: str, tensors: Mapping[str, Any]) -> None:
+    """Raise ValueError that names the first tensor with a value that is not finite."""
+    for name, tensor in tensors.items():
+        if np.issubdtype(tensor.dtype, np.floating) and not np.isfinite(tensor).all():
+            raise ValueError(f"{source} is damaged: the tensor {name} has values that are not finite")
+
+
 def _widened(tensor: np.ndarray) -> np.ndarray:
     return tensor.astype(np.float32) if tensor.dtype == np.float16 else tensor
 
@@ -75,6 +83,7 @@ def _read_checkpoint(located: Located, class_names: Sequence[str] | None) -> Wei
     from instseg_jax.weights import checkpoint  # Orbax is slow to import
 
     variables, metadata = checkpoint.load_inference_checkpoint(located.path)
+    check_finite(str(located.path), flatten_tree(variables))
     names = class_names or metadata.get("class_names")
     thresholds = checkpoint.read_thresholds(located.path)
     return Weights(located.source, variables, None, tuple(names) if names else None, metadata, thresholds)

@@ -7,15 +7,18 @@ A run leaves two kinds in its WORKDIR:
 
 Both carry a JSON `metadata` (config, class names, category ids, versions, scores, loader position, ...), so that a
 checkpoint says itself what it is. A save becomes visible by one rename: whatever kills the process, the last complete
-checkpoint and the best model stay readable. Official files are read and written in `paddle` and `export`.
+checkpoint and the best model stay readable. Every array and the JSON beside them carry a digest that reading checks: a
+flipped bit is an error, never other numbers. Official files are read and written in `paddle` and `state_dicts`.
 """
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata as importlib_metadata
 from pathlib import Path
 from typing import Any
@@ -24,17 +27,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from instseg_jax.files import write_json
+from instseg_jax.files import check_seal, digest, read_json, seal, sync, sync_tree, write_json
 from instseg_jax.weights.names import unflatten_tree
 
 CHECKPOINTS = "checkpoints"
 BEST_MODEL = "best_model"
 THRESHOLDS = "thresholds.json"  # beside the arrays of the checkpoint that they were found for
 
+_DAMAGED = "damaged"  # where checkpoints go that can't be read
 _REMOVED = ".removed"  # steps on their way out: a rename is whole, a removal may be cut off and leave half a step
 _STATE, _VARIABLES, _METADATA = "state", "variables", "metadata"
-_LEAVES = "leaves"  # {name: [type, shape]} of the arrays; Orbax takes seconds to tell for a whole training state
+_LEAVES = (
+    "leaves"  # {name: [type, shape, digest]} of the arrays; Orbax takes seconds to tell for a whole training state
+)
 _VERSIONED = ("instseg_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -100,16 +107,60 @@ def save(
     content = ocp.args.Composite(
         **{
             _STATE: ocp.args.PyTreeSave(state),
-            _LEAVES: ocp.args.JsonSave(_describe(state)),
-            _METADATA: ocp.args.JsonSave(dict(metadata)),
+            _LEAVES: ocp.args.JsonSave(seal(_describe(state, with_digests=True))),
+            _METADATA: ocp.args.JsonSave(seal(metadata)),
         }
     )
     manager.wait_until_finished()  # it may be moving a step to where the next line empties
+    _sync_steps(Path(manager.directory))
     _empty_removed(Path(manager.directory))
     manager.save(step, args=content, force=True)
     if wait:
         manager.wait_until_finished()
+        _sync_steps(Path(manager.directory))
         _empty_removed(Path(manager.directory))
+
+
+def restore_newest(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, dict[str, Any], list[str]]:
+    """Return (state, metadata, damaged) of the newest checkpoint that is whole; see `restore`.
+
+    Checkpoints that are damaged are set aside, into `damaged/` beside the others; `damaged` says of each what is wrong.
+
+    Raises FileNotFoundError without any checkpoint, ValueError when none is whole or they are of another model.
+    """
+    damaged: list[str] = []
+    while steps := sorted(manager.all_steps()):
+        try:
+            return *restore(manager, abstract_state, steps[-1]), damaged
+        except DamagedError as error:
+            damaged.append(str(error))
+            _set_aside(Path(manager.directory), steps[-1])
+            manager.reload()
+    if not damaged:
+        raise FileNotFoundError(f"no checkpoint in {manager.directory}")
+    raise ValueError(
+        f"none of the checkpoints in {manager.directory} is whole; they lie in its folder {_DAMAGED} now, and the same "
+        f"command begins anew. The newest: {damaged[0]}"
+    )
+
+
+def _set_aside(directory: Path, step: int) -> None:
+    """Move a damaged checkpoint out of the way of those that are whole, once, by the first process."""
+    if jax.process_index() == 0:
+        target = directory / _DAMAGED / f"{step}"
+        target.parent.mkdir(exist_ok=True)
+        _remove(target)
+        (directory / str(step)).rename(target)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"damaged_{step}")
+
+
+def _sync_steps(directory: Path) -> None:
+    """Have the newest finished step written to the disk, so that it outlasts a power cut."""
+    steps = _step_folders(directory)
+    if steps and jax.process_index() == 0:
+        sync_tree(steps[max(steps)])
+        sync(directory)
 
 
 def restore(manager: ocp.CheckpointManager, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
@@ -118,14 +169,18 @@ def restore(manager: ocp.CheckpointManager, abstract_state: Any, step: int | Non
     `abstract_state` gives structure, shapes, types and shardings: jax.ShapeDtypeStruct (without a sharding: the first
     device) or arrays. Leaves that are numpy arrays there come back as numpy arrays, all others as jax arrays.
 
-    Raises FileNotFoundError when there is no such checkpoint, and ValueError that names the leaves that differ.
+    Raises FileNotFoundError when there is no such checkpoint, ValueError that names the leaves that differ, and
+    DamagedError when it can't be read or holds other numbers than were written.
     """
     steps = sorted(manager.all_steps())
     step = step if step is not None else (steps[-1] if steps else None)
     if step not in steps:
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise FileNotFoundError(f"{wanted} in {manager.directory} (steps there: {steps or 'none'})")
-    _check_leaves(Path(manager.directory) / str(step), abstract_state)
+    folder = Path(manager.directory) / str(step)
+    with _naming(folder):
+        leaves = _read_leaves(folder)
+    _check_leaves(folder, leaves, abstract_state)
     content = ocp.args.Composite(
         **{
             _STATE: ocp.args.PyTreeRestore(
@@ -134,8 +189,24 @@ def restore(manager: ocp.CheckpointManager, abstract_state: Any, step: int | Non
             _METADATA: ocp.args.JsonRestore(),
         }
     )
-    restored = manager.restore(step, args=content)
-    return restored[_STATE], restored[_METADATA]
+    with _naming(folder):
+        restored = manager.restore(step, args=content)
+        _check_digests(leaves, restored[_STATE])
+        return restored[_STATE], check_seal(restored[_METADATA], "its metadata", is_sealed=_have_digests(leaves))
+
+
+class DamagedError(ValueError):
+    """A checkpoint can't be read, or holds something else than was written."""
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Turn whatever goes wrong with reading a checkpoint into one sentence that names it."""
+    try:
+        yield
+    except Exception as error:  # TensorStore and Orbax raise what they like, over many lines
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DamagedError(f"checkpoint {folder} is damaged ({reason})") from error
 
 
 def _empty_removed(directory: Path) -> None:
@@ -150,9 +221,9 @@ def _restore_arguments(leaf: Any) -> ocp.RestoreArgs:
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
-def _check_leaves(folder: Path, abstract_state: Any) -> None:
+def _check_leaves(folder: Path, leaves: Mapping[str, list], abstract_state: Any) -> None:
     """Raise ValueError unless the saved leaves are those of `abstract_state`, in names, shapes and types."""
-    saved, wanted = _read_json(folder / _LEAVES), _describe(abstract_state)
+    saved, wanted = {name: leaf[:2] for name, leaf in leaves.items()}, _describe(abstract_state)
     differing = [name for name in saved | wanted if saved.get(name) != wanted.get(name)]
     if differing:
         shown = [f"{n} (saved {_shown(saved.get(n))}, expected {_shown(wanted.get(n))})" for n in differing[:5]]
@@ -160,10 +231,44 @@ def _check_leaves(folder: Path, abstract_state: Any) -> None:
         raise ValueError(f"checkpoint {folder} does not fit this model and optimizer: {', '.join(shown)}{more}")
 
 
-def _describe(tree: Any) -> dict[str, list]:
-    """Return {"params/neck/...": [type, shape]} of a tree of arrays."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(map(_key_name, keys)): [str(leaf.dtype), list(leaf.shape)] for keys, leaf in leaves}
+def _check_digests(leaves: Mapping[str, list], tree: Any) -> None:
+    """Raise ValueError that names the first array of `tree` which is not what was written."""
+    arrays = _named(tree)
+    known = {name: leaf[2] for name, leaf in leaves.items() if name in arrays and len(leaf) > 2}  # older ones have none
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib lets go of Python's lock
+        for (name, wanted), found in zip(known.items(), pool.map(_digest, map(arrays.get, known)), strict=True):
+            if found != wanted:
+                raise ValueError(f"the array {name} holds other numbers than were written")
+
+
+def _read_leaves(folder: Path) -> dict[str, list]:
+    leaves = _read_json(folder / _LEAVES)
+    return check_seal(leaves, "the list of its arrays", is_sealed=_have_digests(leaves))
+
+
+def _have_digests(leaves: Mapping[str, Any]) -> bool:
+    """Whether arrays were saved with digests, and so with seals on what lies beside them."""
+    return any(isinstance(leaf, list) and len(leaf) > 2 for leaf in leaves.values())
+
+
+def _digest(array: Any) -> str:
+    return digest(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Return {"params/neck/...": array} of a tree."""
+    return {"/".join(map(_key_name, keys)): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _describe(tree: Any, *, with_digests: bool = False) -> dict[str, list]:
+    """Return {"params/neck/...": [type, shape]} of a tree of arrays, and the digest of each."""
+    arrays = _named(tree)
+    described = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in arrays.items()}
+    if with_digests:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for leaf, found in zip(described.values(), pool.map(_digest, arrays.values()), strict=True):
+                leaf.append(found)
+    return described
 
 
 def _key_name(key: Any) -> str:
@@ -202,12 +307,14 @@ def save_inference_checkpoint(
     with _checkpointer(ocp.PyTreeCheckpointHandler) as checkpointer:
         checkpointer.save(incoming / _VARIABLES, args=ocp.args.PyTreeSave(arrays))
     with _checkpointer(ocp.JsonCheckpointHandler) as checkpointer:
-        checkpointer.save(incoming / _LEAVES, args=ocp.args.JsonSave(_describe(arrays)))
-        checkpointer.save(incoming / _METADATA, args=ocp.args.JsonSave(dict(metadata)))
+        checkpointer.save(incoming / _LEAVES, args=ocp.args.JsonSave(seal(_describe(arrays, with_digests=True))))
+        checkpointer.save(incoming / _METADATA, args=ocp.args.JsonSave(seal(metadata)))
+    sync_tree(incoming)
     _remove(previous)
     if path.exists():
         path.rename(previous)
     incoming.rename(path)
+    sync(path.parent)
     _remove(previous)
 
 
@@ -221,7 +328,8 @@ def load_inference_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, A
     """
     folder = _find_checkpoint(Path(path))
     try:
-        leaves, metadata = _read_json(folder / _LEAVES), _read_json(folder / _METADATA)
+        leaves = _read_leaves(folder)
+        metadata = check_seal(_read_json(folder / _METADATA), "its metadata", is_sealed=_have_digests(leaves))
         if _is_inference_checkpoint(folder):
             names = {"params": "params", "batch_stats": "batch_stats"}
             arrays = _read_arrays(folder / _VARIABLES, leaves, names.values())
@@ -231,14 +339,18 @@ def load_inference_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, A
             arrays = _read_arrays(folder / _STATE, leaves, names.values())
         if not arrays[names["params"]]:
             raise ValueError("it holds no params")
+        _check_digests(leaves, arrays)
         return {name: arrays[saved] for name, saved in names.items()}, metadata
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"checkpoint {folder} can't be read ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # TensorStore and Orbax raise what they like, over many lines
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DamagedError(f"checkpoint {folder} can't be read ({reason})") from error
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the metadata of the checkpoint that `load_inference_checkpoint` would read, without its arrays."""
-    return _read_json(_find_checkpoint(Path(path)) / _METADATA)
+    folder = _find_checkpoint(Path(path))
+    with _naming(folder):
+        return check_seal(_read_json(folder / _METADATA), "its metadata")
 
 
 def save_thresholds(path: str | os.PathLike[str], thresholds: Mapping[str, Any]) -> Path:
@@ -250,18 +362,22 @@ def save_thresholds(path: str | os.PathLike[str], thresholds: Mapping[str, Any])
     scores = [thresholds["overall"], *thresholds["classes"].values()]
     if not all(isinstance(score, int | float) and 0 <= score <= 1 for score in scores):
         raise ValueError(f"score thresholds must be between 0 and 1, got {dict(thresholds)}")
-    return write_json(_find_checkpoint(Path(path)) / THRESHOLDS, dict(thresholds), indent=2)
+    return write_json(_find_checkpoint(Path(path)) / THRESHOLDS, seal(thresholds), indent=2, durable=True)
 
 
 def read_thresholds(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Return the score thresholds that are stored in a checkpoint, None when there are none."""
     file = _find_checkpoint(Path(path)) / THRESHOLDS
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return check_seal(read_json(file), file) if file.is_file() else None
 
 
 def read_checkpoints(directory: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
-    """Return {step: metadata} of the complete checkpoints in a checkpoints folder, by rising step."""
-    return {step: _read_json(folder / _METADATA) for step, folder in _step_folders(Path(directory)).items()}
+    """Return {step: metadata} of the checkpoints in a checkpoints folder that can be read, by rising step."""
+    found = {}
+    for step, folder in _step_folders(Path(directory)).items():
+        with contextlib.suppress(DamagedError), _naming(folder):
+            found[step] = check_seal(_read_json(folder / _METADATA), "its metadata")
+    return found
 
 
 def checkpoint_folder(path: str | os.PathLike[str]) -> tuple[Path, bool]:
@@ -319,7 +435,9 @@ def _step_folders(directory: Path) -> dict[int, Path]:
 def _read_arrays(path: Path, leaves: Mapping[str, list], branches: Collection[str]) -> dict[str, Any]:
     """Return the branches of the tree at `path` in numpy, bit for bit."""
     wanted = {name: leaf for name, leaf in leaves.items() if name.split("/")[0] in branches}
-    abstract = unflatten_tree({n: jax.ShapeDtypeStruct(shape, jnp.dtype(kind)) for n, (kind, shape) in wanted.items()})
+    abstract = unflatten_tree(
+        {n: jax.ShapeDtypeStruct(shape, jnp.dtype(kind)) for n, (kind, shape, *_) in wanted.items()}
+    )
     arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), abstract)
     content = ocp.args.PyTreeRestore(item=abstract, restore_args=arguments, partial_restore=True)
     with _checkpointer(ocp.PyTreeCheckpointHandler) as checkpointer:

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from instseg_jax.files import check_seal, digest, seal, sync
 from instseg_jax.weights.names import flax_to_official
 from instseg_jax.weights.paddle import write_pdparams
 
 FORMATS = ("pdparams", "safetensors")
 
+_DIGESTS = "instseg_jax_digests"  # key in a safetensors header: {tensor: digest}, sealed
 _METADATA = "instseg_jax"  # key in a safetensors header; its values are strings, ours is JSON
 
 
@@ -60,24 +62,41 @@ def write_safetensors(
 
     path = Path(path)
     partial = path.with_name(f"{path.name}.part-{os.getpid()}")
-    header = {"format": "np"} | ({} if metadata is None else {_METADATA: json.dumps(dict(metadata))})
+    # safetensors writes the memory as it lies, so it must lie in order
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in state.items()}
+    digests = {name: digest(tensor.reshape(-1).view(np.uint8)) for name, tensor in tensors.items()}
+    header = {"format": "np", _DIGESTS: json.dumps(seal(digests))}
+    if metadata is not None:
+        header[_METADATA] = json.dumps(seal(metadata))
     try:
-        # safetensors writes the memory as it lies, so it must lie in order
-        save_file({name: np.asarray(tensor, order="C") for name, tensor in state.items()}, partial, header)
+        save_file(tensors, partial, header)
+        sync(partial)
         partial.replace(path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Return the tensors of a safetensors file by name. Raises ValueError for a file that is none or is cut short."""
-    from safetensors import SafetensorError
+    """Return the tensors of a safetensors file by name.
+
+    Raises ValueError for a file that is none, is cut short, or holds other numbers than `write_safetensors` wrote; the
+    files of other tools have no digests to check.
+    """
+    from safetensors import SafetensorError, safe_open
     from safetensors.numpy import load_file
 
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        tensors = load_file(path)
+        with safe_open(path, framework="np") as file:
+            header = file.metadata() or {}
+        digests = check_seal(json.loads(header.get(_DIGESTS, "{}")), str(path), is_sealed=_DIGESTS in header)
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
+    for name, wanted in digests.items():
+        if name not in tensors or digest(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8)) != wanted:
+            raise ValueError(f"{path} is damaged: the tensor {name} is not what was written")
+    return tensors
 
 
 def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -90,6 +109,8 @@ def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with safe_open(path, framework="np") as file:
             header = file.metadata() or {}
-        return json.loads(header.get(_METADATA, "{}"))
+        return check_seal(
+            json.loads(header.get(_METADATA, "{}")), str(path), is_sealed={_DIGESTS, _METADATA} <= set(header)
+        )
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error})") from error

@@ -157,7 +157,7 @@ def test_a_validation_file_that_is_named_must_be_there(data, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("train__epochs", 0, "train.epochs is 0, it must be above 0"),
+        ("train__epochs", -1, "train.epochs is -1, it must not be negative"),
         ("eval__every_epochs", 0, "eval.every_epochs is 0, it must be above 0"),
         ("eval__best_metric", "segm/mAP", r"eval.best_metric is 'segm/mAP', it must be one of .*segm/AP50"),
         ("eval__engine", "coco", "evaluation engine must be one of"),
