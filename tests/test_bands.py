@@ -14,6 +14,7 @@ from instseg_jax.bands import Bands
 from instseg_jax.config import load_config
 from instseg_jax.data import batches, coco, copy_paste, examples, loader, source, transforms
 from instseg_jax.weights import merge
+from instseg_jax.weights.names import flatten_tree, unflatten_tree
 
 
 def config_of(root, channels, **fields):
@@ -162,16 +163,17 @@ def test_stem_of_colours_becomes_one_of_other_channels():
     np.testing.assert_allclose(merge.inflate_stem(kernel, 6)[:, :, :3], kernel / 2)
 
 
-def test_merging_inflates_only_the_stem():
-    stem = {"params": {"backbone": {"stem": {"stem1": {"conv": {"kernel": np.ones((3, 3, 3, 8), np.float32)}}}}}}
-    model = {"params": {"backbone": {"stem": {"stem1": {"conv": {"kernel": np.zeros((3, 3, 5, 8), np.float32)}}}}}}
-    merged, summary = merge.merge_variables(model, stem)
-    kernel = merged["params"]["backbone"]["stem"]["stem1"]["conv"]["kernel"]
+@pytest.mark.parametrize("path", [stem.removeprefix("params/") for stem in merge.STEMS])
+def test_merging_inflates_only_the_stem(path):
+    def tree(channels: int, width: int, value: float) -> dict:
+        return unflatten_tree({f"params/{path}": np.full((3, 3, channels, width), value, np.float32)})
+
+    merged, summary = merge.merge_variables(tree(5, 8, 0), tree(3, 8, 1))
+    kernel = flatten_tree(merged)[f"params/{path}"]
     assert kernel.shape == (3, 3, 5, 8) and kernel.sum() == pytest.approx(3 * 3 * 3 * 8)
-    assert summary.reshaped == ("backbone/stem/stem1/conv/kernel",) and summary.loaded == ()
-    model["params"]["backbone"]["stem"]["stem1"]["conv"]["kernel"] = np.zeros((3, 3, 5, 16), np.float32)
-    with pytest.raises(ValueError, match="stem1"):
-        merge.merge_variables(model, stem)
+    assert summary.reshaped == (path,) and summary.loaded == ()
+    with pytest.raises(ValueError, match=path):
+        merge.merge_variables(tree(5, 16, 0), tree(3, 8, 1))
 
 
 def test_a_picture_to_look_at():

@@ -81,12 +81,13 @@ def convolve(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> 
 
 
 class Conv(nn.Module):
-    """Convolution with symmetric padding (k - 1) // 2, or one row more below and right when k is even."""
+    """Convolution, by default with symmetric padding (k - 1) // 2, or one row more below and right when k is even."""
 
     features: int
     kernel_size: int
     stride: int = 1
     depthwise: bool = False
+    padding: tuple[int, int] | None = None  # rows above and below, columns left and right
     use_bias: bool = False
     kernel_init: Callable[[int, int], Initializer] = lambda fan_in, fan_out: kaiming_normal(fan_in)
     dtype: jnp.dtype | None = None
@@ -101,7 +102,7 @@ class Conv(nn.Module):
         bias = declare(self, "bias", constant(0.0), (self.features,)) if self.use_bias else None
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         before = (k - 1) // 2
-        y = convolve(x, kernel, self.stride, (before, k - 1 - before))
+        y = convolve(x, kernel, self.stride, self.padding or (before, k - 1 - before))
         return y if bias is None else y + bias
 
 
@@ -148,6 +149,7 @@ class ConvNorm(nn.Module):
     kernel_size: int
     stride: int = 1
     depthwise: bool = False
+    padding: tuple[int, int] | None = None
     activation: Activation = None
     frozen_norm: bool = False
     kernel_init: Callable[[int, int], Initializer] = lambda fan_in, fan_out: kaiming_normal(fan_in)
@@ -161,6 +163,7 @@ class ConvNorm(nn.Module):
             self.kernel_size,
             self.stride,
             self.depthwise,
+            self.padding,
             use_bias=self.folded,
             kernel_init=self.kernel_init,
             dtype=self.dtype,

@@ -138,7 +138,7 @@ class HGNetV2(nn.Module):
         official recipe, which starts from a pretrained backbone).
     """
 
-    stem_channels: tuple[int, int]
+    stem_channels: tuple[int, ...]  # (mid, out)
     stages: tuple[Stage, ...]
     frozen_norm: bool
     folded: bool = False
@@ -146,7 +146,8 @@ class HGNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> tuple[Array, ...]:
-        x = Stem(*self.stem_channels, self.frozen_norm, self.folded, dtype=self.dtype, name="stem")(images, train=train)
+        mid, out = self.stem_channels
+        x = Stem(mid, out, self.frozen_norm, self.folded, dtype=self.dtype, name="stem")(images, train=train)
         maps = []
         for i, stage in enumerate(self.stages):
             x = HGStage(stage, self.frozen_norm, self.folded, dtype=self.dtype, name=f"stages_{i}")(x, train=train)

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from instseg_jax.models.decoder import MaskRTDETRTransformer
+from instseg_jax.models.efficientnet_lite import EfficientNetLite
 from instseg_jax.models.hgnetv2 import HGNetV2
 from instseg_jax.models.hybrid_encoder import MaskHybridEncoder
 from instseg_jax.models.initial_values import recorded_initializers
@@ -70,9 +71,12 @@ class MaskRTDETR(nn.Module):
         """
         _check_images(images)
         v, dtype = self.variant, self.dtype
-        backbone = HGNetV2(
-            v.stem_channels, v.stages, self.frozen_backbone_norm, self.folded, dtype=dtype, name="backbone"
-        )
+        shared: dict[str, Any] = {"folded": self.folded, "dtype": dtype, "name": "backbone"}
+        backbone: EfficientNetLite | HGNetV2
+        if v.lite_stages:
+            backbone = EfficientNetLite(v.stem_channels, v.lite_stages, self.frozen_backbone_norm, **shared)
+        else:
+            backbone = HGNetV2(v.stem_channels, v.stages, self.frozen_backbone_norm, **shared)
         neck = MaskHybridEncoder(
             features=v.neck_dim,
             attention_level=v.attention_level,

@@ -22,11 +22,33 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
+class LiteStage:
+    """Inverted residual blocks of EfficientNet-Lite, of which the first may halve the map."""
+
+    repeats: int
+    kernel_size: int
+    stride: int
+    expansion: int
+    channels: int
+
+
+LITE0 = (
+    LiteStage(1, 3, 1, 1, 16),
+    LiteStage(2, 3, 2, 6, 24),
+    LiteStage(2, 5, 2, 6, 40),
+    LiteStage(3, 3, 2, 6, 80),
+    LiteStage(3, 5, 1, 6, 112),
+    LiteStage(4, 5, 2, 6, 192),
+    LiteStage(1, 3, 1, 6, 320),
+)
+
+
+@dataclasses.dataclass(frozen=True)
 class Variant:
     """Sizes of one network."""
 
-    stem_channels: tuple[int, int]  # (mid, out)
-    stages: tuple[Stage, Stage, Stage, Stage]
+    stem_channels: tuple[int, ...]  # (mid, out) of PP-HGNetV2, (out,) of EfficientNet-Lite
+    stages: tuple[Stage, ...]  # of PP-HGNetV2; empty with an EfficientNet-Lite
     neck_dim: int
     attention_level: int  # which of the maps at stride 8, 16, 32 gets the attention layer(s)
     num_attention_layers: int
@@ -38,6 +60,7 @@ class Variant:
     num_decoder_layers: int
     num_heads: int  # decoder and attention encoder
     ffn_dim: int  # decoder
+    lite_stages: tuple[LiteStage, ...] = ()
     num_points: int = 4
     num_csp_blocks: int = 3
 

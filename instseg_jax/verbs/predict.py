@@ -4,7 +4,7 @@ import argparse
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.progress import Progress
@@ -16,6 +16,8 @@ from instseg_jax.inference.pipeline import Pipeline, create_pipeline
 from instseg_jax.inference.pipeline_config import write_pipeline_config
 from instseg_jax.inference.sources import find_sources
 from instseg_jax.results.saving import check_formats, save_results
+
+SHOWN_CLASSES = 15  # names told where nothing was found
 
 
 def predict(options: argparse.Namespace) -> int:
@@ -45,11 +47,23 @@ def predict(options: argparse.Namespace) -> int:
     if summary.images:
         pace = f"{seconds / summary.images:.2f} s each, {summary.images / seconds:.1f} a second"
         print(f"{seconds:.1f} s, {pace}; before that {ready - started:.1f} s to get ready")
+    if summary.images and not summary.instances:
+        print(nothing_found(pipeline.class_names, float(min(pipeline.thresholds))))
     for name, error in summary.failed:
         print(f"failed: {name}: {error}")
     weights = [f"--weights={options.weights}"] if options.weights else [f"--workdir={options.workdir}"]
     print_next("serve", *weights, comment="the same over HTTP; `export` writes the model for other programs")
     return 1 if summary.failed else 0
+
+
+def nothing_found(class_names: Sequence[str], threshold: float) -> str:
+    """What it means that no picture had an instance: what the weights know, and what can be done."""
+    more = f" and {len(class_names) - SHOWN_CLASSES} more" if len(class_names) > SHOWN_CLASSES else ""
+    known = ", ".join(class_names[:SHOWN_CLASSES]) + more
+    return (
+        f"Nothing has a score of at least {threshold:.2f}. These weights know {known}; "
+        "a lower --threshold shows what is less sure, and for other things they must be trained on pictures of them."
+    )
 
 
 def _count(number: int, what: str) -> str:

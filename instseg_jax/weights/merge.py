@@ -24,8 +24,8 @@ CLASS_AXES = {
 }
 """The axis of each tensor that counts classes."""
 
-STEM = "params/backbone/stem/stem1/conv/kernel"
-"""The first kernel [h, w, C, O], the only tensor that counts the channels of the pictures."""
+STEMS = ("params/backbone/stem/stem1/conv/kernel", "params/backbone/stem/conv/kernel")
+"""The first kernel [h, w, C, O] of either backbone, the only tensor that counts the channels of the pictures."""
 
 BACKBONE_LEFT_OUT = ("fc.*", "last_conv.*", "lab.*", "*.lab.*")
 """Official names in ImageNet backbone files that the detector's backbone has no use for: the classifier, and the
@@ -86,9 +86,10 @@ def merge_variables(
         reshaped = [path for path in wanted if _short(path) in CLASS_AXES and path in offered]
         offered |= {path: _copy_rows(path, wanted[path], offered[path], rows) for path in reshaped}
     has_copied = bool(reshaped)
-    if _has_other_channels(wanted, offered):
-        offered[STEM] = inflate_stem(offered[STEM], wanted[STEM].shape[2])
-        reshaped.append(STEM)
+    for stem in STEMS:
+        if _has_other_channels(stem, wanted, offered):
+            offered[stem] = inflate_stem(offered[stem], wanted[stem].shape[2])
+            reshaped.append(stem)
     _check_match(wanted, offered, has_class_names=rows is not None)
 
     merged = model | {path: np.asarray(offered[path]).astype(leaf.dtype, copy=False) for path, leaf in wanted.items()}
@@ -114,11 +115,11 @@ def inflate_stem(kernel: np.ndarray, channels: int) -> np.ndarray:
     return mean * (3 / channels)
 
 
-def _has_other_channels(wanted: Mapping[str, Any], offered: Mapping[str, Any]) -> bool:
+def _has_other_channels(stem: str, wanted: Mapping[str, Any], offered: Mapping[str, Any]) -> bool:
     """Whether only the channels of the pictures differ: the file is for colours, the model is not."""
-    if STEM not in wanted or STEM not in offered:
+    if stem not in wanted or stem not in offered:
         return False
-    model, file = wanted[STEM].shape, offered[STEM].shape
+    model, file = wanted[stem].shape, offered[stem].shape
     return len(file) == 4 and file[2] == 3 and model[2] != 3 and (*file[:2], *file[3:]) == (*model[:2], *model[3:])
 
 
