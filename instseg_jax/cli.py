@@ -9,6 +9,7 @@ import difflib
 import importlib
 import os
 import pathlib
+import re
 import sys
 from typing import NoReturn
 
@@ -36,6 +37,10 @@ class _Parser(argparse.ArgumentParser):
     """Reports wrong arguments as every other error: one line, exit code 1."""
 
     def error(self, message: str) -> NoReturn:
+        if wrong := re.search(r"argument VERB: invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            near = difflib.get_close_matches(wrong[1], re.findall(r"\w+", wrong[2]), 1)
+            hint = f"; did you mean {near[0]}?" if near else ";"
+            message = f"there is no verb {wrong[1]!r}{hint} There are {wrong[2]}"
         raise ValueError(f"{message}; `{self.prog} --help` explains")
 
 
@@ -222,6 +227,8 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> ar
     options, unknown = parser.parse_known_args(arguments)
     if not unknown:
         return options
+    from instseg_jax.config import find_fields  # which brings JAX along
+
     name, equals, value = unknown[0].partition("=")
     names = [f"--{known}" for known in vars(options) if known not in ("verb", "runs", "name")]
     exact, near = find_fields(options.config or DEFAULT_CONFIG, name.lstrip("-"))
@@ -229,21 +236,6 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> ar
     nearest = fields if exact else difflib.get_close_matches(name, names, 1) or fields
     hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ";"
     raise ValueError(f"unknown: {' '.join(unknown)}{hint} `{parser.prog} {options.verb} --help` explains")
-
-
-def find_fields(spec: str, name: str) -> tuple[list[str], list[str]]:
-    """Fields of a config with the name (epochs, batch-size, data.dir; data for data.dir), and with nearly this one."""
-    from instseg_jax.config import list_fields, load_config
-
-    wanted = name.replace("-", "_")
-    try:
-        fields = list_fields(load_config(spec))
-    except (ValueError, OSError):  # the config itself is wrong: that is told once the options are right
-        return [], []
-    exact = [field for field in fields if wanted in (field, field.rpartition(".")[2])]
-    exact = exact or [field for field in fields if field in (f"{wanted}.dir", f"{wanted}.name")]
-    near = difflib.get_close_matches(wanted, {field.rpartition(".")[2] for field in fields}, 1, 0.75)
-    return exact, [field for field in fields if field.rpartition(".")[2] in near]
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:

@@ -115,7 +115,9 @@ def find_config(name: str) -> pathlib.Path:
         if candidate.is_file():
             return candidate.resolve()
     known = sorted(p.stem for root in (CHECKOUT, PACKAGED) if root.is_dir() for p in root.glob("*.py"))
-    raise FileNotFoundError(f"there is no config file {name!r}; the project has configs/{{{','.join(known)}}}.py")
+    near = difflib.get_close_matches(path.stem, known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ";"
+    raise FileNotFoundError(f"there is no config file {name!r}{hint} The project has configs/{{{','.join(known)}}}.py")
 
 
 def _load_module(path: pathlib.Path):
@@ -208,3 +210,16 @@ def _fitted(value: Any, old: object) -> Any:
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     return value
+
+
+def find_fields(spec: str, name: str) -> tuple[list[str], list[str]]:
+    """Fields of a config with the name (epochs, batch-size, data.dir; data for data.dir), and with nearly this one."""
+    wanted = name.replace("-", "_")
+    try:
+        fields = list_fields(load_config(spec))
+    except (ValueError, OSError):  # the config itself is wrong: that is told once the options are right
+        return [], []
+    exact = [field for field in fields if wanted in (field, field.rpartition(".")[2])]
+    exact = exact or [field for field in fields if field in (f"{wanted}.dir", f"{wanted}.name")]
+    near = difflib.get_close_matches(wanted, {field.rpartition(".")[2] for field in fields}, 1, 0.75)
+    return exact, [field for field in fields if field.rpartition(".")[2] in near]

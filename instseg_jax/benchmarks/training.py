@@ -23,7 +23,7 @@ from instseg_jax.data.source import build_dataset
 from instseg_jax.devices import check_batch_size, make_mesh, put_micro_batches, put_replicated, select_devices
 from instseg_jax.memory import peak_memory_mb
 from instseg_jax.models.denoising import make_denoising_queries
-from instseg_jax.models.mask_rtdetr import build_model, count_parameters, initial_variables
+from instseg_jax.models.mask_rtdetr import build_model, count_parameters, count_queries, initial_variables
 from instseg_jax.training.criterion import (
     build_loss_settings,
     compute_losses,
@@ -120,7 +120,8 @@ def _time_criterion(config: ConfigDict, model, variables: dict, batch: Batch, me
     They are timed on random predictions of the real shapes; what they cost does not depend on the values.
     """
     settings = build_loss_settings(config.loss)
-    noise = dict(config.denoising) | {"num_classes": model.num_classes, "num_queries": model.num_queries}
+    num_queries = count_queries(model.num_queries, *batch.images.shape[1:3])
+    noise = dict(config.denoising) | {"num_classes": model.num_classes, "num_queries": num_queries}
     key = jax.random.key(config.seed)
     denoising = jax.jit(lambda targets: make_denoising_queries(targets, rng=key, **noise))(batch.targets)
     shapes = jax.eval_shape(

@@ -122,6 +122,11 @@ class MaskRTDETR(nn.Module):
         )
 
 
+def count_queries(num_queries: int, height: int, width: int) -> int:
+    """The queries of a picture of that size in pixels: `num_queries`, or its number of places where that is less."""
+    return min(num_queries, sum((height // stride) * (width // stride) for stride in (8, 16, 32)))
+
+
 def _check_images(images: Array) -> None:
     if images.ndim != 4:
         raise ValueError(f"images must be [batch, height, width, channels], they have shape {images.shape}")

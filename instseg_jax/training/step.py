@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from instseg_jax.devices import replicated
 from instseg_jax.models.denoising import make_denoising_queries
-from instseg_jax.models.mask_rtdetr import MaskRTDETR
+from instseg_jax.models.mask_rtdetr import MaskRTDETR, count_queries
 from instseg_jax.training.criterion import (
     LossSettings,
     PointDraws,
@@ -90,7 +90,11 @@ def build_train_step(
     def forward(params: dict, batch_stats: dict, step: HostOrDeviceArray, part: int, batch: Batch) -> Forward:
         noise_key, match_key, _ = random_keys(step, part)
         denoising = make_denoising_queries(
-            batch.targets, num_classes=model.num_classes, num_queries=model.num_queries, rng=noise_key, **noise
+            batch.targets,
+            num_classes=model.num_classes,
+            num_queries=count_queries(model.num_queries, *batch.images.shape[1:3]),
+            rng=noise_key,
+            **noise,
         )
         return run_forward(
             params,

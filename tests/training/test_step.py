@@ -9,9 +9,9 @@ from step_batch import CLASSES, TINY, make_batch
 
 from instseg_jax.config import load_config
 from instseg_jax.devices import check_batch_size, make_mesh, put_micro_batches, put_replicated
-from instseg_jax.models.mask_rtdetr import build_model, initial_variables
+from instseg_jax.models.mask_rtdetr import abstract_variables, build_model, initial_variables
 from instseg_jax.training.optimizer import build_optimizer, build_schedule
-from instseg_jax.training.state import initial_state
+from instseg_jax.training.state import TrainState, initial_state
 from instseg_jax.training.step import build_train_step
 from instseg_jax.types import Batch, Targets
 
@@ -111,3 +111,25 @@ def test_a_batch_that_does_not_divide_is_refused():
         check_batch_size(3, mesh, "train.batch_size", 2)
     with pytest.raises(ValueError, match=r"train\.micro_batches is 0"):
         check_batch_size(4, mesh, "train.batch_size", 0)
+
+
+def test_small_pictures_have_fewer_queries_and_train_all_the_same():
+    """Of 64 px there are 64 + 16 + 4 places to ask about; the forward program is traced, not compiled."""
+    config = load_config("configs/mask_rtdetr.py:n", TINY | {"model.num_queries": "100"})
+    model, batch, mesh = build_model(config.model, CLASSES), make_batch((2, 1)), make_mesh(jax.devices()[:1])
+    variables = abstract_variables(model, 3)
+    ones = jax.tree.map(lambda leaf: 1.0, variables["params"])
+    shapes = []
+
+    def assign(costs, valid):
+        shapes.append(costs.shape)
+        raise StopIteration
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("instseg_jax.training.step.assign", assign)
+        patch.setattr(jax, "jit", lambda function, **options: lambda *args: jax.eval_shape(function, *args))
+        step = build_train_step(config, model, None, None, ones, mesh)
+        state = TrainState(np.int32(0), np.int32(0), variables["params"], variables["batch_stats"], {}, {}, ())
+        with pytest.raises(StopIteration):
+            step(state, [batch])
+    assert shapes[0][1:] == (2, 84, 3)

@@ -109,7 +109,9 @@ def test_data_verbs_lead_to_a_training(tmp_path, capsys):
         (["predict", "--weights=/no/such", "--input={picture}"], "there is no such folder of weights: /no/such "),
         (["evaluate", "--weights={folder}/mien"], "/mien; did you mean {folder}/mine? ("),
         (["evaluate", "--weights={folder}/none.pdparams"], "there is no such file of weights: {folder}/none.pdparams"),
-        (["config", "finetne"], "there is no config file 'finetne'"),
+        (["config", "finetne"], "there is no config file 'finetne'; did you mean finetune? The project has configs/"),
+        (["trian"], "there is no verb 'trian'; did you mean train? There are 'quickstart'"),
+        (["xyzzy"], "there is no verb 'xyzzy'; There are "),
     ],
 )
 def test_what_is_not_there_leads_to_what_is(tmp_path, capsys, arguments, hint):
