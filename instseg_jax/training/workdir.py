@@ -188,6 +188,7 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
+    is_new = not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK).open("a+", encoding="utf-8")
@@ -206,7 +207,13 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        except BaseException:
+            if is_new and [child.name for child in workdir.iterdir()] == [LOCK]:  # nothing was begun
+                (workdir / LOCK).unlink()
+                workdir.rmdir()
+            raise
 
 
 def describe_data(datasets: Mapping[str, coco.CocoDataset]) -> dict[str, dict]:

@@ -65,7 +65,7 @@ class Trial:
         train_loader = SimpleNamespace(dataset=dataset, num_batches=2, counters=collections.Counter(), batches=batches)
         run = loop.Training(
             config, workdir, make_mesh(jax.devices()[:1]), None, train_loader, self.score, 2 * config.train.epochs,
-            metrics.open_log(workdir / "train.log"),
+            metrics.open_log(workdir / "train.log"), {},
         )  # fmt: skip
         zeros = {"a": jnp.zeros(2)}
         state = TrainState(jnp.int32(0), jnp.int32(0), zeros, zeros, zeros, zeros, ())
