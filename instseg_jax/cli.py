@@ -114,6 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--save_path", metavar="DIR", help="where the results go (default: WORKDIR/predictions)")
     formats = "some of img,json,coco,labelme,yolo,geojson,gpkg (%(default)s)"
     sub.add_argument("--formats", metavar="NAMES", default="img,json", help=formats)
+    about = "replace LabelMe and YOLO files beside the pictures that were made by hand"
+    sub.add_argument("--overwrite", action="store_true", help=about)
     sub.add_argument("--masks_format", choices=("rle", "crop", "polygon"), default="rle", help="in JSON (%(default)s)")
     _add_tiles(sub)
     _add_server(add("serve", "answer requests over HTTP, with a page to try it", None))

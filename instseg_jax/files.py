@@ -48,7 +48,7 @@ def write_json(
     infinity, which JSON does not have: use None.
     """
     text = json.dumps(obj, indent=indent, ensure_ascii=ensure_ascii, allow_nan=False, default=_plain)
-    return write_bytes(path, (text + "\n").encode("utf-8"), durable=durable)
+    return write_bytes(path, (text + "\n").encode("utf-8", "backslashreplace"), durable=durable)
 
 
 def read_json(path: str | Path) -> Any:

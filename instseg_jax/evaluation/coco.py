@@ -259,6 +259,6 @@ def result_entries(dataset: dict, results: Sequence[dict], iou_type: str) -> lis
                 f"but image {entry['image_id']} is {list(sizes[entry['image_id']])} (height, width)."
             )
         # The area decides which results count for small, medium and large objects when they match nothing.
-        area = result["bbox"][2] * result["bbox"][3] if iou_type == "bbox" else rle_area(result[key])
+        area = result["bbox"][2] * result["bbox"][3] if iou_type == "bbox" else rle_area(entry[key])
         entries.append(entry | {"id": number, "area": area, "iscrowd": 0})
     return entries

@@ -6,9 +6,11 @@ equal-area projection around the image (extra `geo`: rasterio), not in the image
 """
 
 import dataclasses
+import logging
+import math
 import sqlite3
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +20,8 @@ from instseg_jax.files import write_bytes, write_json
 from instseg_jax.outlines import Polygon, ring_area, rle_to_polygons
 
 WGS84 = 4326
+MOST_STEP_PX, MOST_STEPS = 64.0, 1000  # between points of an outline whose area is measured
+log = logging.getLogger(__name__)
 GEOPACKAGE_ID, GEOPACKAGE_VERSION = 0x47504B47, 10300
 UNKNOWN_SRS = -1  # GeoPackage's id for Cartesian coordinates without a CRS
 
@@ -122,10 +126,16 @@ def _features(result: Located) -> list[tuple[list[list[np.ndarray]], dict]]:
             "cls_id": box["cls_id"],
             "score": box["score"],
             "area_px": round(sum(polygon.area for polygon in polygons)),
-            "area_m2": None if areas_of is None else sum(areas_of(polygon) for polygon in polygons),
+            "area_m2": None if areas_of is None else _sum(areas_of(polygon) for polygon in polygons),
         }
         features.append(([_on_the_ground(polygon, place) for polygon in polygons], properties))
     return features
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """The sum; None where one of the values is unknown."""
+    found = list(values)
+    return None if any(value is None for value in found) else sum(value for value in found if value is not None)
 
 
 def _on_the_ground(polygon: Polygon, place: Georeference | None) -> list[np.ndarray]:
@@ -135,26 +145,48 @@ def _on_the_ground(polygon: Polygon, place: Georeference | None) -> list[np.ndar
 
 
 def _area_measure(place: Georeference | None, size: tuple[int, int]):
-    """A function from a polygon in pixels to its area in square metres; None where the CRS is unknown."""
+    """A function from a polygon in pixels to its area in square metres, None off the domain of the CRS; None where the
+    CRS is unknown, or has no way to the globe (engineering, another planet).
+    """
     if place is None or place.wkt is None:
         return None
     from rasterio.crs import CRS
+    from rasterio.errors import CRSError
     from rasterio.warp import transform
 
-    crs = CRS.from_wkt(place.wkt)
-    middle = place.to_ground(np.array([[size[1] / 2, size[0] / 2]]))
-    (longitude,), (latitude,) = transform(crs, CRS.from_epsg(WGS84), middle[:, 0], middle[:, 1])
-    equal_area = CRS.from_proj4(f"+proj=laea +lat_0={latitude} +lon_0={longitude} +datum=WGS84 +units=m")
+    try:
+        crs = CRS.from_wkt(place.wkt)
+        middle = place.to_ground(np.array([[size[1] / 2, size[0] / 2]]))
+        (longitude,), (latitude,) = transform(crs, CRS.from_epsg(WGS84), middle[:, 0], middle[:, 1])
+        if not (math.isfinite(longitude) and abs(latitude) <= 90):
+            return None
+        equal_area = CRS.from_proj4(f"+proj=laea +lat_0={latitude} +lon_0={longitude} +datum=WGS84 +units=m")
+        transform(crs, equal_area, middle[:, 0], middle[:, 1])
+    except (CRSError, RuntimeError, ValueError) as error:  # GDAL's own errors are RuntimeErrors
+        log.warning("there are no areas in m2: the CRS of the image has no way to the globe (%s)", error)
+        return None
 
-    def area(polygon: Polygon) -> float:
+    def area(polygon: Polygon) -> float | None:
         total = 0.0
         for sign, ring in [(1, polygon.outer)] + [(-1, hole) for hole in polygon.holes]:
-            ground = place.to_ground(ring)
-            x, y = transform(crs, equal_area, ground[:, 0], ground[:, 1])
+            ground = place.to_ground(_densify(ring))
+            try:
+                x, y = transform(crs, equal_area, ground[:, 0], ground[:, 1])
+            except (CRSError, RuntimeError, ValueError):
+                return None
             total += sign * abs(ring_area(np.stack([x, y], axis=1)))
-        return total
+        return total if math.isfinite(total) else None
 
     return area
+
+
+def _densify(ring: np.ndarray) -> np.ndarray:
+    """The ring [P, 2] with points at most MOST_STEP_PX apart: long edges bend when they are projected."""
+    after = np.roll(ring, -1, axis=0)
+    steps = np.ceil(np.abs(after - ring).max(axis=1) / MOST_STEP_PX).clip(1, MOST_STEPS).astype(int)
+    return np.concatenate(
+        [a + (b - a) * (np.arange(n) / n)[:, None] for a, b, n in zip(ring, after, steps, strict=True)]
+    )
 
 
 def _fill_geopackage(database: sqlite3.Connection, result: Located) -> None:

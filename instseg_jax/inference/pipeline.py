@@ -279,7 +279,7 @@ def pick_threshold(threshold: Threshold | None, model: predictor.LoadedModel, se
 
 
 def thresholds_by_class(threshold: Threshold | None, class_names: Sequence[str], default: np.ndarray) -> np.ndarray:
-    """Thresholds [K] of the classes: one number for all, or by class name with `default` [K] for the others.
+    """Thresholds [K] of the classes: one number for all, or by class name or index, `default` [K] for the others.
 
     Raises ValueError for a score outside 0..1, or a class that is not there.
     """
@@ -289,6 +289,9 @@ def thresholds_by_class(threshold: Threshold | None, class_names: Sequence[str],
         if value is None:
             continue
         _check_score(value)
+        if isinstance(name, numbers.Integral) and not isinstance(name, bool) and 0 <= name < len(class_names):
+            chosen[int(name)] = value
+            continue
         if name not in class_names:
             raise ValueError(f"threshold for {name!r}, but the classes are {', '.join(class_names)}")
         chosen[[i for i, known in enumerate(class_names) if known == name]] = value

@@ -9,6 +9,7 @@ import functools
 import glob
 import pathlib
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -45,13 +46,17 @@ class Source:
 def find_sources(x: Any, *, channels: str) -> tuple[Iterator[Source], int | None]:
     """Say what is to be segmented: (sources in order, how many they are; None when only reading tells).
 
-    `x` is a path, URL, folder, pattern (`**` for all folders below), array ([h, w, 3], see `images.to_rgb`), PIL
-    image, video, or an iterable of these. What cannot be found raises FileNotFoundError at once, but within a list it
-    becomes a source whose `read` raises, so that the rest goes on.
+    `x` is a path (`~` and file:// too), URL, folder, pattern (`**` for all folders below), array ([h, w, 3], see
+    `images.to_rgb`, of numpy, jax or any other library; [b, h, w, 3] are b images), PIL image, the bytes of a picture
+    or a file that gives them, video, or an iterable of these. What cannot be found raises FileNotFoundError at once;
+    within a list it becomes a source whose `read` raises, so that the rest goes on.
     """
-    if isinstance(x, (str, pathlib.Path, np.ndarray, Image.Image)):
+    x = _as_plain(x)
+    if isinstance(x, np.ndarray) and x.ndim == 4:  # a batch
+        x = list(x)
+    if isinstance(x, (str, pathlib.Path, np.ndarray, Image.Image, bytes)):
         return _one(x, channels=channels, number=0)
-    if isinstance(x, (bytes, dict)) or not isinstance(x, Iterable):
+    if isinstance(x, dict) or not isinstance(x, Iterable):
         raise ValueError(
             f"An input must be a path, URL, folder, array, PIL image or a list of these, got {type(x).__name__}."
         )
@@ -109,7 +114,30 @@ def count_frames(path: str | pathlib.Path) -> int | None:
     return count if count > 0 else None
 
 
+def _as_plain(x: Any) -> Any:
+    """An input as one of the few types below: arrays of other libraries, encoded pictures in memory, `~`, file://."""
+    if isinstance(x, bytearray):
+        return bytes(x)
+    if isinstance(x, memoryview):
+        return bytes(x) if x.ndim == 1 and x.format == "B" else np.asarray(x)
+    if hasattr(x, "read") and not isinstance(x, (str, pathlib.Path, Image.Image)):  # a file, or what reads like one
+        data = x.read()
+        if not isinstance(data, bytes):
+            raise ValueError(f"An open file must give bytes; open {getattr(x, 'name', 'it')} with mode 'rb'.")
+        return data
+    if isinstance(x, str) and x.startswith("file://"):
+        x = urllib.request.url2pathname(urllib.parse.urlsplit(x).path)
+    if isinstance(x, (str, pathlib.Path)) and str(x).startswith("~"):
+        return type(x)(pathlib.Path(x).expanduser())
+    if not isinstance(x, (np.ndarray, Image.Image)) and hasattr(x, "__array__"):  # jax, torch, tensorflow
+        return np.asarray(x)
+    return x
+
+
 def _one(x: Any, *, channels: str, number: int) -> tuple[Iterator[Source], int | None]:
+    x = _as_plain(x)
+    if isinstance(x, bytes):
+        return iter([Source(f"bytes_{number}", lambda: decode_image(x, f"bytes_{number}"))]), 1
     if isinstance(x, np.ndarray):
         image = to_rgb(x, channels=channels)
         return iter([Source(f"array_{number}", lambda: image)]), 1

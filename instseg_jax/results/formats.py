@@ -109,7 +109,16 @@ def to_coco_dataset(results: Sequence["Result"]) -> dict:
                 | {"area": rle_area(entry["segmentation"])}
             )
     named = [{"id": int(id_), "name": name} for id_, name in sorted(categories.items())]
-    return {"images": images, "annotations": annotations, "categories": named}
+    # pycocotools 2.0.9 and 2.0.10 ask for `info`.
+    info = {"description": "instances found by instseg_jax", "version": library_version()}
+    return {"info": info, "licenses": [], "images": images, "annotations": annotations, "categories": named}
+
+
+def library_version() -> str:
+    """Ours, as the files say that were made by it."""
+    from instseg_jax import __version__
+
+    return __version__
 
 
 def to_supervision(result: "Result") -> Any:

@@ -6,7 +6,9 @@ nested lists they would be a thousand times larger and take longer to write than
 
 import dataclasses
 import io
+import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,7 +20,7 @@ from PIL import Image
 from instseg_jax.crops import crop_rle, paste_mask
 from instseg_jax.files import write_bytes, write_json
 from instseg_jax.images import IMAGE_SUFFIXES
-from instseg_jax.masks import compress_rle, rle_box_xyxy_px
+from instseg_jax.masks import compress_rle, decode_rle, rle_area, rle_box_xyxy_px
 from instseg_jax.results import formats
 from instseg_jax.results.visualize import draw_instances
 from instseg_jax.types import Instances
@@ -26,7 +28,11 @@ from instseg_jax.types import Instances
 IMAGE_QUALITY = 95  # of formats with loss; the others take no notice
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+MOST_NAMED = 5  # classes that `repr` counts
+_written: dict[Path, object] = {}  # files of this process: the token of the result that each is of
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Result:
     """The instances found in one image. `boxes[i]` and `masks[i]` always describe the same instance.
 
@@ -45,6 +51,7 @@ class Result:
     category_ids: tuple[int, ...] = ()  # of the data that the model learned from, by class index
     georeference: Any = None  # `geo.Georeference` of an image that has one
     error: str | None = None  # why there is no result: the file could not be read
+    _token: object = dataclasses.field(default_factory=object, repr=False, compare=False)  # whose files are whose
 
     def __post_init__(self) -> None:
         if len(self.boxes) != len(self.masks):
@@ -100,6 +107,45 @@ class Result:
     def failed(cls, input_path: str | Path, error: str) -> "Result":
         """Stand for an image that could not be read: no instances, and the reason in `error`."""
         return cls(str(input_path), (0, 0), [], [], error=error)
+
+    def __repr__(self) -> str:
+        if self.error is not None:
+            return f"Result({self.input_path!r}, failed: {self.error})"
+        counts = Counter(box["label"] for box in self.boxes)
+        named = ", ".join(f"{count} {name}" for name, count in counts.most_common(MOST_NAMED))
+        more = ", ..." if len(counts) > MOST_NAMED else ""
+        where = self.input_path if self.page_index is None else f"{self.input_path}, frame {self.page_index}"
+        found = f"{len(self)} instances{': ' if named else ''}{named}{more}"
+        return f"Result({where!r}, {self.size[1]}x{self.size[0]} px, {found})"
+
+    def _repr_png_(self) -> bytes | None:
+        """The drawn image, for a notebook; None where it was dropped."""
+        if self.image is None:
+            return None
+        data = io.BytesIO()
+        self.img["res"].save(data, format="PNG")
+        return data.getvalue()
+
+    def masks_array(self) -> np.ndarray:
+        """The masks as an array [n, height, width] bool, of the whole image."""
+        drawn = [decode_rle(mask).astype(bool) for mask in self.masks]
+        return np.stack(drawn) if drawn else np.zeros((0, *self.size), bool)
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame`, a row an instance: label, cls_id, score, x1, y1, x2, y2 and area_px of the mask.
+
+        Raises: ImportError without pandas.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas: pip install pandas") from error
+        columns = ("label", "cls_id", "score", "x1", "y1", "x2", "y2", "area_px")
+        rows = [
+            (box["label"], box["cls_id"], box["score"], *box["coordinate"], rle_area(compress_rle(mask)))
+            for box, mask in zip(self.boxes, self.masks, strict=True)
+        ]
+        return pandas.DataFrame(rows, columns=list(columns))
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -200,9 +246,13 @@ class Result:
         ensure_ascii: bool = False,
         masks_format: str = "rle",
     ) -> Path:
-        """Write `json` to a .json file, or as `{stem}_res.json` into a folder; return the file."""
+        """Write what `json` has under "res" to a .json file, or as `{stem}_res.json` into a folder; return the file.
+
+        That is what the official pipeline writes: `input_path`, `page_index`, `boxes`, `masks` at the top.
+        """
         path = self.target(save_path, ".json", (".json",))
-        return write_json(path, self.to_json(masks_format=masks_format), indent=indent, ensure_ascii=ensure_ascii)
+        content = self.to_json(masks_format=masks_format)["res"]
+        return write_json(path, content, indent=indent, ensure_ascii=ensure_ascii)
 
     def save_to_img(self, save_path: str | Path) -> Path:
         """Write the drawn image to an image file, or as `{stem}_res{suffix}` into a folder; return the file.
@@ -239,11 +289,18 @@ class Result:
         return (PurePosixPath(self.name).stem or "image") + frame
 
     def target(self, save_path: str | Path, suffix: str, file_suffixes: Sequence[str]) -> Path:
-        """The file to write: `save_path` itself if it is named as one, else `{stem}_res{suffix}` in it."""
+        """The file to write: `save_path` itself if it is named as one, else `{stem}_res{suffix}` in it.
+
+        Where another result of this process was written under that name, as of arrays in a loop, it gets a number.
+        """
         save_path = Path(save_path)
         if save_path.suffix.lower() in file_suffixes and not save_path.is_dir():
             return save_path
-        return save_path / f"{self.stem}_res{suffix}"
+        for number in itertools.count(1):
+            path = (save_path / f"{self.stem}{'' if number == 1 else f'_{number}'}_res{suffix}").absolute()
+            if _written.setdefault(path, self._token) is self._token:
+                return path
+        raise AssertionError
 
 
 def _shrink(mask: dict, size: tuple[int, int]) -> dict:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from instseg_jax.files import write_json, write_text
+from instseg_jax.files import check_seal, read_json, seal, write_json, write_text
 from instseg_jax.geo import georeference
 from instseg_jax.images import is_video
 from instseg_jax.results.formats import to_coco_dataset
@@ -36,6 +36,7 @@ class Summary:
     instances: int = 0
     files: int = 0
     failed: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # (input, reason)
+    renamed: int = 0  # inputs whose files got a number, since a person's file has their name
 
 
 def check_formats(formats: Iterable[str]) -> tuple[str, ...]:
@@ -48,17 +49,24 @@ def check_formats(formats: Iterable[str]) -> tuple[str, ...]:
 
 
 def save_results(
-    results: Iterable[Result], folder: str | Path, *, formats: Collection[str], masks_format: str = "rle"
+    results: Iterable[Result],
+    folder: str | Path,
+    *,
+    formats: Collection[str],
+    masks_format: str = "rle",
+    overwrite: bool = False,
 ) -> Summary:
     """Write each result into `folder` as it comes; return what was saved.
 
     img: `{stem}_res{suffix}`, of a video one video. json: `{stem}_res.json`, of a video one with all frames. coco: one
     `coco.json` of everything. labelme: `{stem}.json`. yolo: `{stem}.txt`. geojson, gpkg: `{stem}_res.geojson`, `.gpkg`.
-    Inputs that share a name get numbers: `a_res.json`, `a_2_res.json`. Failed results are counted, not written.
+    No file of one input replaces that of another: inputs whose files would share a name get numbers, `a_res.json`,
+    `a_2_res.json`. LabelMe and YOLO files beside their picture that are not of an earlier run are a person's, and stay
+    unless `overwrite`. Failed results are counted, not written; one that can't be written counts as failed.
     """
     formats = check_formats(formats)
     folder = Path(folder)
-    saver = _Saver(folder, formats, masks_format)
+    saver = _Saver(folder, formats, masks_format, overwrite)
     summary = Summary()
     kept: list[Result] = []
     pending: deque = deque()
@@ -80,19 +88,23 @@ def save_results(
     if "coco" in formats:
         write_json(folder / COCO_FILE, to_coco_dataset(kept))
     summary.files = saver.files + ("coco" in formats)
+    summary.failed += saver.failed
+    summary.renamed = saver.renamed
     return summary
 
 
 class _Saver:
     """Writes files of results: `save` from several threads, `finish` in the order of the results."""
 
-    def __init__(self, folder: Path, formats: Collection[str], masks_format: str) -> None:
-        self.folder, self.formats, self.masks_format = folder, formats, masks_format
-        self.files = 0
-        self._stems: dict[tuple[str, int | None], str] = {}
-        self._taken: set[str] = set()
+    def __init__(self, folder: Path, formats: Collection[str], masks_format: str, overwrite: bool) -> None:
+        self.folder, self.formats, self.masks_format, self.overwrite = folder, formats, masks_format, overwrite
+        self.files = self.renamed = 0
+        self.failed: list[tuple[str, str]] = []
+        self._taken = {COCO_FILE} if "coco" in formats else set()  # names of files of this run, in small letters
         self._count = threading.Lock()
         self._video: VideoFile | None = None
+        self._video_stem = ""
+        self._of_video: tuple[str, str, int] | None = None  # its path, the stem of its files, the last frame
 
     def __enter__(self) -> "_Saver":
         return self
@@ -101,35 +113,81 @@ class _Saver:
         self._close_video(whole=kind is None)
 
     def stem_of(self, result: Result) -> str:
-        """The result's stem, with a number where another input of this run has the same."""
-        key = (result.input_path, result.page_index)
-        if key not in self._stems or not is_video(result.input_path):
-            candidates = itertools.chain([result.stem], (f"{result.stem}_{n}" for n in itertools.count(2)))
-            self._stems[key] = next(stem for stem in candidates if stem not in self._taken)
-            self._taken.add(self._stems[key])
-        return self._stems[key]
+        """How the files of a result begin, with a number where they would replace files of another input."""
+        if result.page_index is None or not is_video(result.input_path):
+            return self._free_stem(result, result.stem, [self._name_of(name, result) for name in self.formats])
+        known = self._of_video
+        is_next = known is not None and known[0] == result.input_path and known[2] < result.page_index
+        if known is None or not is_next:  # another video, or the same once more
+            names = [
+                f"{{}}_res{suffix}" for name, suffix in (("img", ".mp4"), ("json", ".json")) if name in self.formats
+            ]
+            names += [self._name_of(name, result) for name in self.formats if name not in ("img", "json")]
+            stem = self._free_stem(result, Path(result.name).stem, names)
+        else:
+            stem = known[1]
+        self._of_video = (result.input_path, stem, result.page_index)
+        return f"{stem}_{result.page_index}"
 
-    def save(self, result: Result, stem: str) -> tuple[Result, np.ndarray | None]:
+    def _free_stem(self, result: Result, wanted: str, names: list[str]) -> str:
+        is_renamed = False
+        for number in itertools.count(1):
+            stem = wanted if number == 1 else f"{wanted}_{number}"
+            files = [name.format(stem) for name in names if name]
+            if any(file.casefold() in self._taken for file in files):
+                continue
+            if not self.overwrite and any(self._is_a_persons(self.folder / file, result) for file in files):
+                is_renamed = True
+                continue
+            self._taken.update(file.casefold() for file in files)
+            self.renamed += is_renamed
+            return stem
+        raise AssertionError
+
+    def _name_of(self, name: str, result: Result) -> str:
+        """The file of a format, with {} for the stem; "" where all results share one."""
+        own = {"img": f"{{}}_res{result.image_suffix}", "labelme": "{}.json", "yolo": "{}.txt", "coco": ""}
+        return own.get(name, f"{{}}_res.{name}")
+
+    def _is_a_persons(self, file: Path, result: Result) -> bool:
+        """Whether a label file that lies beside its picture was made by hand, or by another tool."""
+        if file.suffix not in (".json", ".txt") or file.stem.endswith("_res") or not file.is_file():
+            return False
+        if Path(result.input_path).absolute().parent != file.absolute().parent:
+            return False
+        if file.suffix == ".txt":
+            return True
+        try:
+            check_seal(read_json(file), file, is_sealed=True)
+        except (ValueError, AttributeError):  # another tool's, or ours corrected by hand
+            return True
+        return False
+
+    def save(self, result: Result, stem: str) -> tuple[Result, str, np.ndarray | None]:
         """Write the files of one result. A frame of a video is drawn and given back for `finish`."""
         is_frame = result.page_index is not None and is_video(result.input_path)
         drawn = np.asarray(result.img["res"]) if is_frame and "img" in self.formats else None
-        written = 0
         for name in self.formats:
             if name == "coco" or (is_frame and name in ("img", "json")):
                 continue
-            self._write(name, result, stem)
-            written += 1
-        with self._count:
-            self.files += written
-        return result, drawn
+            try:
+                self._write(name, result, stem)
+            except (OSError, ValueError, RuntimeError) as error:  # one name, one CRS must not end the run
+                with self._count:
+                    self.failed.append((result.input_path, f"{name}: {error}"))
+                continue
+            with self._count:
+                self.files += 1
+        return result, stem, drawn
 
-    def finish(self, result: Result, drawn: np.ndarray | None) -> None:
+    def finish(self, result: Result, stem: str, drawn: np.ndarray | None) -> None:
         """Add a frame to its video; called in order."""
         if result.page_index is None or not is_video(result.input_path):
             return
-        if self._video is None or self._video.source != result.input_path:
+        stem = stem.removesuffix(f"_{result.page_index}")
+        if self._video is None or self._video_stem != stem:
             self._close_video(whole=True)
-            stem = Path(result.name).stem
+            self._video_stem = stem
             self._video = VideoFile(
                 result.input_path,
                 self.folder / f"{stem}_res.mp4" if "img" in self.formats else None,
@@ -151,7 +209,8 @@ class _Saver:
         elif name == "labelme":
             picture = Path(result.input_path)
             where = os.path.relpath(picture.absolute(), folder.absolute()) if picture.exists() else result.name
-            write_json(folder / f"{stem}.json", result.to_labelme(image_path=Path(where).as_posix()), indent=2)
+            content = result.to_labelme(image_path=Path(where).as_posix())
+            write_json(folder / f"{stem}.json", seal(content), indent=2)
         elif name == "yolo":
             write_text(folder / f"{stem}.txt", result.to_yolo())
         elif name == "geojson":

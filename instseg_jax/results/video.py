@@ -53,7 +53,7 @@ class VideoFile:
                 self._frames.parent.mkdir(parents=True, exist_ok=True)
                 self._text = _aside(self._frames).open("w", encoding="utf-8")
                 head = {"input_path": result.input_path, "size": list(result.size), "frame_rate": self._rate}
-                self._text.write('{"res": ' + json.dumps(head, ensure_ascii=False)[:-1] + ', "frames": [\n')
+                self._text.write(json.dumps(head, ensure_ascii=False)[:-1] + ', "frames": [\n')
             else:
                 self._text.write(",\n")
             self._text.write(json.dumps(frame, ensure_ascii=False))
@@ -63,7 +63,7 @@ class VideoFile:
         if self._writer is not None:
             self._writer.close()
         if self._text is not None:
-            self._text.write("\n]}}\n")
+            self._text.write("\n]}\n")
             self._text.close()
         count = 0
         for path in (self._video, self._frames):

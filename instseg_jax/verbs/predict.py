@@ -39,7 +39,9 @@ def predict(options: argparse.Namespace) -> int:
         pipeline.warm_up()
         ready = time.monotonic()
         shown = bars.track(results, total=count, description="predicting")
-        summary = save_results(shown, folder, formats=formats, masks_format=options.masks_format)
+        summary = save_results(
+            shown, folder, formats=formats, masks_format=options.masks_format, overwrite=options.overwrite
+        )
         seconds = time.monotonic() - ready
     pictures = _count(summary.images, "frame" if summary.frames else "picture")
     instances, files = _count(summary.instances, "instance"), _count(summary.files, "file")
@@ -49,6 +51,9 @@ def predict(options: argparse.Namespace) -> int:
         print(f"{seconds:.1f} s, {pace}; before that {ready - started:.1f} s to get ready")
     if summary.images and not summary.instances:
         print(nothing_found(pipeline.class_names, float(min(pipeline.thresholds))))
+    if summary.renamed:
+        kept = _count(summary.renamed, "label file")
+        print(f"{kept} beside the pictures stayed as they were, ours have numbers; --overwrite replaces them")
     for name, error in summary.failed:
         print(f"failed: {name}: {error}")
     weights = [f"--weights={options.weights}"] if options.weights else [f"--workdir={options.workdir}"]

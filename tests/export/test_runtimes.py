@@ -171,7 +171,7 @@ def test_prediction_takes_an_export(exports, wanted, pictures, tmp_path):
     options = [f"--weights={exports('stablehlo')}", f"--workdir={tmp_path}", f"--input={pictures[0]}"]
     assert main(["predict", *options, "--formats=json"]) == 0
     (file,) = (tmp_path / "predictions").glob("*_res.json")
-    boxes = json.loads(file.read_text(encoding="utf-8"))["res"]["boxes"]
+    boxes = json.loads(file.read_text(encoding="utf-8"))["boxes"]
     assert [box["label"] for box in boxes] == [box["label"] for box in wanted[0].boxes]
 
 

@@ -140,7 +140,7 @@ def test_inputs_that_share_a_name_do_not_overwrite_each_other(tmp_path, pipe):
     summary = save_results(pipe.predict(f"{tmp_path}/**/a.*"), tmp_path / "out", formats=("json",))
     files = sorted((tmp_path / "out").iterdir())
     assert [path.name for path in files] == ["a_2_res.json", "a_3_res.json", "a_4_res.json", "a_res.json"]
-    assert len({json.loads(path.read_text())["res"]["input_path"] for path in files}) == summary.files == 4
+    assert len({json.loads(path.read_text())["input_path"] for path in files}) == summary.files == 4
 
 
 @pytest.mark.parametrize("has_pyav", [True, False])
@@ -156,7 +156,7 @@ def test_a_video_gives_a_video(tmp_path, pipe, monkeypatch, caplog, has_pyav):
     summary = save_results(pipe.predict(tmp_path / "clip.avi"), tmp_path / "out", formats=("img", "json"))
     assert (summary.images, summary.frames, summary.files) == (6, 6, 2)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clip_res.json", "clip_res.mp4"]
-    content = json.loads((tmp_path / "out" / "clip_res.json").read_text())["res"]
+    content = json.loads((tmp_path / "out" / "clip_res.json").read_text())
     assert content["frame_rate"] == 12.5 and [frame["page_index"] for frame in content["frames"]] == list(range(6))
     assert all(frame["boxes"][0]["label"] == "red" and len(frame["masks"]) == 1 for frame in content["frames"])
     capture = cv2.VideoCapture(str(tmp_path / "out" / "clip_res.mp4"))

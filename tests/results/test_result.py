@@ -171,8 +171,8 @@ def test_files_with_a_name_of_their_own(tmp_path):
 def test_saved_json_reads_back(tmp_path):
     result = make()
     text = result.save_to_json(tmp_path).read_text(encoding="utf-8")
-    assert json.loads(text) == result.json and "Käfer" in text
-    assert text.startswith('{\n    "res"')
+    assert json.loads(text) == result.json["res"] and "Käfer" in text
+    assert text.startswith('{\n    "input_path"')
     assert "\\u00e4" in result.save_to_json(tmp_path, ensure_ascii=True).read_text(encoding="utf-8")
     assert "\n" not in result.save_to_json(tmp_path, indent=None).read_text(encoding="utf-8").rstrip("\n")
 
