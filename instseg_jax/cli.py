@@ -63,10 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     about = "check the embedded pictures, train size N on them, evaluate, predict: about 8 minutes on two cores"
-    sub = add("quickstart", about, "configs/quickstart.py")
+    sub = add("quickstart", about, "configs/quickstart.py:pretrained")
     sub.add_argument("--threshold", type=float, default=0.3, help="lowest score that is drawn (%(default)s)")
-    about = "start from the weights that come with the package instead of from nothing"
-    sub.add_argument("--from_pretrained", action="store_true", help=about)
+    about = "start from nothing instead of from the weights that come with the package: --config=configs/quickstart.py"
+    sub.add_argument("--from_nothing", action="store_true", help=about)
     sub = add("config", "show the fields of a config with their values and meanings, or the configs there are", None)
     sub.add_argument("name", nargs="?", metavar="NAME[:ARG]", help="such as finetune:n (default: list the configs)")
     about = "look at every picture and annotation; what passes can be trained on"
@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="of the resamples (%(default)s)")
     sub = add("predict", "segment pictures, videos and maps: drawings, JSON and other formats", None)
     _add_pipeline(sub)
-    inputs = "a picture, folder, pattern like 'a/**/*.jpg', URL or video"
+    inputs = "a picture, folder, pattern like 'a/**/*.jpg', URL or video; samples: pictures that come with the package"
     sub.add_argument("--input", metavar="PATH|URL", required=True, help=inputs)
     sub.add_argument("--save_path", metavar="DIR", help="where the results go (default: WORKDIR/predictions)")
     formats = "some of img,json,coco,labelme,yolo,geojson,gpkg (%(default)s)"

@@ -16,14 +16,17 @@ from instseg_jax.inference.pipeline import Pipeline, create_pipeline
 from instseg_jax.inference.pipeline_config import write_pipeline_config
 from instseg_jax.inference.sources import find_sources
 from instseg_jax.results.saving import check_formats, save_results
+from instseg_jax.weights import PACKAGED_WEIGHTS, PRETRAINED
 
 SHOWN_CLASSES = 15  # names told where nothing was found
+SAMPLES = PACKAGED_WEIGHTS[PRETRAINED].parent / "samples"  # pictures of what the package's weights know
 
 
 def predict(options: argparse.Namespace) -> int:
     """Segment pictures, videos and rasters, and write what was found."""
     formats = check_formats(options.formats.split(","))
-    _, count = find_sources(options.input, channels="rgb")  # before the weights: a wrong path is told at once
+    given = SAMPLES if options.input == "samples" and not pathlib.Path(options.input).exists() else options.input
+    _, count = find_sources(given, channels="rgb")  # before the weights: a wrong path is told at once
     pipeline = _pipeline(options)
     folder = pathlib.Path(options.save_path or pathlib.Path(options.workdir) / "predictions")
     tiles = {"tile": options.tile, "overlap": options.overlap, "whole_image": options.whole_image}
@@ -34,7 +37,7 @@ def predict(options: argparse.Namespace) -> int:
             yield from bars.track(found, task_id=bar)
             bars.remove_task(bar)
 
-        results = pipeline.predict(options.input, **tiles, progress=windows)
+        results = pipeline.predict(given, **tiles, progress=windows)
         started = time.monotonic()
         pipeline.warm_up()
         ready = time.monotonic()

@@ -17,17 +17,16 @@ from instseg_jax.scoring.run import score_model
 from instseg_jax.training import loop
 from instseg_jax.verbs.evaluate import print_metrics
 from instseg_jax.verbs.export import check_best_export, export_best
-from instseg_jax.weights import PRETRAINED, checkpoint
+from instseg_jax.weights import checkpoint
 
 
 def quickstart(options: argparse.Namespace) -> int:
     """Check the data, train, evaluate, predict on the validation images."""
-    config = load_config(options.config, options.overrides)
+    spec = "configs/quickstart.py" if options.from_nothing else options.config
+    config = load_config(spec, options.overrides)
     started = time.monotonic()
     check_best_export(config)
     workdir = pathlib.Path(options.workdir)
-    if options.from_pretrained:
-        config.model.weights = config.model.weights or PRETRAINED
     print("1/4  data")
     splits = {split: build_dataset(config.data, split) for split in ("train", "val")}
     for name, dataset in splits.items():

@@ -6,16 +6,27 @@ import jax
 import numpy as np
 
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, initial_variables, make_model
+from instseg_jax.models.variants import Stage
+
+SMALL_STAGES = (
+    Stage(16, 48, 1, False, False, 3, 3),
+    Stage(24, 96, 1, True, False, 3, 3),
+    Stage(48, 192, 1, True, True, 5, 3),
+    Stage(64, 256, 1, True, True, 5, 3),
+)
 
 
 def small_model(*, like: str = "s", num_classes: int = 3, num_queries: int = 12) -> MaskRTDETR:
-    """Size N with what sets S and L apart: the width inside the neck's blocks, the level with attention, prototypes."""
+    """Size N; or a small PP-HGNetV2 with what sets S and L apart: the neck's inner width, the level with attention."""
     model = make_model("mask_rtdetr_n", num_classes=num_classes, num_queries=num_queries)
+    if like == "n":
+        return model
+    backbone = {"stem_channels": (16, 16), "stages": SMALL_STAGES, "lite_stages": ()}
     changes = {
         "s": {"csp_expansion": 0.5, "attention_level": 1, "num_csp_blocks": 3},
         "l": {"csp_expansion": 1.0, "attention_level": 2, "num_csp_blocks": 2, "num_prototypes": 8},
     }
-    return model.clone(variant=dataclasses.replace(model.variant, **changes[like]))
+    return model.clone(variant=dataclasses.replace(model.variant, **backbone, **changes[like]))
 
 
 def random_variables(model: MaskRTDETR, *, seed: int = 0, channels: int = 3) -> dict:

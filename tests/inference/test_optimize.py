@@ -25,7 +25,7 @@ def both(model, variables, images):
     return found
 
 
-@pytest.mark.parametrize("like", ["s", "l"])
+@pytest.mark.parametrize("like", ["n", "s", "l"])
 def test_outputs_are_equal_in_float64(like):
     model = small_model(like=like)
     with jax.enable_x64(True):

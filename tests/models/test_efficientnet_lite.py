@@ -1,4 +1,7 @@
-"""EfficientNet-Lite against maps that the origin's own PyTorch model gave, and the reader of its file."""
+"""EfficientNet-Lite against maps that the origin's own PyTorch model gave, and the reader of its file.
+
+The backbone in the package's weights is the origin's, rounded to float16.
+"""
 
 import collections
 import pickle
@@ -12,7 +15,8 @@ from PIL import Image
 from places import FIXTURES
 
 from instseg_jax.models.efficientnet_lite import EfficientNetLite, same_padding
-from instseg_jax.models.variants import LITE0
+from instseg_jax.models.variants import LITE0, VARIANTS
+from instseg_jax.weights import PRETRAINED, read_weights
 from instseg_jax.weights import efficientnet_lite as converter
 from instseg_jax.weights.names import official_to_flax
 from instseg_jax.weights.state_dicts import read_safetensors
@@ -38,8 +42,17 @@ def test_the_first_blocks_give_the_maps_of_the_origin():
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_widths_and_strides():
-    network = EfficientNetLite((32,), LITE0, frozen_norm=True)
+def test_the_backbone_of_the_packages_weights_gives_the_maps_of_the_origin():
+    weights = read_weights(PRETRAINED).variables
+    variables = {name: tree["backbone"] for name, tree in weights.items()}
+    for found, expected in maps_of(variables, LITE0, tuple(EVERY)):
+        error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+        assert 0 < error < 1e-2  # float16 alone; another padding: above 0.1
+
+
+def test_widths_and_strides_of_size_n():
+    variant = VARIANTS["mask_rtdetr_n"]
+    network = EfficientNetLite(variant.stem_channels, variant.lite_stages, frozen_norm=True)
     maps, _ = jax.eval_shape(
         lambda key, x: network.init_with_output(key, x, train=False), jax.random.key(0), np.zeros((1, 64, 96, 3))
     )

@@ -19,7 +19,7 @@ def test_official_sizes_have_the_official_number_of_parameters(size):
 
 def test_size_n_is_small():
     _, variables = instseg_jax.create_model("mask_rtdetr_n")
-    assert 1e6 < count_parameters(variables["params"]) < 3e6
+    assert 4e6 < count_parameters(variables["params"]) < 6e6
 
 
 def test_names_in_the_official_spelling_and_unknown_ones():
@@ -32,7 +32,7 @@ def test_names_in_the_official_spelling_and_unknown_ones():
 
 @pytest.fixture(scope="module")
 def small():
-    model, variables = instseg_jax.create_model("mask_rtdetr_n", num_classes=3, num_queries=20, seed=1)
+    model, variables = instseg_jax.create_model("mask_rtdetr_n", num_classes=3, num_queries=20, seed=3)
     return model, variables, jax.jit(model.apply)
 
 

@@ -53,8 +53,7 @@ def train_steps(num_devices: int, folder: str) -> None:
         if len(rows) == 1:
             first = update_of(state.params, variables["params"])
     placed = [
-        len(x.sharding.device_set)
-        for x in (batches[0].images, state.params["backbone"]["stem"]["stem1"]["conv"]["kernel"])
+        len(x.sharding.device_set) for x in (batches[0].images, state.params["backbone"]["stem"]["conv"]["kernel"])
     ]
     np.savez(
         pathlib.Path(folder) / f"{num_devices}.npz", first=first, last=update_of(state.params, variables["params"])
