@@ -140,7 +140,7 @@ def _load_tiff(data: bytes, name: str) -> np.ndarray:
     try:
         with warnings.catch_warnings(), rasterio.MemoryFile(data) as memory:
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with memory.open() as file:
+            with memory.open(driver="GTiff") as file:
                 return np.moveaxis(file.read(), 0, 2)
     except RasterioError as error:
         raise ValueError(f"{name!r} can't be read as a TIFF: {error}.") from error

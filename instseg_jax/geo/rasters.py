@@ -77,7 +77,8 @@ class RasterImage:
         try:
             with self._environment, warnings.catch_warnings():
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)
-                self._file: Any = rasterio.open(path)
+                # By its content a GeoTIFF, whatever the name: other drivers read other files, or the network.
+                self._file: Any = rasterio.open(Path(path).absolute(), driver="GTiff")
         except (RasterioIOError, OSError) as error:
             raise ValueError(f"{str(path)!r} can't be read as a raster ({' '.join(str(error).split())}).") from error
         self.name = str(path)

@@ -4,15 +4,20 @@ A name is looked up once, every address is checked, and the connection goes to t
 changes its address in between gains nothing. Redirects are not followed.
 """
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Collection
 from urllib.parse import urlsplit
 
 CHUNK = 1 << 16
+IPV4_AT_THE_END = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "::/96", "::ffff:0:0:0/96")))
+# A network's own translation, and site-local addresses, which Python calls global.
+NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("64:ff9b:1::/48", "fec0::/10", "::/96", "::ffff:0:0:0/96")))
 
 
 class FetchError(ValueError):
@@ -28,10 +33,14 @@ def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         wrapped = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if ip in ipaddress.ip_network("64:ff9b::/96"):
+        if any(ip in network for network in IPV4_AT_THE_END):
             wrapped = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if wrapped is not None and not is_public(str(wrapped)):
+            return False
+        if any(ip in network for network in NOT_PUBLIC):
+            return False
         if wrapped is not None:
-            return is_public(str(wrapped))
+            return True
     return ip.is_global and not ip.is_multicast
 
 
@@ -68,15 +77,23 @@ def fetch_url(
     if any(ord(character) <= 32 or ord(character) > 126 for character in target):
         raise FetchError(422, "the URL must be percent-encoded")
     connection = _Connection(host, port, str(sorted(addresses)[0]), parts.scheme == "https", timeout)
+    watch = threading.Timer(timeout, connection.abort)  # headers and chunk sizes that trickle in count too
+    watch.daemon = True
+    watch.start()
     try:
         connection.request("GET", target, headers={"Accept": "image/*", "Connection": "close"})
         response = connection.getresponse()
         if response.status != 200:
             raise FetchError(422, f"{host} answered with {response.status}")
         return _read(response, max_bytes, deadline)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, FetchError):
+            raise
+        if time.monotonic() > deadline:
+            raise FetchError(504, "the image at the URL takes too long") from error
         raise FetchError(422, f"{host} can't be read from") from error
     finally:
+        watch.cancel()
         connection.close()
 
 
@@ -97,6 +114,12 @@ class _Connection(http.client.HTTPConnection):
     def __init__(self, host: str, port: int, address: str, is_encrypted: bool, timeout: float) -> None:
         super().__init__(host, port, timeout=timeout)
         self._address, self._is_encrypted = address, is_encrypted
+
+    def abort(self) -> None:
+        """End the connection from another thread, whatever it waits for."""
+        if self.sock is not None:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
 
     def connect(self) -> None:
         plain = socket.create_connection((self._address, self.port), self.timeout)

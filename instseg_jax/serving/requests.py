@@ -16,6 +16,8 @@ from pydantic import ValidationError
 from instseg_jax.serving import schema
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+MAX_PARTS = 2000  # of a JPEG or PNG file before its pixels
+MAX_VALUES = 10_000  # in the JSON of a request
 DRAINED = 2  # times the largest body: what is read and dropped so that a client hears why it was refused
 
 
@@ -39,6 +41,8 @@ def decode_base64(text: str) -> bytes:
 
 def check_image(data: bytes, max_pixels: int) -> None:
     """Look at the header of an image file. Raises Refused for too many pixels, and for what is no image."""
+    if not is_header_short(data):
+        raise Refused(422, f"The image has more than {MAX_PARTS} parts before its pixels")
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             width, height = image.size
@@ -48,6 +52,45 @@ def check_image(data: bytes, max_pixels: int) -> None:
         raise Refused(422, f"The image is no {', '.join(IMAGE_FORMATS)} file") from None
     if width * height > max_pixels:
         raise Refused(413, f"The image has {width} x {height} pixels, more than {max_pixels}")
+
+
+def is_header_short(data: bytes) -> bool:
+    """Whether the size of a JPEG or PNG file stands after few parts: of millions, parsers take seconds."""
+    position, jpeg, png = 2, data.startswith(b"\xff\xd8"), data.startswith(b"\x89PNG\r\n\x1a\n")
+    position = 8 if png else 2
+    for _ in range(MAX_PARTS):
+        head = data[position : position + 8]
+        if png and len(head) == 8:
+            if head[4:] == b"IDAT":
+                return True
+            position += 12 + int.from_bytes(head[:4], "big")
+        elif jpeg and len(head) >= 4 and head[0] == 0xFF:
+            if head[1] == 0xFF:  # filling between segments
+                position += 1
+            elif 0xC0 <= head[1] <= 0xCF and head[1] not in (0xC4, 0xC8, 0xCC):  # the size of the picture
+                return True
+            else:
+                position += 2 + int.from_bytes(head[2:4], "big")
+        else:
+            return True  # another format, or damaged: the decoder says what
+    return False
+
+
+def read_json(body: bytes) -> Any:
+    """The JSON of a body. Raises Refused for one of thousands of values: a picture is one text."""
+    if sum(body.count(mark) for mark in (b",", b"[", b"{", b":")) > MAX_VALUES:
+        text = f"JSON of more than {MAX_VALUES} values; the picture is one text, `image`"
+        raise Refused(422, json.dumps([{"type": "json_invalid", "loc": "body", "msg": text}]))
+    return json.loads(body)
+
+
+async def drop_body(request: Any, limit: int) -> None:
+    """Read a body and keep nothing of it, up to DRAINED times `limit`, so that a client hears why it is refused."""
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > DRAINED * limit:
+            return
 
 
 async def read_body(request: Any, limit: int) -> bytes:
@@ -74,6 +117,12 @@ async def read_body(request: Any, limit: int) -> bytes:
     return bytes(body)
 
 
+def is_picture(body: bytes) -> bool:
+    """Whether a body begins as the files do that are taken."""
+    begins = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"BM", b"II*\0", b"MM\0*")
+    return body.startswith(begins) or (body[:4] == b"RIFF" and body[8:12] == b"WEBP")
+
+
 async def parse_request(request: Any, body: bytes) -> tuple[schema.SegmentationRequest, bytes | None]:
     """What is asked for, and the bytes of an image that came as a file (None: it is in the request).
 
@@ -95,7 +144,15 @@ async def parse_request(request: Any, body: bytes) -> tuple[schema.SegmentationR
             return schema.SegmentationRequest.model_validate(
                 {"image": "file", **_from_text(request.query_params)}
             ), body
-        content = json.loads(body)
+        if kind != "application/json" and not kind.endswith("+json"):
+            if is_picture(body):  # `curl --data-binary @a.jpg` says that it is a form
+                return schema.SegmentationRequest.model_validate(
+                    {"image": "file", **_from_text(request.query_params)}
+                ), body
+            raise Refused(
+                422, f"The content type is {kind[:80]}; send application/json, a form with a file, or image/*"
+            )
+        content = read_json(body)
         return schema.SegmentationRequest.model_validate(content), None
     except ValidationError as error:
         message = schema.validation_message(error.errors(include_url=False, include_context=False))

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import hmac
+import html
 import importlib.resources
 import json
 import logging
@@ -42,14 +43,16 @@ try:
     from fastapi import FastAPI, Request
     from fastapi.responses import HTMLResponse, JSONResponse, Response
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
 
     from instseg_jax.serving import schema
-    from instseg_jax.serving.requests import Refused, check_image, decode_base64, parse_request, read_body
+    from instseg_jax.serving.requests import Refused, check_image, decode_base64, drop_body, parse_request, read_body
 except ImportError as error:
     raise ImportError(f'serving needs more packages ({error.name}): pip install "instseg_jax[serve]"') from error
 
 PATH = "/instance-segmentation"
 THREADS = 4  # for answers and for fetching
+MOST_NAMED = 20  # classes that the page lists
 log = logging.getLogger(__name__)
 
 
@@ -131,7 +134,6 @@ class Server:
 
     async def segment(self, request: Request) -> dict[str, Any]:
         """Answer one request. Raises Refused."""
-        self._check_token(request)
         body = await asyncio.wait_for(read_body(request, self.limits.max_body), self.limits.timeout)
         wanted, data = await parse_request(request, body)
         try:
@@ -146,7 +148,7 @@ class Server:
         loop = asyncio.get_running_loop()
         if data is None:
             data = await loop.run_in_executor(self.threads, self._read_image, wanted.image)
-        check_image(data, self.limits.max_pixels)
+        await loop.run_in_executor(self.threads, check_image, data, self.limits.max_pixels)
         thresholds = thresholds_by_class(wanted.threshold, self.pipeline.class_names, self.pipeline.thresholds)
         try:
             future = self.batcher.submit(_Job(data, thresholds))
@@ -176,7 +178,8 @@ class Server:
                 raise Refused(error.status, str(error)) from error
         return decode_base64(image)
 
-    def _check_token(self, request: Request) -> None:
+    def check_token(self, request: Request) -> None:
+        """Raise Refused (401) unless a request bears the token, where there is one."""
         token = self.limits.token
         given = request.headers.get("authorization", "")
         if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
@@ -192,7 +195,15 @@ def make_app(pipeline: Pipeline, limits: Limits) -> FastAPI:
         yield
         await asyncio.get_running_loop().run_in_executor(None, server.close)
 
-    app = FastAPI(title="instseg_jax", description="Instance segmentation", lifespan=lifespan)
+    # FastAPI's own pages load scripts from elsewhere.
+    app = FastAPI(
+        title="instseg_jax",
+        description="Instance segmentation",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
     app.state.server = server
     _add_segmentation(app, server)
     _add_pages(app, server)
@@ -235,9 +246,13 @@ def _add_segmentation(app: FastAPI, server: Server) -> None:
         """Find the instances in a picture."""
         started = time.monotonic()
         headers: dict[str, str] = {}
+        if without_token := _refuse(server, request):  # before anything of the body is kept
+            server.metrics.requests.labels("401").inc()
+            without_token.headers["Connection"] = "close"
+            return without_token
         if server.active >= server.limits.queue_size:
-            with contextlib.suppress(Refused, TimeoutError):
-                await asyncio.wait_for(read_body(request, server.limits.max_body), server.limits.timeout)
+            with contextlib.suppress(Refused, TimeoutError, ClientDisconnect):
+                await asyncio.wait_for(drop_body(request, server.limits.max_body), server.limits.timeout)
             status, content = 429, schema.error_answer(None, 429, "Too many requests")
             headers["Retry-After"] = "1"
         else:
@@ -246,12 +261,12 @@ def _add_segmentation(app: FastAPI, server: Server) -> None:
                 status, content = 200, await server.segment(request)
             except Refused as refused:
                 status, content = refused.status, schema.error_answer(refused.log_id, refused.status, str(refused))
-                if status == 401:
-                    headers["WWW-Authenticate"] = "Bearer"
             except HTTPException as error:  # of the form parser
                 status, content = 422, schema.error_answer(None, 422, str(error.detail))
             except TimeoutError:
                 status, content = 408, schema.error_answer(None, 408, "The body did not arrive in time")
+            except ClientDisconnect:  # nobody is there to hear it
+                status, content = 499, schema.error_answer(None, 499, "The client left")
             except Exception:
                 log.exception("a request failed")
                 status, content = 500, schema.error_answer(None, 500, "Internal server error")
@@ -262,6 +277,30 @@ def _add_segmentation(app: FastAPI, server: Server) -> None:
         return JSONResponse(content, status, headers)
 
 
+def _refuse(server: Server, request: Request) -> JSONResponse | None:
+    """The answer to a request that lacks the token; None where it has it, or needs none."""
+    try:
+        server.check_token(request)
+    except Refused as refused:
+        content = schema.error_answer(None, refused.status, str(refused))
+        return JSONResponse(content, refused.status, {"WWW-Authenticate": "Bearer"})
+    return None
+
+
+def _describe_api(app: FastAPI) -> str:
+    """What is answered where, as a page without any script."""
+    rows = "".join(
+        f"<h2><code>{method.upper()} {html.escape(path)}</code></h2><p>{html.escape(entry.get('description', ''))}</p>"
+        for path, methods in app.openapi()["paths"].items()
+        for method, entry in methods.items()
+    )
+    example = html.escape(f"curl --data-binary @picture.jpg http://HOST:PORT{PATH}")
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>instseg_jax</title></head><body>"
+        f"<h1>instseg_jax</h1><pre>{example}</pre>{rows}<p><a href='/openapi.json'>openapi.json</a></p></body></html>"
+    )
+
+
 def _add_pages(app: FastAPI, server: Server) -> None:
     page = importlib.resources.files("instseg_jax.serving").joinpath("page.html").read_text(encoding="utf-8")
     palette = [
@@ -269,6 +308,9 @@ def _add_pages(app: FastAPI, server: Server) -> None:
         for index in range(len(server.pipeline.class_names))
     ]
     page = page.replace("const PALETTE = [];", f"const PALETTE = {json.dumps(palette)};", 1)
+    classes = html.escape(", ".join(server.pipeline.class_names[:MOST_NAMED]))
+    more = len(server.pipeline.class_names) - MOST_NAMED
+    page = page.replace("<!-- classes -->", classes + (f" and {more} more" if more > 0 else ""), 1)
     # Only the page's own script and style run, and nothing is loaded from elsewhere.
     sources = {
         f"{kind}-src": " ".join(
@@ -285,6 +327,16 @@ def _add_pages(app: FastAPI, server: Server) -> None:
         """A page to drop a picture on."""
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
 
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi(request: Request) -> JSONResponse:
+        return _refuse(server, request) or JSONResponse(app.openapi())
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        return _refuse(server, request) or HTMLResponse(
+            _describe_api(app), headers={"Content-Security-Policy": "default-src 'none'"}
+        )
+
     @app.get("/health", response_model=schema.Answer)
     async def health() -> JSONResponse:
         """Whether requests are answered."""
@@ -293,8 +345,10 @@ def _add_pages(app: FastAPI, server: Server) -> None:
         return JSONResponse(schema.error_answer(None, 503, "The server is shutting down"), 503)
 
     @app.get("/metrics", response_class=Response)
-    async def metrics() -> Response:
-        """Counts and times, for Prometheus."""
+    async def metrics(request: Request) -> Response:
+        """Counts and times, for Prometheus; ask for the token, where there is one."""
+        if refused := _refuse(server, request):
+            return refused
         return Response(prometheus.generate_latest(server.metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
 

@@ -194,3 +194,48 @@ def test_a_written_geotiff_lies_where_it_was_told(tmp_path):
         write_geotiff(path, pixels.astype(float), epsg=32632, origin=(0, 0), pixel_size=1)
     with pytest.raises(ValueError, match="pixel_size is 0"):
         write_geotiff(path, pixels, epsg=32632, origin=(0, 0), pixel_size=0)
+
+
+VRT = """<VRTDataset rasterXSize="8" rasterYSize="8"><VRTRasterBand dataType="Byte" band="1">
+<SimpleSource><SourceFilename relativeToVRT="0">{}</SourceFilename><SourceBand>1</SourceBand></SimpleSource>
+</VRTRasterBand></VRTDataset>"""
+
+
+@pytest.mark.parametrize("name", ["evil.tif", "evil.tiff"])
+def test_a_tiff_is_one_by_its_content(tmp_path, pipe, name):
+    """Text of another GDAL driver in a .tif would read other files of the machine, or the network."""
+    write_raster(tmp_path / "secret.tif", with_hole())
+    (tmp_path / name).write_text(VRT.format(tmp_path / "secret.tif"))
+    with rasterio.open(tmp_path / name) as file:
+        assert file.driver == "VRT"  # left to itself, GDAL would follow it
+    with pytest.raises(ValueError, match=name):
+        list(pipe.predict(tmp_path / name))
+    results = list(pipe.predict([tmp_path / name, tmp_path / "secret.tif"]))
+    assert results[0].error is not None and results[1].error is None
+
+
+def test_a_crs_without_a_way_to_the_globe_has_its_map_and_no_area(tmp_path, pipe):
+    local = 'LOCAL_CS["unknown",UNIT["metre",1]]'
+    crs = rasterio.crs.CRS.from_wkt(local)
+    (result,) = pipe.predict(write_raster(tmp_path / "a.tif", with_hole(), crs=crs), tile=64)
+    (feature,) = georeference.to_geojson(result)["features"]
+    assert feature["properties"]["area_m2"] is None and feature["geometry"]["coordinates"]
+
+
+@pytest.mark.parametrize("latitude", [5.0, 48.0, 71.0])
+def test_areas_of_large_objects_are_geodesic(latitude):
+    pyproj = pytest.importorskip("pyproj")
+    place = Georeference((0.01, 0.0, 10.0, 0.0, -0.01, latitude), rasterio.crs.CRS.from_epsg(4326).to_wkt(), 4326)
+    mask = np.zeros((600, 900), np.uint8)
+    mask[50:550, 100:800] = 1  # 7 by 5 degrees
+    box = {"cls_id": 0, "label": "lake", "score": 0.9, "coordinate": [100, 50, 800, 550]}
+    (feature,) = georeference.to_geojson(Result("a.tif", (600, 900), [box], [encode_mask(mask)], georeference=place))[
+        "features"
+    ]
+    x, y = np.array([[11, 18, 18, 11], [latitude - 0.5, latitude - 0.5, latitude - 5.5, latitude - 5.5]])
+    # Edges run along parallels, as in the picture, not along geodesics: many points make them so.
+    along = np.linspace(0, 1, 500, endpoint=False)[:, None]
+    corners = np.stack([x, y], axis=1)
+    ring = np.concatenate([a + (b - a) * along for a, b in zip(corners, np.roll(corners, -1, axis=0), strict=True)])
+    wanted = abs(pyproj.Geod(ellps="WGS84").polygon_area_perimeter(ring[:, 0], ring[:, 1])[0])
+    assert feature["properties"]["area_m2"] == pytest.approx(wanted, rel=0.01)

@@ -4,6 +4,7 @@ import base64
 import io
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -188,6 +189,68 @@ def test_the_token():
         assert running.send(b"", path="/health", method="GET")[0] == 200
 
 
+@pytest.mark.parametrize("path", ["/metrics", "/docs", "/openapi.json"])
+def test_pages_about_the_server_ask_for_the_token(path):
+    with Running(make_pipeline(), dataclasses.replace(LIMITS, token="geheim")) as running:
+        assert running.send(b"", path=path, method="GET")[0] == 401
+        status, text, _ = running.send(b"", path=path, method="GET", authorization="Bearer geheim")
+        assert (status == 200 and "script" not in str(text)) or path == "/openapi.json"
+
+
+def test_a_picture_without_a_header_is_one(server):
+    """As `curl --data-binary @a.jpg` sends it."""
+    body = encode(PICTURE, "JPEG")
+    status, answer, _ = server.send(body, content_type="application/x-www-form-urlencoded")
+    assert status == 200 and len(answer["result"]["instances"]) == 2
+    status, answer, _ = server.send(b'{"image": "a"}', content_type="text/plain")
+    assert status == 422 and "content type is text/plain" in answer["errorMsg"]
+
+
+def parts_without_pixels(kind: str, count: int) -> bytes:
+    if kind == "jpeg":
+        return b"\xff\xd8" + b"\xff\xe0\x00\x02" * count
+    chunk = b"\0\0\0\0tEXt" + zlib.crc32(b"tEXt").to_bytes(4, "big")
+    return png_of(8, 8)[:33] + chunk * count
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "json"])
+def test_bodies_that_take_long_to_parse_do_not_hold_up_others(kind):
+    if kind == "json":
+        body, headers = b'{"image": [' + b"[]," * 1_000_000 + b"[]]}", {"content_type": "application/json"}
+    else:
+        body, headers = parts_without_pixels(kind, 300_000), {"content_type": "image/jpeg"}
+    with Running(make_pipeline(), dataclasses.replace(LIMITS, max_body=8_000_000)) as running:
+        answers: list = []
+        threads = [threading.Thread(target=lambda: answers.append(running.send(body, **headers))) for _ in range(4)]
+        started = time.monotonic()
+        for thread in threads:
+            thread.start()
+        slowest = 0.0
+        while any(thread.is_alive() for thread in threads):
+            asked = time.monotonic()
+            assert running.send(b"", path="/health", method="GET")[0] == 200
+            slowest = max(slowest, time.monotonic() - asked)
+        for thread in threads:
+            thread.join()
+    assert [status for status, _, _ in answers] == [422] * 4
+    assert time.monotonic() - started < 20 and slowest < 3
+
+
+def test_a_client_that_leaves_is_no_failure(caplog):
+    with Running(make_pipeline(), LIMITS) as running:
+        with socket.create_connection(("127.0.0.1", running.port)) as connection:
+            head = b"POST /instance-segmentation HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\n"
+            head += b"Content-Length: 5000\r\n"
+            connection.sendall(head + b"\r\n" + b"x" * 100)
+        for _ in range(200):
+            _, text, _ = running.send(b"", path="/metrics", method="GET")
+            if 'status="499"' in text:
+                break
+            time.sleep(0.02)
+        assert 'instseg_requests_total{status="499"} 1.0' in text and 'status="500"' not in text
+    assert "Traceback" not in caplog.text
+
+
 def held_pipeline(*, batch_size: int = 1):
     """A pipeline whose network waits for the event, and the sizes of the batches that it was given."""
     pipe, gate, sizes = make_pipeline(batch_size=batch_size), threading.Event(), []
@@ -350,7 +413,8 @@ def test_a_lone_item_does_not_wait_for_ever():
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1",
-     "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::", "::"],
+     "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::", "::",
+     "64:ff9b:1::1", "64:ff9b:1::5db8:d70e", "fec0::1", "::10.0.0.1", "::ffff:0:10.0.0.1", "::5db8:d70e"],
 )  # fmt: skip
 def test_private_addresses_are_not_public(address):
     assert not fetch.is_public(address)
