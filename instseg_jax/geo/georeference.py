@@ -151,7 +151,6 @@ def _area_measure(place: Georeference | None, size: tuple[int, int]):
     if place is None or place.wkt is None:
         return None
     from rasterio.crs import CRS
-    from rasterio.errors import CRSError
     from rasterio.warp import transform
 
     try:
@@ -162,8 +161,11 @@ def _area_measure(place: Georeference | None, size: tuple[int, int]):
             return None
         equal_area = CRS.from_proj4(f"+proj=laea +lat_0={latitude} +lon_0={longitude} +datum=WGS84 +units=m")
         transform(crs, equal_area, middle[:, 0], middle[:, 1])
-    except (CRSError, RuntimeError, ValueError) as error:  # GDAL's own errors are RuntimeErrors
-        log.warning("there are no areas in m2: the CRS of the image has no way to the globe (%s)", error)
+    except Exception as error:  # GDAL's errors have a private base class
+        log.warning(
+            "there are no areas in m2: the CRS of the image has no way to the globe (%s)",
+            " ".join(str(error).split())[:120],
+        )
         return None
 
     def area(polygon: Polygon) -> float | None:
@@ -172,7 +174,7 @@ def _area_measure(place: Georeference | None, size: tuple[int, int]):
             ground = place.to_ground(_densify(ring))
             try:
                 x, y = transform(crs, equal_area, ground[:, 0], ground[:, 1])
-            except (CRSError, RuntimeError, ValueError):
+            except Exception:  # off the domain of the CRS
                 return None
             total += sign * abs(ring_area(np.stack([x, y], axis=1)))
         return total if math.isfinite(total) else None
