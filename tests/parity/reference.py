@@ -11,6 +11,7 @@ import os
 import pathlib
 
 import numpy as np
+import pytest
 import synth
 
 HERE = pathlib.Path(__file__).parent
@@ -104,4 +105,6 @@ def load_json(name: str) -> dict:
     return json.loads((path if path.exists() else HERE / "cases" / name).read_text())
 
 
+# What takes minutes is slow for the cases kept here; a folder that is named is always looked at whole.
+HEAVY = [pytest.mark.slow] if "INSTSEG_PARITY" not in os.environ else []
 REPORT: list[tuple[str, str, str]] = []  # (case, stage, figure), printed at the end of the run

@@ -9,6 +9,7 @@ import pytest
 import synth
 from reference import (
     CASES,
+    HEAVY,
     NOISE_FACTOR,
     RELATIVE_FLOOR,
     REPORT,
@@ -336,7 +337,7 @@ def test_corrected_positions_differ_for_rectangles_alone(name):
     assert np.abs(first - second).max() > 1e-2
 
 
-@pytest.mark.parametrize("variant", LARGEST)
+@pytest.mark.parametrize("variant", [pytest.param(variant, marks=HEAVY) for variant in LARGEST])
 def test_a_batch_of_four_equals_four_batches_of_one(variant):
     weights = jax.tree.map(lambda x: x.astype(np.float64), official_to_flax(official_weights(variant)))
     images = synth.synth_image(5, 128, 192, 4).transpose(0, 2, 3, 1).astype(np.float64)

@@ -10,7 +10,7 @@ import types
 
 import numpy as np
 import pytest
-from reference import CASES, NOISE_FACTOR, RELATIVE_FLOOR, REPORT, find_cases, relative_error, stored_values
+from reference import CASES, HEAVY, NOISE_FACTOR, RELATIVE_FLOOR, REPORT, find_cases, relative_error, stored_values
 from reference_starts import (
     decisions,
     differing_start,
@@ -33,7 +33,8 @@ ZERO_GRADIENT = 1e-12  # of the global norm: biases before a batch norm have no 
 OFF = 0.1  # learning rates; float32 weights farther than this had a gradient of mere rounding
 FALL = 0.95  # a total that the reference brings below this share of the last step's falls in ours as well
 RATE_ROUNDING = 2e-11  # float32 near the full learning rate of 1e-4
-parametrized = pytest.mark.parametrize("name", TRAIN_CASES)
+# In float32 as well: our float64 run above is checked first, and is what these are held against.
+parametrized = pytest.mark.parametrize("name", [pytest.param(name, marks=HEAVY) for name in TRAIN_CASES])
 
 
 def test_there_is_a_case():
