@@ -110,15 +110,8 @@ def to_coco_dataset(results: Sequence["Result"]) -> dict:
             )
     named = [{"id": int(id_), "name": name} for id_, name in sorted(categories.items())]
     # pycocotools 2.0.9 and 2.0.10 ask for `info`.
-    info = {"description": "instances found by instseg_jax", "version": library_version()}
+    info = {"description": "instances found by instseg_jax"}
     return {"info": info, "licenses": [], "images": images, "annotations": annotations, "categories": named}
-
-
-def library_version() -> str:
-    """Ours, as the files say that were made by it."""
-    from instseg_jax import __version__
-
-    return __version__
 
 
 def to_supervision(result: "Result") -> Any:
