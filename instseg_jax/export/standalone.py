@@ -38,9 +38,10 @@ def load(folder=None, threads: int = 0) -> Export:
     folder = Path(folder or __file__).resolve()
     folder = folder if folder.is_dir() else folder.parent
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for name, wanted in (config["files"] if "files" in config else {}).items():
-        if f"{zlib.crc32((folder / name).read_bytes()):08x}" != wanted:
-            raise ValueError(f"{folder / name} is damaged: its content is not what was written; export again")
+    if "files" in config:  # exports of before there were digests have none
+        for name, wanted in config["files"].items():
+            if f"{zlib.crc32((folder / name).read_bytes()):08x}" != wanted:
+                raise ValueError(f"{folder / name} is damaged: its content is not what was written; export again")
     openers = {"onnx": _open_onnx, "ort": _open_onnx, "openvino": _open_openvino, "stablehlo": _open_stablehlo}
     openers["litert"] = _open_litert
     return Export(config, openers[config["format"]](folder / config["model_file"], config, threads))
