@@ -65,9 +65,11 @@ def write_safetensors(
     # safetensors writes the memory as it lies, so it must lie in order
     tensors = {name: np.asarray(tensor, order="C") for name, tensor in state.items()}
     digests = {name: digest(tensor.reshape(-1).view(np.uint8)) for name, tensor in tensors.items()}
-    header = {"format": "np", _DIGESTS: json.dumps(seal(digests))}
+    header = {"format": "np"}
     if metadata is not None:
-        header[_METADATA] = json.dumps(seal(metadata))
+        header[_METADATA] = json.dumps(dict(metadata))
+        digests[_METADATA] = digest(header[_METADATA].encode())
+    header[_DIGESTS] = json.dumps(seal(digests))
     try:
         save_file(tensors, partial, header)
         sync(partial)
@@ -90,9 +92,10 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         tensors = load_file(path)
         with safe_open(path, framework="np") as file:
             header = file.metadata() or {}
-        digests = check_seal(json.loads(header.get(_DIGESTS, "{}")), str(path), is_sealed=_DIGESTS in header)
+        digests = _read_digests(header, path)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
+    digests.pop(_METADATA, None)
     for name, wanted in digests.items():
         if name not in tensors or digest(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8)) != wanted:
             raise ValueError(f"{path} is damaged: the tensor {name} is not what was written")
@@ -109,8 +112,15 @@ def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with safe_open(path, framework="np") as file:
             header = file.metadata() or {}
-        return check_seal(
-            json.loads(header.get(_METADATA, "{}")), str(path), is_sealed={_DIGESTS, _METADATA} <= set(header)
-        )
+        text = header.get(_METADATA, "{}")
+        found, wanted = digest(text.encode()), _read_digests(header, path).get(_METADATA)
+        if wanted not in (None, found):
+            raise ValueError(f"{path} is damaged: its metadata are not what was written")
+        return check_seal(json.loads(text), str(path))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
+
+
+def _read_digests(header: Mapping[str, str], path: str | os.PathLike[str]) -> dict[str, str]:
+    """Digests of the tensors and, under its key, of the metadata; empty for files of other tools."""
+    return check_seal(json.loads(header.get(_DIGESTS, "{}")), str(path), is_sealed=_DIGESTS in header)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from instseg_jax.files import check_seal
 from instseg_jax.weights import checkpoint, read_weights
 
 METADATA = {"config": {}, "class_names": ["cat", "dog"], "category_ids": [1, 2], "score": 0.5}
@@ -22,7 +23,7 @@ def test_thresholds_come_with_the_weights_that_they_were_found_for(tmp_path):
     assert read_weights(tmp_path).thresholds is None
     thresholds = {"overall": 0.4, "classes": {"cat": 0.25, "dog": 0.5}}
     file = checkpoint.save_thresholds(tmp_path, thresholds)
-    assert file == best / "thresholds.json" and json.loads(file.read_text()) == thresholds
+    assert file == best / "thresholds.json" and check_seal(json.loads(file.read_text()), file) == thresholds
     for path in (tmp_path, best):
         assert checkpoint.read_thresholds(path) == read_weights(path).thresholds == thresholds
     checkpoint.save_thresholds(best, {"overall": 0.1, "classes": {}})

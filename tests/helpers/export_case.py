@@ -38,7 +38,7 @@ def make_run(folder: Path, overrides: dict[str, str] | None = None) -> Path:
     heads = variables["params"]["transformer"]
     # Fresh heads give every query the same score and box.
     heads["score_head"]["kernel"] *= 6
-    heads["score_head"]["bias"][:] = [0, 1, -2.5]
+    heads["score_head"]["bias"][:] = [-1.0, -3.0, -4.0]
     heads["bbox_head"]["layers_2"]["kernel"][:] = rng.normal(0, 0.2, heads["bbox_head"]["layers_2"]["kernel"].shape)
     metadata = {
         "config": json.loads(config.to_json_best_effort()),
