@@ -234,12 +234,14 @@ def _add_segmentation(app: FastAPI, server: Server) -> None:
         },
         "image/*": {"schema": {"type": "string", "format": "binary"}},
     }
-    errors = {status: {"model": schema.Answer} for status in (401, 403, 408, 413, 422, 429, 500, 503, 504)}
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": schema.Answer} for status in (401, 403, 408, 413, 422, 429, 500, 503, 504)
+    }
 
     @app.post(
         PATH,
         response_model=schema.SegmentationAnswer,
-        responses=errors,  # type: ignore[arg-type]
+        responses=errors,
         openapi_extra={"requestBody": {"required": True, "content": body}},
     )
     async def segment(request: Request) -> Response:

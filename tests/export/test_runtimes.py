@@ -331,7 +331,7 @@ def test_int8_is_calibrated_and_smaller(format, exports, tmp_path):
     needs(format)
     model = load_model(PRETRAINED, overrides={"data.dir": "embedded"})
     size = model.config.data.image_size
-    images = comparison_images(model, size)[:4]
+    images = comparison_images(model, size)  # a share of few detections would be chance
     request = Request(format, 1, size, precision="int8")
     with pytest.raises(ValueError, match="--calibration"):
         export_model(model, tmp_path / "int8", request, source="", images=images)
