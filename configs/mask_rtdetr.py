@@ -60,6 +60,7 @@ def get_config(size: str = "l") -> ConfigDict:
     data.empty_share = placeholder(float)  # share of images without objects in an epoch; None: as keep_empty says
     data.skip_invalid = False  # leave out objects with a malformed mask or box, instead of stopping
     data.allow_change = placeholder(bool)  # True: resume although pictures or annotations are others than before
+    data.allow_outside = placeholder(bool)  # True: pictures may lie outside of their folder, by links, `..` or paths
     data.refit_boxes = False  # fit boxes to what a crop leaves of the masks
     data.drop_empty_masks = placeholder(bool)  # leave out objects without a mask pixel at the trained size; None: keep
     data.num_workers = 2  # threads, or processes

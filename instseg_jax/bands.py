@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from ml_collections import ConfigDict
 
+from instseg_jax.files import read_regular
 from instseg_jax.images import decode_image
 
 SCALINGS = ("none", "percentile")
@@ -60,7 +61,7 @@ def build_bands(data: ConfigDict) -> Bands | None:
 def read_bands(path: str | Path, bands: Bands) -> np.ndarray:
     """Decode a file to uint8 [h, w, channels]. Raises FileNotFoundError or ValueError that names it."""
     try:
-        data = Path(path).read_bytes()
+        data = read_regular(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no image {str(path)!r}.") from None
     return decode_bands(data, bands, str(path))

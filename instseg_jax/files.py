@@ -1,18 +1,60 @@
 """Writing files so that a reader never finds half of one, and reading them so that damage does not pass for content.
 
 A file is written aside, then moved into place. What must outlast a power cut is flushed to the disk before it is moved
-(`durable`). A sealed JSON object carries a digest of itself, which reading checks.
+(`durable`). A sealed JSON object carries a digest of itself, which reading checks. Whatever others may have put into a
+folder is read by `read_regular`: a pipe would be waited for, a device never ends.
 """
 
 import json
 import os
 import secrets
+import stat
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 DIGEST = "digest"  # key of a sealed object
+MAX_BYTES = 4 << 30  # of a file that is read whole: a file of holes may call itself a million times larger than it is
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise ValueError unless a path leads to a regular file, FileNotFoundError where it leads nowhere."""
+    kind = stat.S_IFMT(os.stat(path).st_mode)  # noqa: PTH116 (also of strings, many times)
+    if kind != stat.S_IFREG:
+        raise ValueError(f"{str(path)!r} is no regular file but {KINDS.get(kind, 'something else')}.")
+
+
+def read_regular(path: str | Path) -> bytes:
+    """The content of a regular file. Raises ValueError for anything else or beyond MAX_BYTES, OSError without it."""
+    check_regular(path)
+    # Should it have become a pipe since, it is not waited for.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(handle, "rb", buffering=0) as file:  # noqa: PTH123 (a number)
+        size = os.fstat(handle).st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"{str(path)!r} has {size} bytes, at most {MAX_BYTES} are read.")
+        return file.read() if size else b""  # files without a size, as those of /proc, may go on for ever
+
+
+def read_regular_text(path: str | Path) -> str:
+    """The content of a regular file of UTF-8, with or without a BOM. Raises UnicodeDecodeError too."""
+    return read_regular(path).decode("utf-8-sig")
+
+
+def is_inside(folder: str | Path, name: str | Path) -> bool:
+    """Whether a name leads to a place below a folder, once `..`, absolute paths and links are followed."""
+    path = os.path.join(folder, name)  # noqa: PTH118 (for each picture of a data set)
+    if os.path.basename(name) == str(name) not in ("", ".", "..") and not os.path.islink(path):  # noqa: PTH119, PTH114
+        return True
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def write_bytes(path: str | Path, data: bytes, *, durable: bool = False) -> Path:
@@ -55,7 +97,7 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file. Raises ValueError that names the file and the place where it is damaged, OSError without it."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_regular(path).decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is damaged: it is no UTF-8 text (byte {error.start})") from error
     except json.JSONDecodeError as error:

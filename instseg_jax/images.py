@@ -7,6 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from instseg_jax.files import read_regular
+
 UNIT = 1 / 255  # of 8-bit pixels
 GROUP = 4  # channels that all functions of OpenCV work on at once
 INTERPOLATIONS = {
@@ -28,8 +30,7 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises FileNotFoundError or, when the file is no readable picture, ValueError.
     """
     try:
-        with Path(path).open("rb", buffering=0) as file:
-            data = file.read()
+        data = read_regular(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no image {str(path)!r}.") from None
     return decode_image(data, str(path))

@@ -41,6 +41,7 @@ class Check:
     pictures: dict[str, dict[int, PictureFacts]]  # by split and image id
     measured: dict[str, dict[str, Any]]
     channels: int | None  # of the pictures; None for 8-bit colour
+    allow_outside: bool  # pictures outside of their folder
 
     @property
     def passed(self) -> bool:
@@ -77,13 +78,14 @@ def check_dataset(
     num_workers: int,
     progress: Track,
     pictures: dict[Path, PictureFacts],
+    allow_outside: bool,
 ) -> Check:
     """Check both splits of a data set.
 
     `pictures` keeps what is known about files that were looked at before (by path, added to): a second check of
     the same pictures is quick. `train_sizes` (height, width) and `layout` are those of training. `channels` is None for
     pictures of 8-bit colour. `num_workers` threads look at pictures
-    at the same time.
+    at the same time. Pictures outside of their folder are not opened, unless `allow_outside`.
     """
     flaws = list(known_flaws)
     contents: dict[str, dict[str, Any]] = {}
@@ -102,8 +104,9 @@ def check_dataset(
         images = list(files[split].images.values())
 
         def look(image: ImageRecord, split: str = split, folder: Path = folder, entries: dict = entries) -> tuple:
-            path = folder / image.file_name
-            facts = pictures.get(path) or check_images.inspect_picture(path, channels)
+            facts = pictures.get(folder / image.file_name) or check_images.inspect_listed(
+                folder, image.file_name, channels, allow_outside=allow_outside
+            )
             objects, found = check_annotations.check_objects(split, image, entries[image.id])
             gone = check_annotations.vanishing_sizes(objects, image, train_sizes, layout)
             for i, sizes in gone.items():
@@ -139,7 +142,7 @@ def check_dataset(
     )
     if not has_errors(flaws):
         flaws += _reading_flaws(source)
-    return Check(source, flaws, contents, files, facts_of, measured, channels)
+    return Check(source, flaws, contents, files, facts_of, measured, channels, allow_outside)
 
 
 def _pairs(file: CheckedFile, facts: dict[int, PictureFacts]) -> list[tuple[ImageRecord, PictureFacts]]:

@@ -21,6 +21,7 @@ from instseg_jax import images
 from instseg_jax.bands import JPEG_MARK, decode_raw
 from instseg_jax.data.coco_entries import ImageRecord
 from instseg_jax.data.findings import Flaw
+from instseg_jax.files import is_inside, read_regular
 
 EXIF_ORIENTATION = 0x0112
 HASH_SIDE = 32  # pixels of the grey thumbnail that is hashed
@@ -37,6 +38,7 @@ class PictureFacts:
 
     error: str | None
     is_missing: bool = False
+    is_outside: bool = False  # of the folder: it was not opened
     size: tuple[int, int] = (0, 0)  # (height, width) as read, turned by EXIF
     orientation: int = 1  # EXIF's, 1 is upright
     is_cut: bool = False  # it has more than the 8 bits that are read
@@ -45,17 +47,26 @@ class PictureFacts:
     hash: int = 0
 
 
+def inspect_listed(folder: Path, name: str, channels: int | None, *, allow_outside: bool) -> PictureFacts:
+    """`inspect_picture` for a name of an annotation file; what lies outside is not opened, unless that is allowed."""
+    if not allow_outside and not is_inside(folder, name):
+        return PictureFacts(f"it lies outside of {str(folder)!r}", is_outside=True)
+    return inspect_picture(folder / name, channels)
+
+
 def inspect_picture(path: Path, channels: int | None = None) -> PictureFacts:
     """Decode a file as training does, and once more strictly, since OpenCV reads half a file without a word.
 
     `channels` is None for 8-bit colour, else how many there must be.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except (FileNotFoundError, NotADirectoryError):
         return PictureFacts("there is no such file", is_missing=True)
     except OSError as error:
         return PictureFacts(f"it can't be opened: {error.strerror}")
+    except ValueError as error:
+        return PictureFacts(str(error))
     try:
         image = images.decode_image(data, str(path)) if channels is None else decode_raw(data, channels, str(path))
     except ValueError as error:
@@ -85,6 +96,8 @@ def find_picture_flaws(split: str, image: ImageRecord, facts: PictureFacts, fold
         near = find_file(folder, image.file_name)
         hint = f"; but there is {near.relative_to(folder).as_posix()!r}" if near else ""
         return [flaw("missing_image", f"there is no such file in {str(folder)!r}{hint}")]
+    if facts.is_outside:
+        return [flaw("outside_folder", facts.error or "")]
     if facts.error is not None:
         return [flaw("undecodable_image", facts.error)]
     height, width = facts.size
@@ -107,15 +120,16 @@ def find_file(folder: Path, file_name: str) -> Path | None:
     """
     plain = unquote(file_name.replace("\\", "/"))
     for text in (file_name.replace("\\", "/"), plain, *(normalize(form, plain) for form in ("NFC", "NFD"))):
-        wanted = Path(text)
-        for path in (folder / wanted, folder / wanted.name):
-            if path.is_file():
+        for wanted in (Path(text), Path(Path(text).name)):
+            path = folder / wanted
+            if not wanted.is_absolute() and path.is_file() and is_inside(folder, wanted):
                 return path
     if not folder.is_dir():
         return None
     wanted = Path(normalize("NFC", plain))
     there = [path for path in folder.iterdir() if path.is_file()]
     there += [path for down in sorted(folder.iterdir()) if down.is_dir() for path in down.iterdir() if path.is_file()]
+    there = [path for path in there if is_inside(folder, path.relative_to(folder))]
     for name in (lambda path: path.name, lambda path: path.stem):
         found = [path for path in there if normalize("NFC", name(path)).casefold() == name(wanted).casefold()]
         if found:

@@ -40,7 +40,7 @@ def write_report(
         channels = check.channels
         if channels is None:
             return images.read_image(path)
-        raw = bands.decode_raw(path.read_bytes(), channels, str(path))
+        raw = bands.decode_raw(files.read_regular(path), channels, str(path))
         ranges = None if raw.dtype == np.uint8 else bands.find_ranges([raw], (1.0, 99.0))
         return bands.show_bands(bands.scale_bands(raw, bands.Bands(channels, ranges), str(path)))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from instseg_jax import images, masks
+from instseg_jax import files, images, masks
 from instseg_jax.bands import Bands, decode_bands, read_bands
 from instseg_jax.commands import shown
 from instseg_jax.data import coco_entries, layouts
@@ -42,13 +42,17 @@ class CocoDataset:
     skipped: tuple[tuple[int, str], ...] = ()
     pictures: Callable[[int], bytes] | None = None  # encoded pictures by image id, where they are no files
     bands: Bands | None = None  # how to read them, where they are not 8-bit colour
+    allow_outside: bool = False  # pictures that a name or a link leads to from out of the folder
 
     def __len__(self) -> int:
         return len(self.images)
 
     def image_path(self, index: int) -> Path:
-        """Path of the picture at a position of the data set."""
-        return self.image_folder / self.images[index].file_name
+        """Path of the picture at a position of the data set. Raises ValueError for one outside of the folder."""
+        name = self.images[index].file_name
+        if self.pictures is None and not self.allow_outside and not files.is_inside(self.image_folder, name):
+            raise ValueError(say_outside(self, [name]))
+        return self.image_folder / name
 
     def read_image(self, index: int) -> np.ndarray:
         """Decode the picture at a position of the data set, from wherever it is: uint8 [h, w, C].
@@ -295,10 +299,26 @@ def map_categories(dataset: CocoDataset, class_names: Sequence[str]) -> tuple[in
     return tuple(ids.get(name) for name in class_names)
 
 
+def say_outside(dataset: CocoDataset, names: Sequence[str]) -> str:
+    """What is wrong with pictures that lie outside of their folder, and the two ways to have them."""
+    return (
+        f"{len(names)} of {len(dataset)} images of {dataset.name} lie outside of {str(dataset.image_folder)!r}: "
+        f"{coco_entries.first_few(names)}; name their own folder (--config.data.train_images, val_images), or allow it "
+        "with --config.data.allow_outside=True."
+    )
+
+
 def check_images(dataset: CocoDataset) -> None:
-    """Raise FileNotFoundError, listing the first few, unless every image file exists; none is opened."""
+    """Raise, listing the first few, unless every image file exists and lies in the folder; none is opened.
+
+    Raises: FileNotFoundError for those that are missing or no regular files, ValueError for those outside.
+    """
     if dataset.pictures is not None:
         return
+    names = [] if dataset.allow_outside else [image.file_name for image in dataset.images]
+    outside = [name for name in names if not files.is_inside(dataset.image_folder, name)]
+    if outside:
+        raise ValueError(say_outside(dataset, outside))
     missing = [image.file_name for image in dataset.images if not (dataset.image_folder / image.file_name).is_file()]
     if missing:
         raise FileNotFoundError(

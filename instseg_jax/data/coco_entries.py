@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from instseg_jax import masks
+from instseg_jax.files import read_regular_text
 
 MAX_LISTED = 5  # names or ids that an error message lists before it only counts
 MAX_SIDE_PX = 10**6  # of a picture: masks of what lies beyond would be drawn for hours
@@ -52,7 +53,7 @@ class Annotation:
 def read_json(file: Path) -> dict[str, Any]:
     """Read an annotation file as far as its three lists; raises FileNotFoundError or ValueError."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_regular_text(file))
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no annotation file {str(file)!r}.") from None
     except json.JSONDecodeError as error:

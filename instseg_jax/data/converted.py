@@ -9,6 +9,7 @@ import numpy as np
 
 from instseg_jax import masks
 from instseg_jax.data.polygons import clip_polygon, is_degenerate
+from instseg_jax.files import is_inside, read_regular_text
 
 NOT_A_CLASS = ("__ignore__", "_background_", "background", "")
 LABEL_FILES = ("labels.txt", "class_names.txt", "classes.txt")
@@ -62,6 +63,8 @@ def read_class_names(source: Path, labels: str | Path | None, *, above: bool = T
         candidates = [folder / name for folder in folders for name in LABEL_FILES]
     for candidate in candidates:
         if candidate.is_file():
+            if labels is None and candidate.parent == source:
+                check_inside(candidate, source, "The data set's list of classes")
             return tuple(line.strip() for line in read_lines(candidate) if line.strip())
     return ()
 
@@ -69,9 +72,18 @@ def read_class_names(source: Path, labels: str | Path | None, *, above: bool = T
 def read_lines(file: Path) -> list[str]:
     """Lines of a text file, UTF-8 with or without a BOM. Raises ValueError that names a file of another encoding."""
     try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
+        return read_regular_text(file).splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not a UTF-8 text file (byte {error.start}).") from error
+
+
+def check_inside(path: Path, source: Path, what: str) -> Path:
+    """The path, which `what` named. Raises ValueError where it, or what it links to, lies outside of the data set."""
+    if not is_inside(source, path.absolute()):
+        raise ValueError(
+            f"{what} leads to {str(path)!r}, outside of {str(source)!r}; name a folder that holds all of the data set."
+        )
+    return path
 
 
 def is_hidden(path: Path, root: Path) -> bool:

@@ -30,9 +30,15 @@ CODES: dict[str, tuple[str, str, str]] = {
         "Copy the file there or correct its file_name; --fix corrects names that differ in case or folder and "
         "leaves out the rest.",
     ),
+    "outside_folder": (
+        ERROR,
+        "a listed picture lies outside of the image folder: by `..`, an absolute path or a link",
+        "Copy it into the folder, name the folder that it is in with --config.data.train_images and val_images, or "
+        "allow it with --config.data.allow_outside=True; --fix leaves it out.",
+    ),
     "undecodable_image": (
         ERROR,
-        "a picture is empty, cut off or no image",
+        "a picture is empty, cut off, no image or no file but a pipe, a device or a folder",
         "Replace the file; --fix leaves it out with its objects.",
     ),
     "duplicate_image_id": (

@@ -18,12 +18,14 @@ from instseg_jax.data.converted import (
     ConvertedImage,
     ConvertedObject,
     Listing,
+    check_inside,
     find_picture,
     is_hidden,
     join_parts,
     read_class_names,
     read_lines,
 )
+from instseg_jax.files import read_regular, read_regular_text
 
 LISTS = {"train": "train_anno_list.txt", "val": "val_anno_list.txt"}
 LINE_WIDTH_PX = 10  # as LabelMe itself draws lines
@@ -58,8 +60,10 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
 
     Raises: ValueError that names the file for shapes that are no LabelMe shapes.
     """
-    content = _read_json(path)
+    content = _read_json(check_inside(path, listing.root, "The folder"))
     picture, data = _find_picture(path, content, listing.root, notes)
+    if picture is not None:
+        picture = check_inside(picture, listing.root, str(path)).resolve()
     height, width = (images.read_image(picture) if picture else images.decode_image(data, str(path))).shape[:2]
     if not isinstance(content.get("shapes"), list):
         raise ValueError(f"{path} has no list of shapes.")
@@ -118,7 +122,7 @@ def _read_list(file: Path) -> list[Path]:
 def _may_be_labelme(path: Path) -> bool:
     """Whether a file is LabelMe's, or damaged so that it can't be told: such a one must not vanish unsaid."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_regular_text(path))
     except (ValueError, RecursionError):
         return True
     return isinstance(content, dict) and ("shapes" in content or "imagePath" in content)
@@ -126,7 +130,7 @@ def _may_be_labelme(path: Path) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_regular_text(path))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a UTF-8 text file (byte {error.start}).") from error
     except json.JSONDecodeError as error:
@@ -152,23 +156,23 @@ def _find_picture(
     beside = find_picture(path.stem, [path.parent])
     embedded = content.get("imageData")
     is_another = bool(named) and Path(named).stem != path.stem
-    if beside is not None and is_another and (not embedded or _decode_picture(path, embedded) == beside.read_bytes()):
+    if beside is not None and is_another and (not embedded or _decode_picture(path, embedded) == read_regular(beside)):
         notes[
             f"files whose imagePath names another picture than the one beside them, which was taken ({path.name})"
         ] += 1
-        return beside.resolve(), b""
+        return beside, b""
     for candidate in itertools.chain([path.parent / named], (folder / Path(named).name for folder in folders)):
         if named and candidate.is_file():
-            if beside is not None and is_another and _decode_picture(path, embedded) != candidate.read_bytes():
+            if beside is not None and is_another and _decode_picture(path, embedded) != read_regular(candidate):
                 notes["files whose imagePath names another picture, the one embedded in them was taken"] += 1
                 break
-            return candidate.resolve(), b""
+            return candidate, b""
     if embedded:
         return None, _decode_picture(path, embedded)
     found = find_picture(path.stem, folders)
     if found is None:
         raise FileNotFoundError(f"{path} names the picture {named!r}, which does not exist, and embeds none.")
-    return found.resolve(), b""
+    return found, b""
 
 
 def _decode_picture(path: Path, embedded: Any) -> bytes:

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from instseg_jax.files import check_regular
+
 HEAD_BYTES = 1 << 20  # of an annotation file, in which the first file name stands
 ROBOFLOW = "_annotations.coco.json"
 
@@ -42,6 +44,7 @@ def choose_folder(folders: list[Path], annotations: Path) -> Path | None:
 def first_file_name(annotations: Path) -> str | None:
     """The first `file_name` of an annotation file, of which only the beginning is read; None without one."""
     try:
+        check_regular(annotations)
         with annotations.open("rb") as file:
             head = file.read(HEAD_BYTES).decode("utf-8", "ignore")
         found = re.search(r'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', head)
@@ -68,9 +71,10 @@ def _other_kind(root: Path) -> str | None:
         return "VOC"
     for path in sorted(root.rglob("*.json"))[:20]:
         try:
+            check_regular(path)
             with path.open("rb") as file:
                 head = file.read(HEAD_BYTES)
-        except OSError:
+        except (OSError, ValueError):
             continue
         if b'"shapes"' in head or b'"imagePath"' in head:
             return "LabelMe"

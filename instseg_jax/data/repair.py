@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +74,20 @@ def write_repaired(check: Check, folder: Path) -> Repaired:
 def _repair_file(content: Entry, check: Check, split: str, said: list[str]) -> int:
     """Mend a file in place; returns how many of its objects were moved."""
     folder, facts_of = check.source.splits[split][1], check.pictures[split]
+
+    def inspect(name: str) -> PictureFacts:
+        return check_images.inspect_listed(folder, name, check.channels, allow_outside=check.allow_outside)
+
     _read_text_ids(content, said)
     content["categories"] = _sound_categories(content["categories"], said)
     category_ids = {entry["id"] for entry in content["categories"]}
     images, moves = [], {}
     renamed: set[int] = set()
-    _fill_in_sizes(content["images"], folder, check.channels, said)
+    _fill_in_sizes(content["images"], inspect, said)
     for entry in _sound_images(content["images"], said):
-        known = facts_of.get(entry["id"]) or check_images.inspect_picture(folder / entry["file_name"], check.channels)
+        known = facts_of.get(entry["id"]) or inspect(entry["file_name"])
         name = entry["file_name"]
-        facts = _find_picture(entry, folder, known, check.channels, said)
+        facts = _find_picture(entry, folder, known, inspect, said)
         if facts is None:
             continue
         if entry["file_name"] != name:
@@ -184,7 +189,7 @@ def _sound_categories(entries: list[Any], said: list[str]) -> list[Entry]:
     return list(sound.values())
 
 
-def _fill_in_sizes(entries: list[Any], folder: Path, channels: int | None, said: list[str]) -> None:
+def _fill_in_sizes(entries: list[Any], inspect: Callable[[str], PictureFacts], said: list[str]) -> None:
     """Give image entries without a height or width those of their pictures, in place."""
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
@@ -192,7 +197,7 @@ def _fill_in_sizes(entries: list[Any], folder: Path, channels: int | None, said:
         sides: list[Any] = [entry.get(name) for name in ("height", "width")]
         if all(coco_entries.is_number(side) and side >= 1 for side in sides):
             continue
-        facts = check_images.inspect_picture(folder / entry["file_name"], channels)
+        facts = inspect(entry["file_name"])
         if facts.error is None:
             entry["height"], entry["width"] = facts.size
             said.append(f"image {entry.get('id')} ({entry['file_name']!r}): height and width are those of the picture")
@@ -223,14 +228,14 @@ def _sound_images(entries: list[Any], said: list[str]) -> list[Entry]:
 
 
 def _find_picture(
-    entry: Entry, folder: Path, facts: PictureFacts, channels: int | None, said: list[str]
+    entry: Entry, folder: Path, facts: PictureFacts, inspect: Callable[[str], PictureFacts], said: list[str]
 ) -> PictureFacts | None:
     """Facts of the picture of an image entry, under another name where that is plainly meant; None without one."""
     if facts.error is None:
         return facts
     found = check_images.find_file(folder, entry["file_name"]) if facts.is_missing else None
     if found is not None:
-        facts = check_images.inspect_picture(found, channels)
+        facts = inspect(found.relative_to(folder).as_posix())
     if found is None or facts.error is not None:
         said.append(f"image {entry['id']} ({entry['file_name']!r}) left out: {facts.error}")
         return None

@@ -1,11 +1,11 @@
 """Which data set a config means: a folder of pictures, or one that `prepare` wrote as TFDS; and how to read them."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from instseg_jax import files
 from instseg_jax.bands import MAX_PICTURES, build_bands, decode_raw, find_ranges
 from instseg_jax.data import coco
 
@@ -34,7 +34,7 @@ def build_dataset(data: ConfigDict, split: str) -> coco.CocoDataset:
             images=data[f"{split}_images"],
             skip_invalid=data.skip_invalid,
         )
-    return dataclasses.replace(dataset, bands=bands)
+    return dataclasses.replace(dataset, bands=bands, allow_outside=bool(data.allow_outside))
 
 
 def with_channel_ranges(config: ConfigDict) -> ConfigDict:
@@ -63,5 +63,5 @@ def with_channel_ranges(config: ConfigDict) -> ConfigDict:
 
 def _read_raw(dataset: coco.CocoDataset, index: int, channels: int) -> np.ndarray:
     path = dataset.image_path(index)
-    data = Path(path).read_bytes() if dataset.pictures is None else dataset.pictures(dataset.images[index].id)
+    data = files.read_regular(path) if dataset.pictures is None else dataset.pictures(dataset.images[index].id)
     return decode_raw(data, channels, str(path))

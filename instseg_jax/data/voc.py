@@ -22,6 +22,7 @@ from instseg_jax.data.converted import (
     ConvertedImage,
     ConvertedObject,
     Listing,
+    check_inside,
     find_picture,
     is_hidden,
     join_parts,
@@ -98,12 +99,16 @@ def read_annotation(stem: Path, listing: Listing, notes: collections.Counter[str
     picture = find_picture(name, [root / "JPEGImages", root / "images", root])
     if picture is None:
         raise FileNotFoundError(f"There is no picture {name!r} in {str(root / 'JPEGImages')!r} ({PICTURE_SUFFIXES}).")
+    masks_of = {kind: root / kind / f"{name}.png" for kind in FOLDERS[:2]}
+    xml_file = root / "Annotations" / f"{name}.xml"
+    for path in (picture, xml_file, *masks_of.values()):
+        check_inside(path, root, f"The name {name!r}")
     height, width = images.read_image(picture).shape[:2]
-    xml = _read_xml(root / "Annotations" / f"{name}.xml")
+    xml = _read_xml(xml_file)
     colors = _read_label_map(root / LABEL_MAP) if (root / LABEL_MAP).is_file() else {}
     codes = {code: index for index, code in enumerate(colors)} or None
-    classes, _ = _read_indices(root / "SegmentationClass" / f"{name}.png", height, width, codes)
-    instances, void = _read_indices(root / "SegmentationObject" / f"{name}.png", height, width)
+    classes, _ = _read_indices(masks_of["SegmentationClass"], height, width, codes)
+    instances, void = _read_indices(masks_of["SegmentationObject"], height, width)
     if instances is None and classes is not None:
         notes["pictures without SegmentationObject, each connected region made an object"] += 1
         instances, void = _connected_regions(classes), VOID

@@ -13,6 +13,7 @@ from instseg_jax.data.converted import (
     ConvertedImage,
     ConvertedObject,
     Listing,
+    check_inside,
     is_hidden,
     join_parts,
     read_class_names,
@@ -66,8 +67,8 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
 
     Raises: ValueError that names the line for what is neither a polygon nor a box.
     """
-    height, width = images.read_image(path).shape[:2]
-    file, objects = _label_file(path), []
+    file, objects = check_inside(_label_file(path), listing.root, f"The picture {path.name!r}"), []
+    height, width = images.read_image(check_inside(path, listing.root, "The folder or a list")).shape[:2]
     if not file.is_file():
         notes["pictures without a label file, taken as background"] += 1
     lines = read_lines(file) if file.is_file() else []
@@ -136,6 +137,7 @@ def _find_pictures(source: Path, base: Path, entry: Any, description: Path | Non
         place = next((path for path in candidates if path.exists()), None)
         if place is None:
             raise FileNotFoundError(f"{description} names {relative!r}, which does not exist.")
+        check_inside(place, source, str(description))
         if place.is_file():
             lines = [line.strip().replace("\\", "/") for line in read_lines(place) if line.strip()]
             found += [path if path.is_absolute() else place.parent / path for path in map(Path, lines)]

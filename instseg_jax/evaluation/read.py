@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from instseg_jax.files import read_regular_text
 from instseg_jax.masks import check_rle, compress_rle
 
 
@@ -64,7 +65,7 @@ def _is_box(box: Any) -> bool:
 
 def _read_json(path: str | Path) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return json.loads(read_regular_text(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no file {str(path)!r}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

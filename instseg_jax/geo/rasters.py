@@ -28,7 +28,8 @@ def open_raster(path: Path) -> "RasterImage | None":
 
     That is every other format, and TIFFs without a georeference that are not plain 8 bit RGB or grey.
     """
-    if path.suffix.lower() not in SUFFIXES or importlib.util.find_spec("rasterio") is None:
+    is_candidate = path.suffix.lower() in SUFFIXES and path.is_file()  # a pipe would be waited for
+    if not is_candidate or importlib.util.find_spec("rasterio") is None:
         return None
     with contextlib.suppress(ValueError):
         raster = RasterImage(path)

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from instseg_jax.bands import Bands, read_bands
+from instseg_jax.files import check_regular
 from instseg_jax.geo.rasters import RasterImage, open_raster
 from instseg_jax.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, decode_image, is_video, read_image, to_rgb
 
@@ -89,6 +90,7 @@ def find_files(source: str | pathlib.Path) -> list[pathlib.Path]:
 
 def read_video(path: str | pathlib.Path) -> Iterator[np.ndarray]:
     """The frames of a video, one after another, as [h, w, 3] uint8 RGB. Raises ValueError when it has none."""
+    check_regular(path)
     capture = cv2.VideoCapture(str(path))
     try:
         found = False
@@ -106,6 +108,8 @@ def read_video(path: str | pathlib.Path) -> Iterator[np.ndarray]:
 
 def count_frames(path: str | pathlib.Path) -> int | None:
     """The number of frames that a video says it has; None when it does not say."""
+    if not pathlib.Path(path).is_file():  # a pipe would be waited for
+        return None
     capture = cv2.VideoCapture(str(path))
     try:
         count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0

@@ -13,6 +13,7 @@ from typing import IO, Any, Protocol
 import cv2
 import numpy as np
 
+from instseg_jax.files import check_regular
 from instseg_jax.results.result import Result
 
 DEFAULT_RATE = 25.0  # frames a second, of a video that does not say
@@ -78,6 +79,7 @@ class VideoFile:
 
 def frame_rate(path: str | Path) -> float:
     """Frames a second that a video says it has; 25 where it does not say."""
+    check_regular(path)
     capture = cv2.VideoCapture(str(path))
     try:
         rate = capture.get(cv2.CAP_PROP_FPS) if capture.isOpened() else 0.0

@@ -30,6 +30,7 @@ OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # A run may be continued with other values of these: none of them changes what is computed.
 FREE_TO_CHANGE = (
     *("device", "data.num_workers", "data.prefetch", "data.use_processes", "checkpoint", "log", "eval.batch_size"),
+    "data.allow_outside",
     *("eval.engine", "eval.boundary", "eval.gallery_size", "eval.tta_scales"),
 )
 # And a run may go on with other values of these, which say how long it trains and when it is scored.

@@ -67,6 +67,7 @@ def _check_dataset(config: ConfigDict, workdir: pathlib.Path, *, is_fixed: bool)
         num_workers=data.num_workers,
         progress=functools.partial(_progress, "checking"),
         pictures={},
+        allow_outside=bool(data.allow_outside),
     )
     checked = run(source, flaws)
     fixed = None

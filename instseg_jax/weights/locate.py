@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from instseg_jax.files import check_regular
 from instseg_jax.runtimes.exported import find_export
 from instseg_jax.weights.download import KNOWN_WEIGHTS, fetch_weights, is_downloadable
 
@@ -48,6 +49,7 @@ def locate(source: str | os.PathLike[str] | Located) -> Located:
     if path.suffix in FILE_SUFFIXES:
         if not path.exists():
             raise FileNotFoundError(f"there is no such file of weights: {path}{_nearest(path)}")
+        check_regular(path)
         return Located("file", path, name)
     if path.is_file():
         raise ValueError(f"weights file {path} does not end with one of {', '.join(FILE_SUFFIXES)}")

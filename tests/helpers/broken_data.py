@@ -66,6 +66,7 @@ def run_check(root_or_source, flaws=(), **changes):
         "channels": None,
     }
     arguments |= {"channels": None, "num_workers": 1, "progress": lambda items, total: items, "pictures": {}}
+    arguments["allow_outside"] = False
     return check.check_dataset(source, flaws, **(arguments | changes))
 
 
