@@ -1,4 +1,4 @@
-"""Pictures: decoding, and resizing to the network's input. Numpy and OpenCV only."""
+"""Pictures: reading (by the rules of `pixels.py`), and resizing to the network's input."""
 
 import pathlib
 from collections.abc import Callable
@@ -7,7 +7,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from instseg_jax.bands import Bands
 from instseg_jax.files import read_regular
+from instseg_jax.pixels import decode, to_uint8
 
 UNIT = 1 / 255  # of 8-bit pixels
 GROUP = 4  # channels that all functions of OpenCV work on at once
@@ -19,59 +21,38 @@ INTERPOLATIONS = {
     "lanczos": cv2.INTER_LANCZOS4,
 }
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+WRITTEN_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (*WRITTEN_SUFFIXES, ".avif")  # that are read; AVIF by Pillow of at least 11.3
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Decode a picture to uint8 RGB [h, w, 3], turned as its EXIF orientation says.
+def read_image(path: str | Path, bands: Bands | None = None) -> np.ndarray:
+    """Read a file to uint8 [h, w, C], turned as its EXIF orientation says; without `bands` to 8-bit RGB.
 
-    Raises FileNotFoundError or, when the file is no readable picture, ValueError.
+    Raises FileNotFoundError or, when the file is no readable picture or of other bands, ValueError.
     """
     try:
         data = read_regular(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no image {str(path)!r}.") from None
-    return decode_image(data, str(path))
+    return decode_image(data, str(path), bands)
 
 
-def decode_image(data: bytes | np.ndarray, name: str) -> np.ndarray:
-    """Decode the bytes of an image file as `read_image` does; ValueError that says `name` when they are none."""
-    buffer = np.frombuffer(data, np.uint8)
-    try:
-        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB) if len(buffer) else None
-    except cv2.error:  # more pixels than OpenCV takes
-        image = None
-    if image is None:
-        raise ValueError(f"{name!r} can't be read as an image.")
-    return image
+def decode_image(data: bytes, name: str, bands: Bands | None = None) -> np.ndarray:
+    """Decode the bytes of a file as `read_image` does; ValueError that says `name` when they are no picture."""
+    return to_pixels(decode(data, name, is_color=bands is None), bands, repr(name))
 
 
-def to_rgb(array: np.ndarray, *, channels: str) -> np.ndarray:
-    """Bring an array of pixels to uint8 RGB [h, w, 3].
+def to_pixels(array: np.ndarray, bands: Bands | None, what: str = "An image", *, order: str = "rgb") -> np.ndarray:
+    """Bring an array of pixels to uint8 [h, w, C] by the rules of `pixels.to_uint8`, without `bands` to 8-bit RGB.
 
-    It may be [h, w], [h, w, 1], [h, w, 3] or [h, w, 4] (whose alpha is left out), of uint8, uint16 (0..65535) or
-    floats in 0..1. `channels` is "rgb" or "bgr", the order of OpenCV. Raises ValueError for anything else.
+    `order` is "rgb" or "bgr", that of OpenCV. Raises ValueError that begins with `what`.
     """
-    array = np.asarray(array)
-    shape = list(array.shape)
-    if channels not in ("rgb", "bgr"):
-        raise ValueError(f"channels must be 'rgb' or 'bgr', got {channels!r}.")
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
-        raise ValueError(f"An image must be [height, width, 3], [height, width] or [height, width, 4], got {shape}.")
-    if array.dtype == np.uint16:
-        array = (array >> 8).astype(np.uint8)
-    elif array.dtype.kind == "f":
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise ValueError("An image of floats must lie in 0..1; pass uint8 for 0..255.")
-        array = np.rint(array * 255).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        raise ValueError(f"An image must be of uint8, uint16 or floats in 0..1, got {array.dtype}.")
-    color = np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[..., :3]
-    return np.ascontiguousarray(color if channels == "rgb" else color[..., ::-1])
+    if order not in ("rgb", "bgr"):
+        raise ValueError(f"channels must be 'rgb' or 'bgr', got {order!r}.")
+    channels, ranges = (3, None) if bands is None else (bands.channels, bands.ranges)
+    return to_uint8(np.asarray(array), what, channels=channels, ranges=ranges, is_bgr=order == "bgr")
 
 
 def content_size(view_size: tuple[int, int], size: tuple[int, int], resize: str) -> tuple[int, int]:

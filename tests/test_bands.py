@@ -91,12 +91,12 @@ def test_what_does_not_fit_is_said(tmp_path, channels, fields, message):
 
 def test_scaling_by_hand():
     array = np.array([[[0, 10], [100, 20], [200, 30], [300, 40]]], np.uint16)
-    scaled = bands.scale_bands(array, Bands(2, ((100.0, 300.0), (10.0, 40.0))), "x")
+    scaled = images.to_pixels(array, Bands(2, ((100.0, 300.0), (10.0, 40.0))))
     assert scaled[..., 0].tolist() == [[0, 0, 128, 255]]  # 127.5 rounds to the even neighbour
     assert scaled[..., 1].tolist() == [[0, 85, 170, 255]]
     assert bands.find_ranges([np.full((3, 3, 1), 7.0)], (1, 99)) == ((7.0, 8.0),)
     floats = np.array([[[np.nan], [0.5]]], np.float32)
-    assert bands.scale_bands(floats, Bands(1, ((0.0, 1.0),)), "x").tolist() == [[[0], [128]]]
+    assert images.to_pixels(floats, Bands(1, ((0.0, 1.0),))).tolist() == [[[0], [128]]]
 
 
 def many_channels(channels):
@@ -143,11 +143,11 @@ def test_copy_paste_of_many_channels():
 
 def test_the_check_reads_them_too(tmp_path):
     root = write_dataset(tmp_path / "set", 5, ".npy")
-    assert run_check(root, channels=5).passed
-    found = {flaw.code for flaw in run_check(root, channels=4).flaws}
+    assert run_check(root, bands=Bands(5, ((0.0, 1.0),) * 5)).passed
+    found = {flaw.code for flaw in run_check(root, bands=Bands(4, ((0.0, 1.0),) * 4)).flaws}
     assert "undecodable_image" in found
     (root / "images" / "2.npy").write_bytes((root / "images" / "2.npy").read_bytes()[:500])
-    assert "undecodable_image" in {flaw.code for flaw in run_check(root, channels=5).flaws}
+    assert "undecodable_image" in {flaw.code for flaw in run_check(root, bands=Bands(5, ((0.0, 1.0),) * 5)).flaws}
 
 
 def test_stem_of_colours_becomes_one_of_other_channels():

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from instseg_jax.bands import Bands
 from instseg_jax.data import check_annotations, check_images, check_numbers, coco, coco_entries
 from instseg_jax.data.check_annotations import CheckedFile, CheckedObject
 from instseg_jax.data.check_images import PictureFacts
@@ -40,7 +41,7 @@ class Check:
     files: dict[str, CheckedFile]
     pictures: dict[str, dict[int, PictureFacts]]  # by split and image id
     measured: dict[str, dict[str, Any]]
-    channels: int | None  # of the pictures; None for 8-bit colour
+    bands: Bands | None  # how the pictures are read; None for 8-bit colour
     allow_outside: bool  # pictures outside of their folder
 
     @property
@@ -74,7 +75,7 @@ def check_dataset(
     image_size: tuple[int, int],
     train_sizes: Sequence[tuple[int, int]],
     layout: Layout,
-    channels: int | None,
+    bands: Bands | None,
     num_workers: int,
     progress: Track,
     pictures: dict[Path, PictureFacts],
@@ -83,9 +84,9 @@ def check_dataset(
     """Check both splits of a data set.
 
     `pictures` keeps what is known about files that were looked at before (by path, added to): a second check of
-    the same pictures is quick. `train_sizes` (height, width) and `layout` are those of training. `channels` is None for
-    pictures of 8-bit colour. `num_workers` threads look at pictures
-    at the same time. Pictures outside of their folder are not opened, unless `allow_outside`.
+    the same pictures is quick. `train_sizes` (height, width) and `layout` are those of training, `bands` too: how
+    pictures are read. `num_workers` threads look at pictures at the same time. Pictures outside of their folder are
+    not opened, unless `allow_outside`.
     """
     flaws = list(known_flaws)
     contents: dict[str, dict[str, Any]] = {}
@@ -105,7 +106,7 @@ def check_dataset(
 
         def look(image: ImageRecord, split: str = split, folder: Path = folder, entries: dict = entries) -> tuple:
             facts = pictures.get(folder / image.file_name) or check_images.inspect_listed(
-                folder, image.file_name, channels, allow_outside=allow_outside
+                folder, image.file_name, bands, allow_outside=allow_outside
             )
             objects, found = check_annotations.check_objects(split, image, entries[image.id])
             gone = check_annotations.vanishing_sizes(objects, image, train_sizes, layout)
@@ -142,7 +143,7 @@ def check_dataset(
     )
     if not has_errors(flaws):
         flaws += _reading_flaws(source)
-    return Check(source, flaws, contents, files, facts_of, measured, channels, allow_outside)
+    return Check(source, flaws, contents, files, facts_of, measured, bands, allow_outside)
 
 
 def _pairs(file: CheckedFile, facts: dict[int, PictureFacts]) -> list[tuple[ImageRecord, PictureFacts]]:

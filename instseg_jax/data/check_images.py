@@ -6,7 +6,6 @@ hash (signs of low frequencies) that survives another size, compression or brigh
 
 import dataclasses
 import hashlib
-import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +16,12 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from instseg_jax import images
-from instseg_jax.bands import JPEG_MARK, decode_raw
+from instseg_jax import images, pixels
+from instseg_jax.bands import Bands
 from instseg_jax.data.coco_entries import ImageRecord
 from instseg_jax.data.findings import Flaw
 from instseg_jax.files import is_inside, read_regular
 
-EXIF_ORIENTATION = 0x0112
 HASH_SIDE = 32  # pixels of the grey thumbnail that is hashed
 HASH_FREQUENCIES = 8  # of the cosine transform, each way: 64 bits
 MAX_HASH_DISTANCE = 8  # bits by which near duplicates differ at most
@@ -47,17 +45,17 @@ class PictureFacts:
     hash: int = 0
 
 
-def inspect_listed(folder: Path, name: str, channels: int | None, *, allow_outside: bool) -> PictureFacts:
+def inspect_listed(folder: Path, name: str, bands: Bands | None, *, allow_outside: bool) -> PictureFacts:
     """`inspect_picture` for a name of an annotation file; what lies outside is not opened, unless that is allowed."""
     if not allow_outside and not is_inside(folder, name):
         return PictureFacts(f"it lies outside of {str(folder)!r}", is_outside=True)
-    return inspect_picture(folder / name, channels)
+    return inspect_picture(folder / name, bands)
 
 
-def inspect_picture(path: Path, channels: int | None = None) -> PictureFacts:
+def inspect_picture(path: Path, bands: Bands | None = None) -> PictureFacts:
     """Decode a file as training does, and once more strictly, since OpenCV reads half a file without a word.
 
-    `channels` is None for 8-bit colour, else how many there must be.
+    `bands` are those that training reads with.
     """
     try:
         data = read_regular(path)
@@ -68,18 +66,19 @@ def inspect_picture(path: Path, channels: int | None = None) -> PictureFacts:
     except ValueError as error:
         return PictureFacts(str(error))
     try:
-        image = images.decode_image(data, str(path)) if channels is None else decode_raw(data, channels, str(path))
+        stored = pixels.decode(data, str(path))
+        read = images.to_pixels(stored, bands, repr(str(path)))
     except ValueError as error:
         return PictureFacts(str(error))
-    orientation, problem = _decode_strictly(data)
-    if problem is not None:
-        return PictureFacts(problem)
-    thumbnail, picture_hash = fingerprint(image)
+    damage = _find_damage(data)
+    if damage is not None:
+        return PictureFacts(damage)
+    thumbnail, picture_hash = fingerprint(read if bands is None else stored)
     return PictureFacts(
         error=None,
-        size=image.shape[:2],
-        orientation=orientation,
-        is_cut=channels is None and _has_more_bits(data),
+        size=stored.shape[:2],
+        orientation=pixels.find_orientation(data),
+        is_cut=bands is None and stored.dtype != np.uint8,
         digest=hashlib.blake2b(data, digest_size=16).digest(),
         thumbnail=thumbnail,
         hash=picture_hash,
@@ -204,38 +203,21 @@ def _leak(train: ImageRecord, val: ImageRecord, what: str) -> Flaw:
     return Flaw("leak", None, (train.id, val.id), detail)
 
 
-def _has_more_bits(data: bytes) -> bool:
-    """Whether a file other than a JPEG has pixels of more than 8 bits."""
-    if data.startswith(JPEG_MARK):
-        return False
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    return pixels is not None and pixels.dtype != np.uint8
-
-
-def _decode_strictly(data: bytes) -> tuple[int, str | None]:
-    """EXIF orientation of a picture, and what Pillow says against it; a format that it does not know passes."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its doubts about size or metadata are none about the pixels
-            with Image.open(io.BytesIO(data)) as picture:
-                orientation = picture.getexif().get(EXIF_ORIENTATION, 1)
-                picture.load()
-    except Image.UnidentifiedImageError:
-        return 1, None
-    except Exception as error:  # Pillow's plugins raise all kinds on damaged files
-        return 1, f"it is damaged: {error}"
-    return orientation if orientation in range(1, 9) else 1, None
-
-
-def turn_pixels(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn [H, W, ...] as it is stored to how EXIF's orientation (1..8) says to show it."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return pixels
+def _find_damage(data: bytes) -> str | None:
+    """What Pillow says against the pixels of a file; a format that it does not know passes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its doubts about size or metadata are none about the pixels
+        try:
+            picture = pixels.open_by_pillow(data)
+        except Exception:  # a format, or a layout of TIFF, that others read
+            return None
+        try:
+            picture.load()
+        except Image.DecompressionBombError:  # more pixels than Pillow likes
+            return None
+        except Exception as error:  # Pillow's plugins raise all kinds on damaged files
+            return None if str(error).endswith("not available") else f"it is damaged: {error}"
+    return None
 
 
 def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

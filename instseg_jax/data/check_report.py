@@ -17,6 +17,7 @@ from PIL import Image
 from instseg_jax import bands, files, images, masks
 from instseg_jax.data import check_numbers, findings
 from instseg_jax.data.check import Check
+from instseg_jax.pixels import decode
 
 FOLDER = "check_dataset"
 MAX_PICTURES = 10  # drawn of each split, as the official check does
@@ -37,12 +38,11 @@ def write_report(
 
     def read_shown(path: Path) -> np.ndarray:
         """A picture as 8-bit colour; of other pictures the range of each channel is its own."""
-        channels = check.channels
-        if channels is None:
+        if check.bands is None:
             return images.read_image(path)
-        raw = bands.decode_raw(files.read_regular(path), channels, str(path))
+        raw = decode(files.read_regular(path), str(path))
         ranges = None if raw.dtype == np.uint8 else bands.find_ranges([raw], (1.0, 99.0))
-        return bands.show_bands(bands.scale_bands(raw, bands.Bands(channels, ranges), str(path)))
+        return bands.show_bands(images.to_pixels(raw, bands.Bands(raw.shape[2], ranges)))
 
     grouped = findings.group(check.flaws)
     paths = {split: _draw_pictures(workdir, split, check, draw_instances, read_shown) for split in check.files}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from instseg_jax import files, images, masks
-from instseg_jax.bands import Bands, decode_bands, read_bands
+from instseg_jax.bands import Bands
 from instseg_jax.commands import shown
 from instseg_jax.data import coco_entries, layouts
 from instseg_jax.data.coco_entries import Annotation, ImageRecord
@@ -62,8 +62,8 @@ class CocoDataset:
         path = self.image_path(index)
         if self.pictures is not None:
             data = self.pictures(self.images[index].id)
-            return decode_bands(data, self.bands, str(path)) if self.bands else images.decode_image(data, str(path))
-        return read_bands(path, self.bands) if self.bands else images.read_image(path)
+            return images.decode_image(data, str(path), self.bands)
+        return images.read_image(path, self.bands)
 
     def training_targets(self, index: int) -> tuple[np.ndarray, np.ndarray, tuple[masks.Segmentation, ...]]:
         """Boxes [n, 4] float32 xyxy in pixels, labels [n] int32 and segmentations of an image's objects.

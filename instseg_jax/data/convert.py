@@ -16,12 +16,12 @@ from instseg_jax import files, masks
 from instseg_jax.data import coco_entries, labelme, split, voc, yolo
 from instseg_jax.data.converted import (
     NOT_A_CLASS,
-    PICTURE_SUFFIXES,
     ConvertedImage,
     Listing,
     is_hidden,
     read_class_names,
 )
+from instseg_jax.images import IMAGE_SUFFIXES
 from instseg_jax.progress import Track
 
 DEFAULT_PERCENTAGES = (80, 20)  # of a train_anno_list.txt without a val_anno_list.txt
@@ -117,7 +117,7 @@ def _unused_pictures(source: Path, target: Path, used: set[Path]) -> list[Path]:
     copies = (target / "images").resolve()
     found = []
     for path in sorted(source.rglob("*")):
-        if path.suffix.lower() not in PICTURE_SUFFIXES or is_hidden(path, source) or not path.is_file():
+        if path.suffix.lower() not in IMAGE_SUFFIXES or is_hidden(path, source) or not path.is_file():
             continue
         is_mask = any(part in MASK_FOLDERS for part in path.relative_to(source).parts)
         is_copy = path.name in names and path.resolve().is_relative_to(copies)

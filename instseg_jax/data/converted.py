@@ -10,10 +10,10 @@ import numpy as np
 from instseg_jax import masks
 from instseg_jax.data.polygons import clip_polygon, is_degenerate
 from instseg_jax.files import is_inside, read_regular_text
+from instseg_jax.images import IMAGE_SUFFIXES
 
 NOT_A_CLASS = ("__ignore__", "_background_", "background", "")
 LABEL_FILES = ("labels.txt", "class_names.txt", "classes.txt")
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MIN_AREA_PX = 1  # pixels that an object must have once it is drawn
 
 
@@ -94,7 +94,7 @@ def is_hidden(path: Path, root: Path) -> bool:
 def find_picture(stem: str, folders: Sequence[Path]) -> Path | None:
     """The picture of a name without ending, in the first of some folders that has it."""
     for folder in folders:
-        for suffix in PICTURE_SUFFIXES:
+        for suffix in IMAGE_SUFFIXES:
             for path in (folder / f"{stem}{suffix}", folder / f"{stem}{suffix.upper()}"):
                 if path.is_file():
                     return path

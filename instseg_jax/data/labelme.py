@@ -12,7 +12,6 @@ from typing import Any
 import cv2
 import numpy as np
 
-from instseg_jax import images
 from instseg_jax.data.converted import (
     NOT_A_CLASS,
     ConvertedImage,
@@ -26,6 +25,7 @@ from instseg_jax.data.converted import (
     read_lines,
 )
 from instseg_jax.files import read_regular, read_regular_text
+from instseg_jax.pixels import decode
 
 LISTS = {"train": "train_anno_list.txt", "val": "val_anno_list.txt"}
 LINE_WIDTH_PX = 10  # as LabelMe itself draws lines
@@ -64,7 +64,7 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
     picture, data = _find_picture(path, content, listing.root, notes)
     if picture is not None:
         picture = check_inside(picture, listing.root, str(path)).resolve()
-    height, width = (images.read_image(picture) if picture else images.decode_image(data, str(path))).shape[:2]
+    height, width = decode(read_regular(picture) if picture else data, str(picture or path)).shape[:2]
     if not isinstance(content.get("shapes"), list):
         raise ValueError(f"{path} has no list of shapes.")
     scale = _scale_of_points(path, content, height, width)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from instseg_jax import files, masks
+from instseg_jax import files, masks, pixels
 from instseg_jax.data import check_annotations, check_images, coco_entries, polygons
 from instseg_jax.data.check import Check, Source
 from instseg_jax.data.check_images import PictureFacts
@@ -76,7 +76,7 @@ def _repair_file(content: Entry, check: Check, split: str, said: list[str]) -> i
     folder, facts_of = check.source.splits[split][1], check.pictures[split]
 
     def inspect(name: str) -> PictureFacts:
-        return check_images.inspect_listed(folder, name, check.channels, allow_outside=check.allow_outside)
+        return check_images.inspect_listed(folder, name, check.bands, allow_outside=check.allow_outside)
 
     _read_text_ids(content, said)
     content["categories"] = _sound_categories(content["categories"], said)
@@ -351,7 +351,7 @@ def _move_object(entry: Entry, record: ImageRecord, facts: PictureFacts) -> None
     read = coco_entries.read_segmentation(segmentation, record)
     if isinstance(read, dict):
         mask = masks.decode_rle(read)
-        turn, resize = check_images.turn_pixels, check_images.resize_nearest
+        turn, resize = pixels.turn, check_images.resize_nearest
         entry["segmentation"] = masks.encode_mask(
             turn(mask, facts.orientation) if is_turned else resize(mask, facts.size)
         )

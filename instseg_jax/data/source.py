@@ -6,8 +6,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from instseg_jax import files
-from instseg_jax.bands import MAX_PICTURES, build_bands, decode_raw, find_ranges
+from instseg_jax.bands import MAX_PICTURES, build_bands, find_ranges
 from instseg_jax.data import coco
+from instseg_jax.pixels import decode, expect_channels
 
 SOURCES = ("folder", "tfds")
 
@@ -64,4 +65,6 @@ def with_channel_ranges(config: ConfigDict) -> ConfigDict:
 def _read_raw(dataset: coco.CocoDataset, index: int, channels: int) -> np.ndarray:
     path = dataset.image_path(index)
     data = files.read_regular(path) if dataset.pictures is None else dataset.pictures(dataset.images[index].id)
-    return decode_raw(data, channels, str(path))
+    array = decode(data, str(path))
+    expect_channels(array, repr(str(path)), channels)
+    return array

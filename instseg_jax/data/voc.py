@@ -15,10 +15,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from instseg_jax import images, masks
+from instseg_jax import masks
 from instseg_jax.data.converted import (
     NOT_A_CLASS,
-    PICTURE_SUFFIXES,
     ConvertedImage,
     ConvertedObject,
     Listing,
@@ -29,6 +28,9 @@ from instseg_jax.data.converted import (
     read_class_names,
     read_lines,
 )
+from instseg_jax.files import read_regular
+from instseg_jax.images import IMAGE_SUFFIXES
+from instseg_jax.pixels import decode
 
 VOID = 255
 LABEL_MAP = "labelmap.txt"  # of CVAT: names and colours of the classes
@@ -98,12 +100,12 @@ def read_annotation(stem: Path, listing: Listing, notes: collections.Counter[str
     root, name = listing.root, stem.as_posix()
     picture = find_picture(name, [root / "JPEGImages", root / "images", root])
     if picture is None:
-        raise FileNotFoundError(f"There is no picture {name!r} in {str(root / 'JPEGImages')!r} ({PICTURE_SUFFIXES}).")
+        raise FileNotFoundError(f"There is no picture {name!r} in {str(root / 'JPEGImages')!r} ({IMAGE_SUFFIXES}).")
     masks_of = {kind: root / kind / f"{name}.png" for kind in FOLDERS[:2]}
     xml_file = root / "Annotations" / f"{name}.xml"
     for path in (picture, xml_file, *masks_of.values()):
         check_inside(path, root, f"The name {name!r}")
-    height, width = images.read_image(picture).shape[:2]
+    height, width = decode(read_regular(picture), str(picture)).shape[:2]
     xml = _read_xml(xml_file)
     colors = _read_label_map(root / LABEL_MAP) if (root / LABEL_MAP).is_file() else {}
     codes = {code: index for index, code in enumerate(colors)} or None

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from instseg_jax import images
 from instseg_jax.data.converted import (
-    PICTURE_SUFFIXES,
     ConvertedImage,
     ConvertedObject,
     Listing,
@@ -19,6 +17,9 @@ from instseg_jax.data.converted import (
     read_class_names,
     read_lines,
 )
+from instseg_jax.files import read_regular
+from instseg_jax.images import IMAGE_SUFFIXES
+from instseg_jax.pixels import decode
 
 
 def find_annotations(source: Path, labels: str | Path | None) -> Listing:
@@ -68,7 +69,8 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
     Raises: ValueError that names the line for what is neither a polygon nor a box.
     """
     file, objects = check_inside(_label_file(path), listing.root, f"The picture {path.name!r}"), []
-    height, width = images.read_image(check_inside(path, listing.root, "The folder or a list")).shape[:2]
+    picture = check_inside(path, listing.root, "The folder or a list")
+    height, width = decode(read_regular(picture), str(path)).shape[:2]
     if not file.is_file():
         notes["pictures without a label file, taken as background"] += 1
     lines = read_lines(file) if file.is_file() else []
@@ -147,7 +149,7 @@ def _find_pictures(source: Path, base: Path, entry: Any, description: Path | Non
 
 
 def _pictures_below(folder: Path) -> list[Path]:
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     return sorted(path for path in found if not is_hidden(path, folder))
 
 

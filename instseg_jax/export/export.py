@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from instseg_jax import pixels
 from instseg_jax.config import check_side
 from instseg_jax.export import parity
 from instseg_jax.files import digest_file, seal, sync_tree, write_json, write_text
@@ -51,7 +52,8 @@ VERSIONED = (
     "litert-torch",
     "numpy",
 )
-POSTPROCESS = Path(__file__).with_name("standalone.py")
+
+STANDALONE, PIXELS = Path(__file__).with_name("standalone.py"), Path(pixels.__file__)
 
 if TYPE_CHECKING:
     import onnx
@@ -131,7 +133,7 @@ def export_model(
         digests = {file.name: digest_file(file) for file in sorted(aside.glob("model.*"))}
         config = _describe(model, request, source, said) | {"files": digests}
         write_json(aside / CONFIG, seal(config), indent=2)
-        write_text(aside / "postprocess.py", POSTPROCESS.read_text(encoding="utf-8"))
+        write_text(aside / "postprocess.py", standalone_text())
         report = _compare(model, aside, request, images, score, say)
         report["seconds"] = {"writing": round(seconds, 1), "all": round(time.monotonic() - started, 1)}
         report["megabytes"] = round(sum(file.stat().st_size for file in aside.glob("model.*")) / 1e6, 2)
@@ -269,6 +271,12 @@ def _make_aside(folder: Path) -> Path:
     except OSError as error:
         raise type(error)(f"can't write an export to {folder} ({error.strerror})") from error
     return aside
+
+
+def standalone_text() -> str:
+    """The text of postprocess.py: `standalone.py`, and in place of its import the whole of `pixels.py`."""
+    shared = "from instseg_jax.pixels import decode, to_uint8\n"
+    return STANDALONE.read_text(encoding="utf-8").replace(shared, PIXELS.read_text(encoding="utf-8"), 1)
 
 
 def _replace(folder: Path, aside: Path) -> None:

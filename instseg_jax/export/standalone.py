@@ -3,7 +3,8 @@
     python postprocess.py picture.jpg [more.png] [--threshold=0.4] [--threads=4] > found.json
 
 Needs numpy, the runtime of the export's format (onnxruntime, openvino, jax or ai-edge-litert) and, to decode
-pictures, Pillow or OpenCV. `config.json` says how pictures are fed and what the classes are. As a module:
+pictures, Pillow or OpenCV (both for all TIFFs, Pillow for AVIF). `config.json` says how pictures are fed and what the
+classes are. As a module:
 
     export = load(); result = segment(export, read_image("picture.jpg", export.config))
 
@@ -21,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from instseg_jax.pixels import decode, to_uint8
 
 OUTPUTS = ("scores", "labels", "boxes_xyxy", "mask_logits")
 
@@ -48,37 +51,16 @@ def load(folder=None, threads: int = 0) -> Export:
 
 
 def read_image(path, config: dict) -> np.ndarray:
-    """Decode a file to uint8 [h, w, C], turned as its EXIF orientation says."""
+    """Read a file to uint8 [h, w, C], turned as its EXIF orientation says; the same pixels as in training."""
     feeding = config["preprocessing"]
-    if feeding["channels"] == 3 and feeding["channel_ranges"] is None:
-        try:
-            from PIL import Image, ImageOps
-
-            with Image.open(path) as opened:
-                return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-        except ImportError:
-            import cv2
-
-            image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
-            if image is None:
-                raise ValueError(f"{path} can't be read as an image") from None
-            return np.ascontiguousarray(image[..., ::-1])
-    return scale_channels(_read_raw(Path(path)), config, str(path))
+    is_color = feeding["channels"] == 3 and feeding["channel_ranges"] is None
+    return scale_channels(decode(Path(path).read_bytes(), str(path), is_color=is_color), config, repr(str(path)))
 
 
 def scale_channels(array: np.ndarray, config: dict, name: str = "the image") -> np.ndarray:
-    """Bring pixels [h, w, C] of any type to uint8: each channel's range of config.json to 0..255."""
+    """Bring pixels [h, w, C] of any type to uint8; by the ranges of config.json, where it has them."""
     feeding = config["preprocessing"]
-    array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3 or array.shape[2] != feeding["channels"]:
-        raise ValueError(f"{name} has the shape {list(array.shape)}, the model takes {feeding['channels']} channels")
-    if feeding["channel_ranges"] is None:
-        if array.dtype != np.uint8:
-            raise ValueError(f"{name} has pixels of {array.dtype}, the model takes uint8")
-        return array
-    low, high = np.array(feeding["channel_ranges"], np.float32).T
-    scaled = (array.astype(np.float32) - low) * (255 / np.maximum(high - low, np.finfo(np.float32).tiny))
-    return np.rint(np.clip(np.nan_to_num(scaled), 0, 255)).astype(np.uint8)
+    return to_uint8(array, name, channels=feeding["channels"], ranges=feeding["channel_ranges"])
 
 
 def preprocess(image: np.ndarray, config: dict) -> tuple[np.ndarray, tuple[int, int]]:
@@ -220,26 +202,6 @@ def _taps(pixels: int, wanted: int, interpolation: str, shrinks: bool) -> tuple[
         weights = np.sin(np.pi * distance) * np.sin(np.pi * distance / 4) / distance**2
     weights = weights / weights.sum(1, keepdims=True)
     return np.clip(lower[:, None].astype(int) + reach, 0, pixels - 1), weights.astype(np.float32)
-
-
-def _read_raw(path: Path) -> np.ndarray:
-    """Decode .npy, or a picture with its own bits and channels."""
-    if path.suffix.lower() == ".npy":
-        return np.load(path, allow_pickle=False)
-    try:
-        import cv2
-
-        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-        if image is None:
-            raise ValueError(f"{path} can't be read as an image")
-        return image[..., [2, 1, 0, 3][: image.shape[2]]] if image.ndim == 3 and image.shape[2] > 2 else image
-    except ImportError:
-        from PIL import Image
-
-        with Image.open(path) as opened:
-            if opened.mode not in ("L", "I;16", "I;16B", "I;16L"):  # others lose bits or channels
-                raise ValueError(f"{path} needs OpenCV to be read whole; or give it as .npy") from None
-            return np.asarray(opened)
 
 
 def _open_onnx(path: Path, config: dict, threads: int) -> Callable:

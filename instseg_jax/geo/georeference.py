@@ -62,6 +62,13 @@ class Georeference:
         crs = file.crs
         return cls(tuple(file.transform)[:6], crs.to_wkt() if crs else None, crs.to_epsg() if crs else None)
 
+    def after(self, matrix: np.ndarray) -> "Georeference":
+        """That of other pixels, which `matrix` [2, 3] takes to those of this one."""
+        a, b, c, d, e, f = self.transform
+        linear, offset = np.array([[a, b], [d, e]]) @ matrix, np.array([c, f])
+        linear[:, 2] += offset
+        return dataclasses.replace(self, transform=tuple(linear.ravel().tolist()))
+
     def to_ground(self, points: np.ndarray) -> np.ndarray:
         """Pixel coordinates [P, 2] (x, y) to coordinates on the ground."""
         a, b, c, d, e, f = self.transform

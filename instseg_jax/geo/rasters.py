@@ -5,6 +5,7 @@ Where an image lies on the ground, and files of maps, are in `geo.py`.
 
 import contextlib
 import importlib.util
+import mmap
 import threading
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from instseg_jax import pixels
 from instseg_jax.files import write_bytes
 from instseg_jax.geo.georeference import Georeference
 from instseg_jax.windows import Window, fill_up, view_size
@@ -83,13 +85,21 @@ class RasterImage:
         except (RasterioIOError, OSError) as error:
             raise ValueError(f"{str(path)!r} can't be read as a raster ({' '.join(str(error).split())}).") from error
         self.name = str(path)
-        self.size = (self._file.height, self._file.width)
-        self.georeference = Georeference.of_raster(self._file)
-        self.is_plain = self._file.dtypes[0] == "uint8" and self._file.colorinterp[0].name in ("red", "gray")
+        self._stored = (self._file.height, self._file.width)
+        tags = _read_tags(Path(path))
+        self._orientation = tags.get(pixels.ORIENTATION, 1) if tags.get(pixels.ORIENTATION) in range(1, 9) else 1
+        self.size = self._stored if self._orientation < 5 else self._stored[::-1]
+        place = Georeference.of_raster(self._file)
+        self.georeference = place and place.after(_to_stored(self._orientation, *self._stored))
+        self.is_plain = (
+            self._file.dtypes[0] == "uint8"
+            and self._file.colorinterp[0].name in ("red", "gray")
+            and tags.get(pixels.PHOTOMETRIC) in (pixels.BLACK_IS_ZERO, pixels.RGB)
+        )
         self._bands = (1, 2, 3) if self._file.count >= 3 else (1, 1, 1)
         self._range: tuple[np.ndarray, np.ndarray] | None = None
         if self._file.dtypes[0] != "uint8":
-            shape = view_size(self.size, STRETCH_SIDE)
+            shape = view_size(self._stored, STRETCH_SIDE)
             view = self._read(out_shape=shape).reshape(3, -1).astype(np.float64)
             low, high = np.nanpercentile(view, STRETCH, axis=1)
             self._range = low, np.maximum(high - low, 1e-12)
@@ -107,7 +117,9 @@ class RasterImage:
 
         width = min(window.width, self.size[1] - window.x)
         height = min(window.height, self.size[0] - window.y)
-        part = self._read(window=FileWindow(window.x, window.y, width, height))
+        corners = np.array([[window.x, window.y, 1], [window.x + width, window.y + height, 1]])
+        (x1, x2), (y1, y2) = np.sort(_to_stored(self._orientation, *self._stored) @ corners.T, axis=1).tolist()
+        part = self._read(window=FileWindow(x1, y1, x2 - x1, y2 - y1))
         return fill_up(self._to_rgb(part), window)
 
     def whole(self) -> np.ndarray:
@@ -118,7 +130,7 @@ class RasterImage:
         """The whole image, its longer side at most `side` pixels: from its overviews where it has them."""
         from rasterio.enums import Resampling
 
-        return self._to_rgb(self._read(out_shape=view_size(self.size, side), resampling=Resampling.average))
+        return self._to_rgb(self._read(out_shape=view_size(self._stored, side), resampling=Resampling.average))
 
     def picture(self) -> np.ndarray:
         """A view for drawing; the whole image where it is not larger."""
@@ -135,9 +147,26 @@ class RasterImage:
             raise ValueError(f"{self.name!r} can't be read ({' '.join(str(error).split())}).") from error
 
     def _to_rgb(self, bands: np.ndarray) -> np.ndarray:
-        """[3, h, w] of the file's type to [h, w, 3] uint8."""
-        pixels = np.moveaxis(bands, 0, -1)
+        """[3, h, w] of the file's type to [h, w, 3] uint8, turned as the file says."""
+        values = np.moveaxis(bands, 0, -1)
         if self._range is not None:
             low, extent = self._range
-            pixels = np.clip(np.nan_to_num((pixels - low) / extent), 0, 1) * 255
-        return np.ascontiguousarray(pixels.astype(np.uint8))
+            values = np.clip(np.nan_to_num((values - low) / extent), 0, 1) * 255
+        return pixels.turn(values.astype(np.uint8), self._orientation)
+
+
+def _read_tags(path: Path) -> dict[int, int]:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return pixels.tiff_tags(mapped)
+
+
+def _to_stored(orientation: int, height: int, width: int) -> np.ndarray:
+    """Matrix [2, 3] from (x, y, 1) of a turned image to (x, y) of it as stored, height x width."""
+    x, y = ([1, 0, 0], [0, 1, 0]) if orientation < 5 else ([0, 1, 0], [1, 0, 0])
+    right, down = np.array([0, 0, width]), np.array([0, 0, height])
+    return np.stack(
+        [
+            right - x if orientation in (2, 3, 7, 8) else np.array(x),
+            down - y if orientation in (3, 4, 6, 7) else np.array(y),
+        ]
+    )

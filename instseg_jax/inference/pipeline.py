@@ -5,7 +5,6 @@ file in `pipeline_config.py`. Files of results are written in `results.py` and `
 """
 
 import dataclasses
-import functools
 import logging
 import numbers
 import os
@@ -24,7 +23,7 @@ from instseg_jax.config import load_config
 from instseg_jax.devices import make_mesh, select_devices
 from instseg_jax.inference import predictor, tiling
 from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_config, parse_hpi_config
-from instseg_jax.inference.sources import Source, find_sources, with_bands
+from instseg_jax.inference.sources import Source, find_sources
 from instseg_jax.inference.streaming import Feeding, Found, stream_instances
 from instseg_jax.models.variants import canonical_name
 from instseg_jax.progress import Track
@@ -86,9 +85,7 @@ class Pipeline:
             raise ValueError(f"batch_size is {batch_size!r}, it must be a whole number of at least 1")
         thresholds = thresholds_by_class(threshold, self.class_names, self.thresholds)
         tiles = None if tile is None else tiling.Tiles(tile, overlap, whole_image, progress)
-        sources, count = find_sources(x, channels=channels)
-        if self.feeding.bands is not None:
-            sources = map(functools.partial(with_bands, bands=self.feeding.bands), sources)
+        sources, count = find_sources(x, channels=channels, bands=self.feeding.bands)
         if tiles is not None:
             return self._results(tiling.stream_tiled(sources, self._stream, tiles, size, thresholds), count == 1)
         return self._results(self._stream(sources, size, thresholds), count == 1)

@@ -16,12 +16,13 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from instseg_jax.bands import Bands, read_bands
+from instseg_jax.bands import Bands
 from instseg_jax.files import check_regular
 from instseg_jax.geo.rasters import RasterImage, open_raster
-from instseg_jax.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, decode_image, is_video, read_image, to_rgb
+from instseg_jax.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, decode_image, is_video, read_image, to_pixels
+from instseg_jax.pixels import from_pil
 
 URL_PREFIXES = ("http://", "https://")
 MAX_DOWNLOAD = 256 << 20  # bytes of a picture at a URL
@@ -44,25 +45,26 @@ class Source:
     raster: RasterImage | None = None  # of a file that can be read in windows
 
 
-def find_sources(x: Any, *, channels: str) -> tuple[Iterator[Source], int | None]:
+def find_sources(x: Any, *, channels: str, bands: Bands | None = None) -> tuple[Iterator[Source], int | None]:
     """Say what is to be segmented: (sources in order, how many they are; None when only reading tells).
 
     `x` is a path (`~` and file:// too), URL, folder, pattern (`**` for all folders below), array ([h, w, 3], see
-    `images.to_rgb`, of numpy, jax or any other library; [b, h, w, 3] are b images), PIL image, the bytes of a picture
-    or a file that gives them, video, or an iterable of these. What cannot be found raises FileNotFoundError at once;
+    `pixels.to_uint8`, of numpy, jax or any other library; [b, h, w, 3] are b images), PIL image, the bytes of a picture
+    or a file that gives them, video, or an iterable of these. `channels` ("rgb" or "bgr") is the order in arrays,
+    `bands` how all pixels are read; None: as 8-bit colour. What cannot be found raises FileNotFoundError at once;
     within a list it becomes a source whose `read` raises, so that the rest goes on.
     """
     x = _as_plain(x)
     if isinstance(x, np.ndarray) and x.ndim == 4:  # a batch
         x = list(x)
     if isinstance(x, (str, pathlib.Path, np.ndarray, Image.Image, bytes)):
-        return _one(x, channels=channels, number=0)
+        return _one(x, channels=channels, bands=bands, number=0)
     if isinstance(x, dict) or not isinstance(x, Iterable):
         raise ValueError(
             f"An input must be a path, URL, folder, array, PIL image or a list of these, got {type(x).__name__}."
         )
     items = x if isinstance(x, (list, tuple)) else None
-    return _many(x, channels=channels), _count(items, channels)
+    return _many(x, channels=channels, bands=bands), _count(items, channels)
 
 
 def find_files(source: str | pathlib.Path) -> list[pathlib.Path]:
@@ -138,30 +140,31 @@ def _as_plain(x: Any) -> Any:
     return x
 
 
-def _one(x: Any, *, channels: str, number: int) -> tuple[Iterator[Source], int | None]:
+def _one(x: Any, *, channels: str, bands: Bands | None, number: int) -> tuple[Iterator[Source], int | None]:
     x = _as_plain(x)
     if isinstance(x, bytes):
-        return iter([Source(f"bytes_{number}", lambda: decode_image(x, f"bytes_{number}"))]), 1
+        return iter([Source(f"bytes_{number}", lambda: decode_image(x, f"bytes_{number}", bands))]), 1
     if isinstance(x, np.ndarray):
-        image = to_rgb(x, channels=channels)
+        image = to_pixels(x, bands, order=channels)
         return iter([Source(f"array_{number}", lambda: image)]), 1
     if isinstance(x, Image.Image):
-        return iter([Source(getattr(x, "filename", "") or f"image_{number}", lambda: _from_pil(x))]), 1
+        name = getattr(x, "filename", "") or f"image_{number}"
+        return iter([Source(name, lambda: to_pixels(from_pil(x), bands))]), 1
     if isinstance(x, str) and x.startswith(URL_PREFIXES):
-        return iter([Source(x, lambda: decode_image(_download(x), x))]), 1
+        return iter([Source(x, lambda: decode_image(_download(x), x, bands))]), 1
     if not isinstance(x, (str, pathlib.Path)):
         raise ValueError(f"An input must be a path, URL, array or PIL image, got {type(x).__name__}.")
     files = find_files(x)
     frames = [count_frames(path) if is_video(path) else 1 for path in files]
     known = [count for count in frames if count is not None]
-    return _from_files(files), sum(known) if len(known) == len(frames) else None
+    return _from_files(files, bands), sum(known) if len(known) == len(frames) else None
 
 
-def _many(items: Iterable, *, channels: str) -> Iterator[Source]:
+def _many(items: Iterable, *, channels: str, bands: Bands | None) -> Iterator[Source]:
     for number, item in enumerate(items):
         name = str(item) if isinstance(item, (str, pathlib.Path)) else f"item_{number}"
         try:
-            sources, _ = _one(item, channels=channels, number=number)
+            sources, _ = _one(item, channels=channels, bands=bands, number=number)
         except (ValueError, OSError) as error:
             yield Source(name, functools.partial(_raise, error))
         else:
@@ -180,43 +183,27 @@ def _is_single(name: str) -> bool:
     return not (glob.has_magic(name) or is_video(name) or pathlib.Path(name).is_dir())
 
 
-def _from_files(files: list[pathlib.Path]) -> Iterator[Source]:
+def _from_files(files: list[pathlib.Path], bands: Bands | None) -> Iterator[Source]:
     for path in files:
         if not is_video(path):
             raster = open_raster(path)
+            read = functools.partial(read_image, path, bands)
             if raster is None:
-                yield Source(str(path), functools.partial(read_image, path))
+                yield Source(str(path), read)
+            elif bands is not None:  # by ranges of their own, not by those of the file
+                yield Source(str(path), read, georeference=raster.georeference)
             else:
                 yield Source(str(path), raster.whole, georeference=raster.georeference, raster=raster)
             continue
         try:
             for index, frame in enumerate(read_video(path)):
-                yield Source(str(path), functools.partial(_give, frame), page_index=index)
+                yield Source(str(path), functools.partial(to_pixels, frame, bands), page_index=index)
         except ValueError as error:
             yield Source(str(path), functools.partial(_raise, error))
 
 
-def with_bands(source: Source, bands: Bands) -> Source:
-    """The same source, its file read to uint8 [h, w, channels] as the bands of the training pictures were."""
-    path = pathlib.Path(source.name)
-    if not path.is_file() or is_video(path):
-        return source
-    return dataclasses.replace(source, read=functools.partial(read_bands, path, bands), raster=None)
-
-
-def _give(image: np.ndarray) -> np.ndarray:
-    return image
-
-
 def _raise(error: Exception) -> np.ndarray:
     raise error
-
-
-def _from_pil(image: Image.Image) -> np.ndarray:
-    turned = ImageOps.exif_transpose(image)
-    if turned.mode.startswith("I;16"):
-        return to_rgb(np.asarray(turned, np.uint16), channels="rgb")
-    return np.asarray(turned.convert("RGB"))
 
 
 def _download(url: str) -> bytes:

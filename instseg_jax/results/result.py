@@ -19,7 +19,7 @@ from PIL import Image
 
 from instseg_jax.crops import crop_rle, paste_mask
 from instseg_jax.files import write_bytes, write_json
-from instseg_jax.images import IMAGE_SUFFIXES
+from instseg_jax.images import WRITTEN_SUFFIXES
 from instseg_jax.masks import compress_rle, decode_rle, rle_area, rle_box_xyxy_px
 from instseg_jax.results import formats
 from instseg_jax.results.visualize import draw_instances
@@ -259,7 +259,7 @@ class Result:
 
         In a folder the suffix is that of the input, `.png` where that has none that can be written.
         """
-        path = self.target(save_path, self.image_suffix, IMAGE_SUFFIXES)
+        path = self.target(save_path, self.image_suffix, WRITTEN_SUFFIXES)
         data = io.BytesIO()
         image_format = Image.registered_extensions()[path.suffix.lower()]
         self.img["res"].save(data, format=image_format, quality=IMAGE_QUALITY)
@@ -280,7 +280,7 @@ class Result:
     def image_suffix(self) -> str:
         """The suffix of the drawn image: that of the input, `.png` where that can't be written."""
         suffix = PurePosixPath(self.name).suffix
-        return suffix if suffix.lower() in IMAGE_SUFFIXES else ".png"
+        return suffix if suffix.lower() in WRITTEN_SUFFIXES else ".png"
 
     @property
     def stem(self) -> str:

@@ -11,7 +11,7 @@ from instseg_jax.bands import build_bands
 from instseg_jax.data import coco
 from instseg_jax.data.source import build_dataset
 from instseg_jax.inference.predictor import LoadedModel
-from instseg_jax.inference.sources import find_sources, with_bands
+from instseg_jax.inference.sources import find_sources
 
 COMPARED = 8  # images that checkpoint and export are compared on
 CALIBRATION_IMAGES = 100  # evenly over those there are
@@ -42,12 +42,10 @@ def calibration_images(model: LoadedModel, size: int, folder: str | None) -> lis
     Raises: ValueError where there are none.
     """
     if folder is not None and not (Path(folder) / "annotations").is_dir():
-        sources, _ = find_sources(folder, channels="rgb")
-        bands = build_bands(model.config.data)
+        sources, _ = find_sources(folder, channels="rgb", bands=build_bands(model.config.data))
         listed = list(sources)
         chosen = [listed[i] for i in _evenly(len(listed), CALIBRATION_IMAGES)]
-        pictures = [(with_bands(source, bands=bands) if bands else source).read() for source in chosen]
-        return [_prepare(picture, model, size) for picture in pictures]
+        return [_prepare(source.read(), model, size) for source in chosen]
     try:
         dataset = build_dataset((_with_data(model, folder) if folder else model).config.data, "train")
         return _network_inputs(dataset, model, size, CALIBRATION_IMAGES)

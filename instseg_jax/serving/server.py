@@ -125,7 +125,8 @@ class Server:
         self.threads.shutdown()
 
     def _run(self, jobs: Sequence[_Job]) -> list[Result]:
-        sources = [Source("image.jpg", functools.partial(decode_image, job.data, "image")) for job in jobs]
+        bands = self.pipeline.feeding.bands
+        sources = [Source("image.jpg", functools.partial(decode_image, job.data, "image", bands)) for job in jobs]
         return self.pipeline.segment(sources, [job.thresholds for job in jobs])
 
     def _observe(self, size: int, seconds: float) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
+from instseg_jax.bands import build_bands
 from instseg_jax.cli import DEFAULT_CONFIG
 from instseg_jax.commands import changed, print_next
 from instseg_jax.config import check_sizes, load_config
@@ -50,7 +51,9 @@ def _check_dataset(config: ConfigDict, workdir: pathlib.Path, *, is_fixed: bool)
     if data.source != "folder":
         raise ValueError(f"check_dataset looks at folders; data.source is {data.source!r}.")
     check_sizes(data)
-    channels = None if data.channels == 3 and data.scaling == "none" else data.channels
+    known = data.scaling == "none" or data.channel_ranges is not None
+    any_ranges = ConfigDict({**data.to_dict(), "channel_ranges": ((0.0, 1.0),) * data.channels})
+    bands = build_bands(data if known else any_ranges)  # which ones makes no difference to what can be read
     source, flaws = check.find_source(
         _data_folder(config),
         annotations={split: data[f"{split}_annotations"] for split in splits},
@@ -63,7 +66,7 @@ def _check_dataset(config: ConfigDict, workdir: pathlib.Path, *, is_fixed: bool)
         image_size=(data.image_size, data.image_size),
         train_sizes=loader.train_sizes(config),
         layout=loader.build_layout(config, data.max_instances),
-        channels=channels,
+        bands=bands,
         num_workers=data.num_workers,
         progress=functools.partial(_progress, "checking"),
         pictures={},

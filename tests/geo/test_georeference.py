@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from fake_model import make_pipeline, picture
 from pycocotools import mask as mask_api
+from turned_pictures import turned, with_orientation
 
+from instseg_jax import images
 from instseg_jax.geo import georeference
 from instseg_jax.geo.georeference import Georeference
 from instseg_jax.geo.rasters import RasterImage, write_geotiff
@@ -151,6 +153,27 @@ def test_windows_of_a_raster_are_its_pixels(tmp_path):
     view = RasterImage(write_raster(tmp_path / "b.tif", smooth, tiled=True, blockxsize=32, blockysize=32)).view(45)
     assert view.shape == (45, 35, 3)
     np.testing.assert_allclose(view, smooth.reshape(45, 2, 35, 2, 3).mean(axis=(1, 3)), atol=2)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_raster_is_read_and_placed_as_it_is_shown(tmp_path, orientation):
+    stored = np.random.default_rng(0).integers(0, 256, (40, 70, 3)).astype(np.uint8)
+    path = write_raster(tmp_path / "a.tif", stored, photometric="RGB")
+    path.write_bytes(with_orientation(path.read_bytes(), orientation))
+    raster, shown = RasterImage(path), turned(stored, orientation)
+    assert raster.size == shown.shape[:2]
+    np.testing.assert_array_equal(raster.whole(), shown)
+    np.testing.assert_array_equal(raster.picture(), shown)
+    np.testing.assert_array_equal(raster.read(Window(3, 5, 20, 30)), shown[5:35, 3:23])
+    np.testing.assert_array_equal(raster.whole(), images.read_image(path))
+    # A pixel lies where it lay: centres of all, by the way that the pixels themselves went.
+    y, x = np.mgrid[:40, :70] + 0.5
+    wanted = (
+        Georeference(tuple(TURNED)[:6], None, None).to_ground(np.stack([x.ravel(), y.ravel()], 1)).reshape(40, 70, 2)
+    )
+    y, x = np.mgrid[: shown.shape[0], : shown.shape[1]] + 0.5
+    found = raster.georeference.to_ground(np.stack([x.ravel(), y.ravel()], 1))
+    np.testing.assert_allclose(found.reshape(*shown.shape[:2], 2), turned(wanted, orientation), atol=1e-6)
 
 
 def test_sixteen_bits_are_stretched_the_same_everywhere(tmp_path):

@@ -63,9 +63,8 @@ def run_check(root_or_source, flaws=(), **changes):
         "image_size": (64, 64),
         "train_sizes": ((64, 64),),
         "layout": Layout("stretch", mask_stride=1, mask_rasterization="exact", refit_boxes=False, max_instances=100),
-        "channels": None,
     }
-    arguments |= {"channels": None, "num_workers": 1, "progress": lambda items, total: items, "pictures": {}}
+    arguments |= {"bands": None, "num_workers": 1, "progress": lambda items, total: items, "pictures": {}}
     arguments["allow_outside"] = False
     return check.check_dataset(source, flaws, **(arguments | changes))
 
