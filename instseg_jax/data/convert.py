@@ -74,7 +74,7 @@ def convert_dataset(
         for path in progress(paths, len(paths)):
             its_notes: collections.Counter[str] = collections.Counter()  # they don't count where the file is left out
             try:
-                converted[part].append(reader.read_annotation(path, listing, its_notes))
+                converted[part].append(_with_names(reader.read_annotation(path, listing, its_notes), path))
                 notes.update(its_notes)
             except (ValueError, OSError) as error:
                 if not skip_invalid:
@@ -91,7 +91,8 @@ def convert_dataset(
         raise ValueError(f"There is no object in the {kind} annotations below {str(source)!r}.")
     is_certain = labels is not None or bool(read_class_names(source, None, above=False))
     everything = [image for images in converted.values() for image in images]
-    names = _category_names(listing.class_names, everything, is_certain=is_certain)
+    known = [coco_entries.read_name(name, f"A class of {str(source)!r}") for name in listing.class_names if name]
+    names = _category_names(known, everything, is_certain=is_certain)
     pictures = _PictureFolder(target / "images")
     contents = {part: _to_coco(images, names, pictures) for part, images in converted.items()}
     if percentages is None and listing.is_val_wanted:
@@ -109,6 +110,13 @@ def convert_dataset(
         categories=tuple(names),
         notes=tuple(f"{note}: {count}" for note, count in notes.items()),
     )
+
+
+def _with_names(image: ConvertedImage, path: Path) -> ConvertedImage:
+    """The names of classes as COCO files are read, so that what is written can be. Raises ValueError of read_name."""
+    names = [coco_entries.read_name(o.name, f"A class of {path}") for o in image.objects]
+    objects = [dataclasses.replace(o, name=name) for o, name in zip(image.objects, names, strict=True)]
+    return dataclasses.replace(image, objects=tuple(objects))
 
 
 def _unused_pictures(source: Path, target: Path, used: set[Path]) -> list[Path]:

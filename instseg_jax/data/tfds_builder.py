@@ -128,7 +128,7 @@ class RecordPictures:
 def prepare_dataset(datasets: Mapping[str, coco.CocoDataset], target: str | Path) -> Path:
     """Write splits as ArrayRecord below `target`; returns the folder of the prepared data set.
 
-    Raises ValueError when there is one already, or when the splits or their class names don't allow it.
+    Raises ValueError when there is one already, or when the splits, their class names or numbers don't allow it.
     """
     first, *others = datasets.values()
     for other in others:
@@ -137,6 +137,9 @@ def prepare_dataset(datasets: Mapping[str, coco.CocoDataset], target: str | Path
         raise ValueError(f"Several categories of {first.name} have the same name, which TFDS doesn't know.")
     for dataset in datasets.values():
         coco.check_images(dataset)
+        ids = [image.id for image in dataset.images] + [a.id for each in dataset.annotations for a in each]
+        _check_bits(dataset, "ids", ids, 64)
+        _check_bits(dataset, "sizes", [side for image in dataset.images for side in (image.height, image.width)], 32)
     builder = InstanceSegmentation(datasets=datasets, data_dir=str(target), file_format="array_record")
     folder = Path(builder.data_dir)
     if folder.exists():
@@ -145,6 +148,13 @@ def prepare_dataset(datasets: Mapping[str, coco.CocoDataset], target: str | Path
     for split, dataset in datasets.items():
         files.write_json(_index_file(folder, split), coco.to_coco(dataset))
     return folder
+
+
+def _check_bits(dataset: coco.CocoDataset, what: str, values: list[int], bits: int) -> None:
+    beyond = [value for value in values if not -(1 << bits - 1) <= value < 1 << bits - 1]
+    if beyond:
+        listed = coco_entries.first_few(beyond)
+        raise ValueError(f"{dataset.name} has {what} beyond the {bits} bits that TFDS has for them: {listed}.")
 
 
 def read_prepared(dir: str | Path, split: str) -> coco.CocoDataset:

@@ -38,6 +38,26 @@ def test_a_damaged_file_is_an_error_or_a_note_but_never_gone(tmp_path, data):
     assert len(done.notes) == 1 and "b.json" in done.notes[0] and done.parts["train"][1] == 1
 
 
+@pytest.mark.parametrize("name", ["x" * 100_000, "x" * 501, "\ud800"])
+def test_a_name_that_no_data_set_may_have_is_told_and_left_out(tmp_path, name):
+    write_labelme(tmp_path / "in", "a", [shape("x", square(5, 5, 10))])
+    write_labelme(tmp_path / "in", "bc", [shape(name, square(5, 5, 10))])
+    with pytest.raises(ValueError, match=r"(?s)^.{,900}bc\.json.*--skip_invalid") as caught:
+        convert(tmp_path / "in", "LabelMe", tmp_path / "out")
+    assert len(str(caught.value)) < 1500 and not (tmp_path / "out").exists()
+    done = convert(tmp_path / "in", "LabelMe", tmp_path / "out", skip_invalid=True)
+    assert done.categories == ("x",) and done.parts["train"][1] == 1 and "bc.json" in done.notes[0]
+    (tmp_path / "labels.txt").write_text("x\n" + "y" * 100_000)
+    with pytest.raises(ValueError, match="has a name of 100000 letters, at most 500 are allowed"):
+        convert(tmp_path / "in", "LabelMe", tmp_path / "other", labels=tmp_path / "labels.txt", skip_invalid=True)
+
+
+def test_a_name_is_written_as_it_is_read(tmp_path):
+    write_labelme(tmp_path / "in", "a", [shape(" red\r\ncar ", square(5, 5, 10)), shape("red car", square(30, 5, 10))])
+    assert convert(tmp_path / "in", "LabelMe", tmp_path / "out").categories == ("red car",)
+    assert coco.read_split(tmp_path / "out", "train").categories == ("red car",)
+
+
 def test_hidden_files_are_left_alone(tmp_path):
     write_labelme(tmp_path / "in", "a", [shape("x", square(5, 5, 10))])
     (tmp_path / "in" / "._a.json").write_bytes(b"\0\5\26\7")

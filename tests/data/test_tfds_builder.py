@@ -1,5 +1,6 @@
 """The data set as TFDS: every record as the file has it, the same batches as from the folder, no TensorFlow."""
 
+import dataclasses
 import itertools
 import json
 import pickle
@@ -99,6 +100,38 @@ def test_pictures_cross_processes_and_fit_their_index(folder, prepared, tmp_path
     (other / "index_val.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="don't fit their index"):
         tfds_builder.read_prepared(other, "val").read_image(0)
+
+
+@pytest.mark.parametrize("number", [1 << 63, -(1 << 63) - 1, 10**400], ids=["above", "below", "huge"])
+@pytest.mark.parametrize("place", ["images", "annotations"])
+def test_ids_beyond_64_bits_are_told_before_anything_is_written(folder, tmp_path, number, place):
+    dataset = coco.read_split(folder, "train")
+    if place == "images":
+        images = (dataclasses.replace(dataset.images[0], id=number), *dataset.images[1:])
+        dataset = dataclasses.replace(dataset, images=images)
+    else:
+        with_number = [tuple(dataclasses.replace(a, id=number) for a in each) for each in dataset.annotations]
+        dataset = dataclasses.replace(dataset, annotations=tuple(with_number))
+    with pytest.raises(
+        ValueError, match=rf"instance_train.* has ids beyond the 64 bits that TFDS has for them: {number}"
+    ):
+        tfds_builder.prepare_dataset({"train": dataset}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_64_bits_are_kept(folder, tmp_path):
+    dataset = coco.read_split(folder, "train")
+    images = tuple(
+        dataclasses.replace(image, id=id) for image, id in zip(dataset.images, (-(1 << 63), (1 << 63) - 1), strict=True)
+    )
+    dataset = dataclasses.replace(dataset, images=images)
+    out = tfds_builder.prepare_dataset({"train": dataset}, tmp_path / "out")
+    read = tfds_builder.read_prepared(out, "train")
+    assert [image.id for image in read.images] == [-(1 << 63), (1 << 63) - 1]
+    np.testing.assert_array_equal(read.read_image(1), dataset.read_image(1))
+    huge = (dataclasses.replace(images[0], width=1 << 31), images[1])
+    with pytest.raises(ValueError, match="has sizes beyond the 32 bits that TFDS has for them: 2147483648"):
+        tfds_builder.prepare_dataset({"train": dataclasses.replace(dataset, images=huge)}, tmp_path / "other")
 
 
 def test_it_is_found_below_the_folder_and_never_overwritten(folder, prepared):
