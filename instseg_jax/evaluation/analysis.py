@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from instseg_jax.evaluation import curves
+from instseg_jax.evaluation.boundary import Edges, measure_edges
+from instseg_jax.evaluation.coco import result_entries
 from instseg_jax.evaluation.errors import ErrorSplit, split_errors
 from instseg_jax.evaluation.matching import Matches, match_detections
 
@@ -24,6 +26,7 @@ class Analysis:
     errors: ErrorSplit
     calibration: curves.Calibration
     confusion: np.ndarray  # [K + 1, K + 1], at the overall threshold
+    edges: Edges | None  # of the matched masks; None for boxes, and where they were not wanted
 
     def summary(self) -> dict:
         """The numbers of the analysis as plain JSON values."""
@@ -34,11 +37,14 @@ class Analysis:
             "calibration_error": self.calibration.error,
             "best_f1": self.f1.best_f1,
             "thresholds": self.thresholds,
+            "edges": None if self.edges is None else dataclasses.asdict(self.edges),
         }
 
 
-def analyse(ground_truth: dict, results: Sequence[dict], *, iou_type: str, max_detections: int) -> Analysis:
-    """Match and analyse COCO result entries by masks (`segm`) or boxes (`bbox`)."""
+def analyse(
+    ground_truth: dict, results: Sequence[dict], *, iou_type: str, max_detections: int, with_edges: bool = False
+) -> Analysis:
+    """Match and analyse COCO result entries by masks (`segm`) or boxes (`bbox`); `with_edges`: those of masks too."""
     matches = match_detections(ground_truth, results, iou_type=iou_type, max_detections=max_detections)
     thresholds = curves.best_thresholds(matches)
     position = {iou: int(np.argmin(np.abs(matches.iou_thresholds - iou))) for iou in SHOWN_IOUS}
@@ -51,4 +57,14 @@ def analyse(ground_truth: dict, results: Sequence[dict], *, iou_type: str, max_d
         errors=split_errors(matches),
         calibration=curves.calibration(matches, 0),
         confusion=curves.confusion_matrix(matches, score_threshold=thresholds["overall"] if thresholds else 0.0),
+        edges=_edges_of(ground_truth, results, matches) if with_edges and iou_type == "segm" else None,
     )
+
+
+def _edges_of(ground_truth: dict, results: Sequence[dict], matches: Matches) -> Edges | None:
+    """Edges of the detections that found an object at the lowest overlap."""
+    found = np.flatnonzero(matches.is_true[0])
+    entries = result_entries(ground_truth, [results[i] for i in matches.result_index[found]], "segm")
+    objects = [matches.object_entries[i] for i in matches.matched[0, found]]
+    pairs = zip(entries, objects, strict=True)
+    return measure_edges((entry["segmentation"], object_["segmentation"]) for entry, object_ in pairs)

@@ -43,7 +43,7 @@ def write_report(
     sections = [
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="dim">{html.escape("; ".join(f"{name} {text}" for name, text in facts.items()))}</p>',
-        _metrics_section(metrics, list(analyses)),
+        _metrics_section(metrics, analyses),
         _curves_section(main, kind),
         _classes_section(metrics, main, [name for name in KIND_NAMES if f"{name}/AP" in metrics]),
         _errors_section(main, kind),
@@ -68,13 +68,15 @@ def percent(value: float | None) -> str:
     return "–" if value is None or np.isnan(value) else f"{100 * value:.1f}"
 
 
-def _metrics_section(metrics: Mapping[str, float | None], kinds: Sequence[str]) -> str:
+def _metrics_section(metrics: Mapping[str, float | None], analyses: Mapping[str, Analysis]) -> str:
+    kinds = list(analyses)
+    edges = " ".join(analysis.edges.say() for analysis in analyses.values() if analysis.edges is not None)
     shown = [*kinds, *(["boundary"] if "boundary/AP" in metrics else [])]
     names = [name.split("/")[1] for name in metrics if name.startswith(f"{kinds[0]}/") and name.count("/") == 1]
     rows = [(KIND_NAMES[kind], *(percent(metrics[f"{kind}/{name}"]) for name in names)) for kind in shown]
     return (
         f"<h2>Metrics</h2><p>In points of 100; AP is the mean over IoU 0.50 to 0.95, a dash means that there is "
-        f"nothing to find.{_BOUNDARY_NOTE if 'boundary' in shown else ''}</p>{charts.table(('', *names), rows)}"
+        f"nothing to find.{_BOUNDARY_NOTE if 'boundary' in shown else ''} {edges}</p>{charts.table(('', *names), rows)}"
     )
 
 

@@ -36,7 +36,13 @@ def write_outcome(workdir: Path, evaluated: Evaluated) -> dict[str, Analysis]:
     """
     limit = detection_limit(evaluated.ground_truth)
     analyses = {
-        kind: analyse(evaluated.ground_truth, evaluated.results, iou_type=kind, max_detections=limit)
+        kind: analyse(
+            evaluated.ground_truth,
+            evaluated.results,
+            iou_type=kind,
+            max_detections=limit,
+            with_edges="boundary/AP" in evaluated.metrics,
+        )
         for kind in evaluated.kinds
     }
     if jax.process_index() == 0:

@@ -50,6 +50,9 @@ def evaluate(options: argparse.Namespace) -> int:
             write_json(workdir / "evaluate_result.json", failure, indent=4)
         raise
     print_metrics(evaluated.metrics)
+    for analysis in analyses.values():
+        if analysis.edges is not None:
+            print(analysis.edges.say())
     print(f"all numbers: {workdir / 'evaluate_result.json'}")
     print(f"report:      {workdir / 'report.html'}")
     if options.predictions:

@@ -84,6 +84,8 @@ def test_a_results_file_without_a_model(case, capsys):
     assert metrics["segm/AP/cow"] == pytest.approx(1) and metrics["segm/AP/cat & <dog>"] == pytest.approx(51 / 101)
     assert metrics["AP"] == metrics["segm/AP"] == metrics["bbox/AP"] == pytest.approx((1 + 51 / 101) / 2)
     assert 0 < metrics["boundary/AP"] <= metrics["AP"]
+    edges = written["analysis"]["segm"]["edges"]
+    assert edges["num_pairs"] == 2 and written["analysis"]["bbox"]["edges"] is None
     assert written["analysis"]["segm"]["error_counts"] == {
         "classification": 0, "localisation": 0, "both": 0, "duplicate": 1, "background": 1, "missed": 1
     }  # fmt: skip
@@ -95,6 +97,7 @@ def test_a_results_file_without_a_model(case, capsys):
     page = Page(text)
     for heading in ("Metrics", "What the errors cost, mask", "Confusion, mask", "Calibration", "Worst misses"):
         assert heading in page.headings
+    assert f"are off by {edges['median_px']:.1f} px" in text
     assert "75.2" in text and "cat &amp; &lt;dog&gt;" in text and "<dog>" not in text
     assert len(page.images) == 2 + 1 + 2  # false alarms, misses, best matches
     assert "http" not in re.sub(r"data:[^\"]*", "", text), "the page must not need anything beside it"
