@@ -2,7 +2,9 @@
 
 Two instances of neighbouring windows are the same object when they are of one class and the intersection of their
 masks covers most of the smaller one. Both cut off, only what both windows see is compared. An object that a window
-shows as a whole keeps that window's mask; one that every window cuts gets the union.
+shows as a whole keeps that window's mask; one that every window cuts gets the union. Of one window an object may have
+several pieces, where the window's border cuts them and they lie apart: the arms of an E, the bends of a river. Windows
+that call the same pixels otherwise still show one object.
 """
 
 import dataclasses
@@ -11,37 +13,43 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from pycocotools import mask as mask_api
 
-from instseg_jax.crops import crop_rle, paste_mask
-from instseg_jax.masks import compress_rle, rle_area, rle_box_xyxy_px
+from instseg_jax.inference.pieces import (
+    NEAR,
+    Piece,
+    WindowInstances,
+    agreed_part,
+    boxes_meet,
+    covered_part,
+    intersection_over_smaller,
+    lie_apart,
+    measured,
+    meeting_pairs,
+    share_a_part,
+    window_pieces,
+)
 from instseg_jax.types import Instances
 from instseg_jax.windows import Window
 
 MIN_COVERED = 0.5  # of the smaller mask: from here on two masks are one object
 MIN_WHOLE = 0.5  # of the largest part's area: a smaller "whole" object beside it is a fragment
 CROWD = 2  # whole objects of its class inside a large one: so many make it a crowd, not an object
-CUT_MARGIN = 2  # pixels: a mask that comes so near to a window's border is cut off by it
+# Masks of two classes are one object where they agree (IoU in what both windows see), and enough of both is seen.
+MIN_AGREED = 0.7
+MIN_SHARED = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class WindowInstances:
-    """What was found in a window, in its own pixels."""
+class _Match:
+    """Two pieces that show one object."""
 
-    window: Window
-    instances: Instances
+    is_one_class: bool
+    sureness: float
+    first: int
+    second: int
 
-
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-    """An instance of one window, in pixels of the image."""
-
-    window: int  # index
-    label: int
-    score: float
-    box: np.ndarray  # [4] xyxy, the network's
-    mask: dict  # RLE of the whole image, counts as bytes
-    extent: tuple[int, int, int, int]  # of the mask
-    area: int
-    is_cut: bool
+    @property
+    def order(self) -> tuple[bool, float, int, int]:
+        return self.is_one_class, self.sureness, self.first, self.second
 
 
 def merge_windows(
@@ -52,11 +60,12 @@ def merge_windows(
     `whole` was found in the whole image at once: of it, objects longer than `overlap_px`, which no window need show
     completely, complete or join what the windows found. Instances without mask pixels are left out.
     """
-    pieces = [piece for number, part in enumerate(parts) for piece in _pieces(number, part, size)]
-    windows = [part.window for part in parts]
-    groups, rivals = _group(pieces, windows, size)
-    merged = [_resolve([pieces[i] for i in group]) for group in groups]
-    merged = _without_covered(merged, groups, rivals)
+    pieces = [piece for number, part in enumerate(parts) for piece in window_pieces(number, part, size)]
+    corners = np.array([(part.window.x, part.window.y) for part in parts], np.int64).reshape(-1, 2)
+    places = np.stack([np.unique(corners[:, i], return_inverse=True)[1] for i in (0, 1)], axis=1)  # column, row
+    merged = _join(pieces, places)
+    if _meet_far_apart(parts):
+        merged = _join(merged, None)
     if whole is not None:
         merged = _add_large(merged, whole, size, overlap_px)
     merged.sort(key=lambda piece: -piece.score)
@@ -68,153 +77,148 @@ def merge_windows(
     )
 
 
-def _pieces(number: int, part: WindowInstances, size: tuple[int, int]) -> Iterator[_Piece]:
-    window, found = part.window, part.instances
-    # Sides of the window that are not sides of the image: there an object may go on.
-    reach = np.array([window.width, window.height] * 2, np.float32)
-    inner = (window.x > 0, window.y > 0, window.x + window.width < size[1], window.y + window.height < size[0])
-    for i in range(len(found)):
-        rle = compress_rle(found.masks[i])
-        x1, y1, x2, y2 = rle_box_xyxy_px(rle)
-        if x2 <= x1 or y2 <= y1:
-            continue
-        mask = compress_rle(paste_mask(crop_rle(rle, (x1, y1, x2, y2)), (x1 + window.x, y1 + window.y), size))
-        distances = (x1, y1, window.width - x2, window.height - y2)
-        yield _Piece(
-            window=number,
-            label=int(found.labels[i]),
-            score=float(found.scores[i]),
-            # A window knows nothing beyond itself: its boxes end at its sides, as those of an image do.
-            box=np.clip(found.boxes_xyxy_px[i], 0, reach) + np.array([window.x, window.y] * 2, np.float32),
-            mask=mask,
-            extent=rle_box_xyxy_px(mask),
-            area=rle_area(mask),
-            is_cut=any(is_inner and d <= CUT_MARGIN for is_inner, d in zip(inner, distances, strict=True)),
-        )
+def _meet_far_apart(parts: Sequence[WindowInstances]) -> bool:
+    """Whether windows overlap that are more than NEAR columns or rows apart."""
+    for axis in (0, 1):
+        starts = np.unique([part.window.box[axis] for part in parts])
+        side = max((part.window.box[axis + 2] - part.window.box[axis] for part in parts), default=0)
+        if (starts[NEAR + 1 :] < starts[: -NEAR - 1] + side).any():
+            return True
+    return False
 
 
-def _group(
-    pieces: Sequence[_Piece], windows: Sequence[Window], size: tuple[int, int]
-) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Group the pieces that are one object, with at most one of each window.
+def _join(pieces: Sequence[Piece], places: np.ndarray | None) -> list[Piece]:
+    """One piece for each object that the pieces show; see `meeting_pairs` for `places`."""
+    groups, rivals = _group(pieces, places)
+    merged = [_resolve([pieces[i] for i in group]) for group in groups]
+    return _without_covered(merged, groups, rivals)
 
-    Returns the groups, and the pairs of pieces that match too but could not be joined for that reason.
+
+def _group(pieces: Sequence[Piece], places: np.ndarray | None) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Group the pieces that are one object.
+
+    Returns the groups, and the pairs of pieces that match too but could not be joined: a window shows both as objects
+    of their own.
     """
     owner = list(range(len(pieces)))
-    members = [[i] for i in range(len(pieces))]
+    members = [[i] for i in owner]
+    windows = [set(piece.windows) for piece in pieces]
+    apart: set[tuple[int, int]] = set()  # groups that are known to be two objects
     rivals = []
-    for _, a, b in sorted(_matches(pieces, windows, size), reverse=True):
-        first, second = owner[a], owner[b]
+    for match in sorted(_matches(pieces, places), key=lambda match: match.order, reverse=True):
+        first, second = owner[match.first], owner[match.second]
         if first == second:
             continue
-        seen = {pieces[i].window for i in members[first]}
-        if any(pieces[i].window in seen for i in members[second]):
-            rivals.append((a, b))
-            continue
+        if not windows[first].isdisjoint(windows[second]):
+            pair = (min(first, second), max(first, second))
+            if match.is_one_class and pair not in apart:
+                if not _are_parts_of_one(pieces, members[first], members[second]):
+                    apart.add(pair)
+                is_joined = pair not in apart and share_a_part(pieces[match.first], pieces[match.second])
+            else:
+                is_joined = False
+            if not is_joined:
+                if match.is_one_class:
+                    rivals.append((match.first, match.second))
+                continue
         for i in members[second]:
             owner[i] = first
         members[first] += members[second]
+        windows[first] |= windows[second]
         members[second] = []
     return [group for group in members if group], rivals
 
 
-def _matches(
-    pieces: Sequence[_Piece], windows: Sequence[Window], size: tuple[int, int]
-) -> Iterator[tuple[float, int, int]]:
-    """Pairs of pieces of overlapping windows that are one object: (how sure that is, index, index)."""
-    by_window: list[list[int]] = [[] for _ in windows]
-    for i, piece in enumerate(pieces):
-        by_window[piece.window].append(i)
-    corners = np.array([window.box for window in windows]).reshape(-1, 4)
-    for a in range(len(windows)):
-        meets = (np.minimum(corners[a, 2:], corners[:, 2:]) > np.maximum(corners[a, :2], corners[:, :2])).all(axis=1)
-        for b in np.flatnonzero(meets):
-            if b <= a or not by_window[a] or not by_window[b]:
-                continue
-            zone = (*np.maximum(corners[a, :2], corners[b, :2]), *np.minimum(corners[a, 2:], corners[b, 2:]))
-            for i in by_window[a]:
-                for j in by_window[b]:
-                    if pieces[i].label == pieces[j].label and _boxes_meet(pieces[i].extent, pieces[j].extent):
-                        covered = _covered(pieces[i], pieces[j], zone, size)
-                        if covered >= MIN_COVERED:
-                            # What both windows are sure of goes before what happens to cover it.
-                            yield covered * min(pieces[i].score, pieces[j].score), i, j
+def _are_parts_of_one(pieces: Sequence[Piece], first: list[int], second: list[int]) -> bool:
+    """Whether all that a window shows of two groups may belong to one object: cut by its border, and not adjoining."""
+    return all(
+        pieces[i].is_cut and pieces[j].is_cut and lie_apart(pieces[i], pieces[j])
+        for i in first
+        for j in second
+        if not pieces[i].windows.isdisjoint(pieces[j].windows)
+    )
 
 
-def _boxes_meet(a: Sequence[int], b: Sequence[int]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def _matches(pieces: Sequence[Piece], places: np.ndarray | None) -> Iterator[_Match]:
+    """Pairs of pieces that are one object."""
+    for i, j in meeting_pairs(pieces, places):
+        a, b = pieces[i], pieces[j]
+        sureness = min(a.score, b.score)
+        if a.label == b.label:
+            covered = covered_part(a, b)
+            # Of a winding object the zone may show several parts, of which the two have but one in common.
+            if covered >= MIN_COVERED or (covered > 0 and a.is_cut and b.is_cut and share_a_part(a, b)):
+                # What both windows are sure of goes before what happens to cover it.
+                yield _Match(True, covered * sureness, i, j)
+        else:
+            agreed, shared = agreed_part(a, b)
+            if agreed >= MIN_AGREED and shared >= MIN_SHARED:
+                yield _Match(False, agreed * sureness, i, j)
 
 
-def _covered(a: _Piece, b: _Piece, zone: tuple[int, int, int, int], size: tuple[int, int]) -> float:
-    """Intersection over the smaller mask; of two that are cut off, only inside the zone that both windows see."""
-    if not (a.is_cut and b.is_cut):
-        return intersection_over_smaller(a.mask, b.mask)
-    box = tuple(int(v) for v in (*np.maximum(a.extent[:2], b.extent[:2]), *np.minimum(a.extent[2:], b.extent[2:])))
-    both = crop_rle(a.mask, box) & crop_rle(b.mask, box)  # type: ignore[arg-type]
-    smaller = min(_area_in(piece, zone) for piece in (a, b))
-    return float(both.sum() / smaller) if smaller else 0.0
-
-
-def _area_in(piece: _Piece, zone: tuple[int, int, int, int]) -> int:
-    x1, y1, x2, y2 = piece.extent
-    box = (max(x1, int(zone[0])), max(y1, int(zone[1])), min(x2, int(zone[2])), min(y2, int(zone[3])))
-    return int(crop_rle(piece.mask, box).sum()) if box[0] < box[2] and box[1] < box[3] else 0
-
-
-def intersection_over_smaller(a: dict, b: dict) -> float:
-    """Part of the smaller of two masks (RLEs with counts as bytes) that the other covers: 0..1."""
-    # With the crowd flag pycocotools divides by the area of the first mask alone.
-    return float(max(mask_api.iou([a], [b], [1])[0, 0], mask_api.iou([b], [a], [1])[0, 0]))
-
-
-def _resolve(group: list[_Piece]) -> _Piece:
+def _resolve(group: list[Piece]) -> Piece:
     """One piece for an object: the best that shows it as a whole, else the union of all."""
+    if len(group) == 1:
+        return group[0]
     largest = max(piece.area for piece in group)
     complete = [piece for piece in group if not piece.is_cut and piece.area >= MIN_WHOLE * largest]
     if complete:
-        return max(complete, key=lambda piece: piece.score)
+        return dataclasses.replace(max(complete, key=lambda piece: piece.score), **_seen_by(group))
     return _union(group)
 
 
-def _union(group: list[_Piece]) -> _Piece:
+def _seen_by(group: list[Piece]) -> dict:
+    """The fields of a piece that say who shows it."""
+    seen = np.array([piece.seen for piece in group])
+    return {
+        "windows": frozenset().union(*(piece.windows for piece in group)),
+        "seen": (*seen[:, :2].min(axis=0).tolist(), *seen[:, 2:].max(axis=0).tolist()),
+    }
+
+
+def _union(group: list[Piece]) -> Piece:
     if len(group) == 1:
         return group[0]
-    best = max(group, key=lambda piece: piece.score)
-    mask = mask_api.merge([piece.mask for piece in group])
+    votes: dict[int, float] = {}  # by area: windows that see more of it know better
+    for piece in group:
+        votes[piece.label] = votes.get(piece.label, 0.0) + piece.area * piece.score
+    label = max(votes, key=lambda label: votes[label])
+    best = max((piece for piece in group if piece.label == label), key=lambda piece: piece.score)
     boxes = np.array([piece.box for piece in group])
     return dataclasses.replace(
         best,
         box=np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)]),
-        mask=mask,
-        extent=rle_box_xyxy_px(mask),
-        area=rle_area(mask),
+        **_seen_by(group),
+        **measured(mask_api.merge([piece.mask for piece in group])),
     )
 
 
-def _without_covered(merged: list[_Piece], groups: list[list[int]], rivals: list[tuple[int, int]]) -> list[_Piece]:
+def _without_covered(merged: list[Piece], groups: list[list[int]], rivals: list[tuple[int, int]]) -> list[Piece]:
     """Drop the lower scored of two objects that match but were kept apart, where one covers most of the other."""
     group_of = {i: number for number, group in enumerate(groups) for i in group}
     dropped: set[int] = set()
+    looked_at: set[tuple[int, ...]] = set()
     for a, b in rivals:
-        first, second = sorted({group_of[a], group_of[b]}, key=lambda number: -merged[number].score)
-        if first in dropped or second in dropped:
+        pair = tuple(sorted({group_of[a], group_of[b]}, key=lambda number: -merged[number].score))
+        if len(pair) < 2 or pair in looked_at or pair[0] in dropped or pair[1] in dropped:
             continue
-        if intersection_over_smaller(merged[first].mask, merged[second].mask) >= MIN_COVERED:
-            dropped.add(second)
+        looked_at.add(pair)
+        if intersection_over_smaller(merged[pair[0]].mask, merged[pair[1]].mask) >= MIN_COVERED:
+            dropped.add(pair[1])
     return [piece for number, piece in enumerate(merged) if number not in dropped]
 
 
-def _add_large(merged: list[_Piece], whole: Instances, size: tuple[int, int], overlap_px: int) -> list[_Piece]:
+def _add_large(merged: list[Piece], whole: Instances, size: tuple[int, int], overlap_px: int) -> list[Piece]:
     """Bring in the large objects that were found in the whole image, with the fragments that windows found of them."""
     everything = Window(0, 0, size[1], size[0])
-    for large in _pieces(-1, WindowInstances(everything, whole), size):
+    for large in window_pieces(-1, WindowInstances(everything, whole), size):
         if max(large.extent[2] - large.extent[0], large.extent[3] - large.extent[1]) <= overlap_px:
             continue
         same = [
             piece
             for piece in merged
             if piece.label == large.label
-            and _boxes_meet(piece.extent, large.extent)
+            and boxes_meet(piece.extent, large.extent)
             and intersection_over_smaller(piece.mask, large.mask) >= MIN_COVERED
         ]
         complete = [piece for piece in same if not piece.is_cut]

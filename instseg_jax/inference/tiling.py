@@ -13,7 +13,8 @@ from typing import Protocol
 import cv2
 import numpy as np
 
-from instseg_jax.inference.mask_merging import WindowInstances, merge_windows
+from instseg_jax.inference.mask_merging import merge_windows
+from instseg_jax.inference.pieces import WindowInstances
 from instseg_jax.inference.sources import Source
 from instseg_jax.inference.streaming import Found
 from instseg_jax.progress import Track

@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from fake_model import CATEGORY_IDS, CLASS_NAMES, make_model, make_pipeline, picture
@@ -15,10 +17,11 @@ from PIL import Image
 from places import EMBEDDED, HELPERS
 
 from instseg_jax.config import load_config
-from instseg_jax.inference.mask_merging import WindowInstances, merge_windows
+from instseg_jax.inference.mask_merging import merge_windows
+from instseg_jax.inference.pieces import WindowInstances
 from instseg_jax.inference.pipeline import build_pipeline
 from instseg_jax.inference.tiling import Tiles, windows_of
-from instseg_jax.masks import decode_rle, encode_mask, rasterize_polygons
+from instseg_jax.masks import decode_rle, encode_mask, mask_box_xyxy_px, rasterize_polygons
 from instseg_jax.scoring.run import score_model
 from instseg_jax.types import Instances
 from instseg_jax.windows import Window, fill_up, view_size
@@ -208,8 +211,87 @@ def test_little_in_common_is_not_one_object():
     assert len(merge(left, right)) == 2
 
 
-def test_classes_are_not_mixed():
-    assert len(merge(instances((0, 0.9, (82, 10, 98, 30))), instances((1, 0.6, (2, 10, 18, 30))))) == 2
+def test_one_object_that_windows_call_otherwise_is_found_once():
+    """Whole in the right window: that one's class. Cut by both: the class that more of it speaks for."""
+    cut, whole = instances((0, 0.9, (82, 10, 100, 30))), instances((1, 0.6, (2, 10, 40, 30)))
+    assert merge(cut, whole) == [(1, 0.6, [82, 10, 120, 30], 38 * 20)]
+    left, right = instances((0, 0.9, (60, 10, 100, 30))), instances((1, 0.6, (0, 10, 95, 30)))
+    assert [(label, area) for label, _, _, area in merge(left, right)] == [(1, 115 * 20)]
+
+
+def test_objects_of_two_classes_are_not_mixed():
+    """What a window shows as two objects stays two, and so does one that only lies on the other."""
+    on_each_other = instances((0, 0.9, (60, 10, 100, 50)), (1, 0.8, (62, 10, 100, 50)))
+    same = instances((0, 0.7, (0, 10, 15, 50)))
+    assert [label for label, *_ in merge(on_each_other, same)] == [0, 1]
+    ship, car = instances((0, 0.9, (20, 10, 100, 60))), instances((1, 0.6, (3, 20, 17, 40)))
+    assert [label for label, *_ in merge(ship, car)] == [0, 1]
+
+
+def in_windows(objects: list[np.ndarray], tiles: Tiles, size: tuple[int, int]) -> Instances:
+    """Merge what windows show of objects: each connected piece is an instance of its own."""
+    parts = []
+    for window in windows_of(size, tiles):
+        masks = []
+        for mask in objects:
+            seen = fill_up(mask[window.y :, window.x :][: tiles.side, : tiles.side, None].repeat(3, 2), window)[..., 0]
+            count, numbers = cv2.connectedComponents(np.ascontiguousarray(seen), connectivity=4)
+            masks += [part for i in range(1, count) if (part := numbers == i).sum() > 3]
+        found = instances(*[(0, 0.8, (0, 0, 1, 1))] * len(masks))
+        found.boxes_xyxy_px[:] = np.array([mask_box_xyxy_px(mask) for mask in masks]).reshape(-1, 4)
+        parts.append(WindowInstances(window, dataclasses.replace(found, masks=[encode_mask(mask) for mask in masks])))
+    return merge_windows(parts, None, size=size, overlap_px=tiles.overlap_px)
+
+
+def winding(name: str) -> np.ndarray:
+    """A mask [300, 400] of which windows see pieces that don't touch."""
+    mask = np.zeros((300, 400), np.uint8)
+    if name == "E":
+        mask[30:270, 60:90] = 1
+        for y in (30, 135, 240):
+            mask[y : y + 30, 60:360] = 1
+    elif name == "ring":
+        cv2.ellipse(mask, (200, 150), (170, 120), 0, 0, 360, 1, 20)
+    elif name == "river":
+        for x in range(400):
+            middle = int(150 + 100 * np.sin(x / 25))
+            mask[middle - 8 : middle + 8, x] = 1
+    else:  # a spiral
+        angles = np.linspace(0, 5 * np.pi, 400)
+        points = np.stack([200 + 9 * angles * np.cos(angles), 150 + 9 * angles * np.sin(angles)], axis=1)
+        cv2.polylines(mask, [np.rint(points).astype(np.int32)], False, 1, 12)
+    return mask
+
+
+@pytest.mark.parametrize("name", ["E", "ring", "river", "spiral"])
+@pytest.mark.parametrize(("side", "overlap"), [(160, 0.2), (96, 0.5), (96, 0.75)])
+def test_an_object_in_pieces_comes_back_whole(name, side, overlap):
+    mask = winding(name)
+    merged = in_windows([mask], Tiles(side, overlap, False), mask.shape)
+    assert len(merged) == 1
+    np.testing.assert_array_equal(decode_rle(merged.masks[0]), mask)
+
+
+def test_parallel_neighbours_that_windows_cut_stay_apart():
+    """Bars side by side, longer than every window, 1 and 12 pixels between them."""
+    bars = []
+    for x in (40, 61, 93, 125):
+        bars.append(np.zeros((300, 400), np.uint8))
+        bars[-1][10:290, x : x + 20] = 1
+    merged = in_windows(bars, Tiles(96, 0.25, False), (300, 400))
+    assert sorted(rle["counts"] for rle in merged.masks) == sorted(encode_mask(bar)["counts"] for bar in bars)
+
+
+def test_merging_follows_the_pairs_not_their_square():
+    """960 windows, each object in hundreds of them: 12,000 pieces in a few seconds, each object once."""
+    objects = []
+    for number, (y, x) in enumerate(itertools.product(range(5, 200, 40), range(5, 300, 40))):
+        objects.append(np.zeros((200, 300), np.uint8))
+        objects[-1][y : y + 15 + number % 5, x : x + 25] = 1
+    before = time.process_time()
+    merged = in_windows(objects, Tiles(64, 0.9, False), (200, 300))
+    assert time.process_time() - before < 60  # the square took minutes
+    assert sorted(rle["counts"] for rle in merged.masks) == sorted(encode_mask(mask)["counts"] for mask in objects)
 
 
 def test_one_window_may_find_several():
