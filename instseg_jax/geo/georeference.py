@@ -1,13 +1,11 @@
 """Where an image lies on the ground, and instances as maps: GeoJSON and GeoPackage in the image's own CRS.
 
 Pixel corner (0, 0), the top left of the top left pixel, is the origin of the affine transform, as in GDAL. The
-transform is applied once, to outlines along pixel edges (`polygons.py`). Areas in square metres are measured in an
-equal-area projection around the image (extra `geo`: rasterio), not in the image's CRS, which may distort them.
+transform is applied once, to outlines along pixel edges (`polygons.py`). Areas in square metres are those
+on the globe (`areas.py`), not in the image's CRS, which may distort them.
 """
 
 import dataclasses
-import logging
-import math
 import sqlite3
 import struct
 from collections.abc import Iterable, Sequence
@@ -17,11 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from instseg_jax.files import write_bytes, write_json
+from instseg_jax.geo.areas import area_measure
 from instseg_jax.outlines import Polygon, ring_area, rle_to_polygons
 
 WGS84 = 4326
-MOST_STEP_PX, MOST_STEPS = 64.0, 1000  # between points of an outline whose area is measured
-log = logging.getLogger(__name__)
 GEOPACKAGE_ID, GEOPACKAGE_VERSION = 0x47504B47, 10300
 UNKNOWN_SRS = -1  # GeoPackage's id for Cartesian coordinates without a CRS
 
@@ -122,7 +119,7 @@ def _features(result: Located) -> list[tuple[list[list[np.ndarray]], dict]]:
     Outer rings run counter-clockwise and holes clockwise on the map (y up), as GeoJSON wants it.
     """
     place = result.georeference
-    areas_of = _area_measure(place, result.size)
+    areas_of = area_measure(place.to_ground, place.wkt) if place is not None and place.wkt else None
     features = []
     for box, mask in zip(result.boxes, result.masks, strict=True):
         polygons = rle_to_polygons(mask)
@@ -149,53 +146,6 @@ def _on_the_ground(polygon: Polygon, place: Georeference | None) -> list[np.ndar
     rings = [ring if place is None else place.to_ground(ring) for ring in (polygon.outer, *polygon.holes)]
     is_outer = [True] + [False] * len(polygon.holes)
     return [ring if (ring_area(ring) > 0) == outer else ring[::-1] for ring, outer in zip(rings, is_outer, strict=True)]
-
-
-def _area_measure(place: Georeference | None, size: tuple[int, int]):
-    """A function from a polygon in pixels to its area in square metres, None off the domain of the CRS; None where the
-    CRS is unknown, or has no way to the globe (engineering, another planet).
-    """
-    if place is None or place.wkt is None:
-        return None
-    from rasterio.crs import CRS
-    from rasterio.warp import transform
-
-    try:
-        crs = CRS.from_wkt(place.wkt)
-        middle = place.to_ground(np.array([[size[1] / 2, size[0] / 2]]))
-        (longitude,), (latitude,) = transform(crs, CRS.from_epsg(WGS84), middle[:, 0], middle[:, 1])
-        if not (math.isfinite(longitude) and abs(latitude) <= 90):
-            return None
-        equal_area = CRS.from_proj4(f"+proj=laea +lat_0={latitude} +lon_0={longitude} +datum=WGS84 +units=m")
-        transform(crs, equal_area, middle[:, 0], middle[:, 1])
-    except Exception as error:  # GDAL's errors have a private base class
-        log.warning(
-            "there are no areas in m2: the CRS of the image has no way to the globe (%s)",
-            " ".join(str(error).split())[:120],
-        )
-        return None
-
-    def area(polygon: Polygon) -> float | None:
-        total = 0.0
-        for sign, ring in [(1, polygon.outer)] + [(-1, hole) for hole in polygon.holes]:
-            ground = place.to_ground(_densify(ring))
-            try:
-                x, y = transform(crs, equal_area, ground[:, 0], ground[:, 1])
-            except Exception:  # off the domain of the CRS
-                return None
-            total += sign * abs(ring_area(np.stack([x, y], axis=1)))
-        return total if math.isfinite(total) else None
-
-    return area
-
-
-def _densify(ring: np.ndarray) -> np.ndarray:
-    """The ring [P, 2] with points at most MOST_STEP_PX apart: long edges bend when they are projected."""
-    after = np.roll(ring, -1, axis=0)
-    steps = np.ceil(np.abs(after - ring).max(axis=1) / MOST_STEP_PX).clip(1, MOST_STEPS).astype(int)
-    return np.concatenate(
-        [a + (b - a) * (np.arange(n) / n)[:, None] for a, b, n in zip(ring, after, steps, strict=True)]
-    )
 
 
 def _fill_geopackage(database: sqlite3.Connection, result: Located) -> None:

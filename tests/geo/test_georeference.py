@@ -262,3 +262,75 @@ def test_areas_of_large_objects_are_geodesic(latitude):
     ring = np.concatenate([a + (b - a) * along for a, b in zip(corners, np.roll(corners, -1, axis=0), strict=True)])
     wanted = abs(pyproj.Geod(ellps="WGS84").polygon_area_perimeter(ring[:, 0], ring[:, 1])[0])
     assert feature["properties"]["area_m2"] == pytest.approx(wanted, rel=0.01)
+
+
+def area_of(place: Georeference, size: tuple[int, int], rectangle: tuple[int, int, int, int]) -> float | None:
+    """The area in square metres of a rectangle x1, y1, x2, y2 of pixels."""
+    x1, y1, x2, y2 = rectangle
+    mask = np.zeros(size, np.uint8)
+    mask[y1:y2, x1:x2] = 1
+    box = {"cls_id": 0, "label": "lake", "score": 0.9, "coordinate": list(map(float, rectangle))}
+    result = Result("a.tif", size, [box], [encode_mask(mask)], georeference=place)
+    return georeference.to_geojson(result)["features"][0]["properties"]["area_m2"]
+
+
+@pytest.mark.parametrize(
+    "rectangle",
+    [(100, 145, 29, 30), (10, 350, 20, 160), (0, 360, 0, 180), (0, 180, 0, 90), (340, 360, 80, 100)],
+    ids=["45 degrees at 60 N", "nearly the globe", "the globe", "an eighth", "to the antimeridian"],
+)
+def test_areas_of_degrees_are_those_of_zones(rectangle):
+    """Against the closed form of a zone of the ellipsoid, for objects as large as the world; pixels of a degree."""
+    west, east, north, south = rectangle
+    place = Georeference((1.0, 0.0, -180.0, 0.0, -1.0, 90.0), rasterio.crs.CRS.from_epsg(4326).to_wkt(), 4326)
+    axis, e2 = 6378137.0, 0.0066943799901413165
+    sines = np.sin(np.radians([90 - north, 90 - south]))
+    e = np.sqrt(e2)
+    zone = np.log((1 + e * sines) / (1 - e * sines)) / (2 * e) + sines / (1 - e2 * sines**2)
+    wanted = axis**2 * (1 - e2) / 2 * np.radians(east - west) * (zone[0] - zone[1])
+    found = area_of(place, (180, 360), (west, north, east, south))
+    assert found == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("epsg", "transform", "rectangle"),
+    [
+        (32633, (10, 0, 500_000, 0, -10, 5_500_000), (50, 50, 450, 400)),
+        (3857, (40_000, 0, -15_000_000, 0, -40_000, 9_000_000), (5, 5, 700, 225)),
+        (3031, (10_000, 0, -3e6, 0, -10_000, 3e6), (50, 100, 550, 500)),  # around the pole
+        (3031, (10_000, 0, -3e6, 0, -10_000, 3e6), (350, 100, 550, 250)),  # beside it
+        (3413, (10_000, 0, -3e6, 0, -10_000, 3e6), (50, 50, 250, 250)),  # over the antimeridian
+    ],
+)
+def test_areas_of_projected_rasters_are_geodesic(epsg, transform, rectangle):
+    pyproj = pytest.importorskip("pyproj")
+    place = Georeference(transform, rasterio.crs.CRS.from_epsg(epsg).to_wkt(), epsg)
+    x1, y1, x2, y2 = rectangle
+    along = np.linspace(0, 1, 1000, endpoint=False)[:, None]
+    corners = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)], float)
+    ring = np.concatenate([a + (b - a) * along for a, b in zip(corners, np.roll(corners, -1, axis=0), strict=True)])
+    to_degrees = pyproj.Transformer.from_crs(epsg, 4326, always_xy=True)
+    longitudes, latitudes = to_degrees.transform(*place.to_ground(ring).T)
+    wanted = abs(pyproj.Geod(ellps="WGS84").polygon_area_perimeter(longitudes, latitudes)[0])
+    assert area_of(place, (600, 750), rectangle) == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("crs", "transform", "rectangle", "is_known"),
+    [
+        ("+proj=longlat +R=1737400 +no_defs", (0.1, 0, 0, 0, -0.1, 20), (10, 10, 100, 100), False),  # the moon
+        ("+proj=geos +h=35785831 +sweep=y", (15_000, 0, -5.5e6, 0, -15_000, 5.5e6), (0, 0, 80, 80), False),
+        ("+proj=geos +h=35785831 +sweep=y", (15_000, 0, -5.5e6, 0, -15_000, 5.5e6), (240, 240, 440, 440), True),
+        # The middle of the image off the disc, the object on it.
+        ("+proj=geos +h=35785831 +sweep=y", (15_000, 0, 0, 0, -15_000, 1e6), (10, 10, 60, 60), True),
+        ("+proj=utm +zone=33", (1000, 0, 2.5e7, 0, -1000, 5.5e6), (50, 50, 450, 400), False),
+        ("+proj=longlat", (1, 0, 0, 0, -1, 120), (10, 10, 100, 100), False),  # beyond the pole
+    ],
+)
+def test_an_area_is_null_rather_than_wrong(caplog, crs, transform, rectangle, is_known):
+    wkt = rasterio.crs.CRS.from_proj4(crs).to_wkt()
+    if "1737400" in crs:
+        wkt = wkt.replace('"unknown"', '"Moon 2000"')
+    area = area_of(Georeference(transform, wkt, None), (750, 750), rectangle)
+    assert (area is not None) == is_known
+    assert ("no way to the globe" in caplog.text) != is_known
