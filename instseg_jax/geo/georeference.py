@@ -51,14 +51,6 @@ class Georeference:
     wkt: str | None  # of the CRS; None: unknown
     epsg: int | None
 
-    @classmethod
-    def of_raster(cls, file: Any) -> "Georeference | None":
-        """That of an open rasterio file; None when it has neither a transform nor a CRS."""
-        if file.crs is None and file.transform.is_identity:
-            return None
-        crs = file.crs
-        return cls(tuple(file.transform)[:6], crs.to_wkt() if crs else None, crs.to_epsg() if crs else None)
-
     def after(self, matrix: np.ndarray) -> "Georeference":
         """That of other pixels, which `matrix` [2, 3] takes to those of this one."""
         a, b, c, d, e, f = self.transform

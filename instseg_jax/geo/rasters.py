@@ -5,6 +5,7 @@ Where an image lies on the ground, and files of maps, are in `geo.py`.
 
 import contextlib
 import importlib.util
+import logging
 import mmap
 import threading
 import warnings
@@ -15,27 +16,38 @@ import numpy as np
 
 from instseg_jax import pixels
 from instseg_jax.files import write_bytes
-from instseg_jax.geo.georeference import Georeference
+from instseg_jax.geo.placing import georeference_of, world_file
 from instseg_jax.windows import Window, fill_up, view_size
 
 SUFFIXES = (".tif", ".tiff")
+PICTURE_DRIVERS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP"}  # that a world file may place
 CACHE_BYTES = 128 << 20  # of decoded blocks; GDAL's own default is a part of the machine's memory
 PREVIEW_SIDE = 4096  # pixels of the picture that is kept for drawing, where the image itself is too large to hold
 STRETCH = (2.0, 98.0)  # percentiles that become 0 and 255 where pixels are not 8 bits
 STRETCH_SIDE = 1024  # pixels of the view from which they are taken
+# Of an alpha band that part is 0 or opaque; another is a fourth channel, near infrared, that a program has called so.
+MIN_CLEAR = 0.9
+log = logging.getLogger(__name__)
 
 
 def open_raster(path: Path) -> "RasterImage | None":
-    """Open a TIFF for reading in windows, where rasterio is installed; None for what is better decoded as a picture.
+    """Open a raster for reading in windows, where rasterio is installed; None for what is better decoded as a picture.
 
-    That is every other format, and TIFFs without a georeference that are not plain 8 bit RGB or grey.
+    That is a TIFF that has a georeference or is plain 8 bit RGB or grey, and a picture beside which lies a world file.
     """
-    is_candidate = path.suffix.lower() in SUFFIXES and path.is_file()  # a pipe would be waited for
-    if not is_candidate or importlib.util.find_spec("rasterio") is None:
+    if not path.is_file():  # a pipe would be waited for
+        return None
+    suffix = path.suffix.lower()
+    is_tiff = suffix in SUFFIXES
+    if not is_tiff and (suffix not in PICTURE_DRIVERS or world_file(path) is None):
+        return None
+    if importlib.util.find_spec("rasterio") is None:
+        if not is_tiff:
+            log.warning('%s: its map is in pixels; world files are read with pip install "instseg_jax[geo]"', path)
         return None
     with contextlib.suppress(ValueError):
-        raster = RasterImage(path)
-        if raster.georeference is not None or raster.is_plain:
+        raster = RasterImage(path, driver="GTiff" if is_tiff else PICTURE_DRIVERS[suffix])
+        if raster.georeference is not None or (is_tiff and raster.is_plain):
             return raster
     return None
 
@@ -66,13 +78,15 @@ def write_geotiff(
 class RasterImage:
     """A raster file: windows of it as uint8 RGB, and where it lies.
 
-    Of three or more bands the first three are red, green and blue; a single one is grey. Pixels of other types than
-    uint8 are stretched linearly, the same for all windows. Threads may share it. Raises ValueError when the file is
-    no raster.
+    Bands are colours by what the file says they are: a colour table is looked up, blue-green-red put in order, alpha
+    left out. Where it says nothing, the first three are red, green and blue, and a single one is grey. Pixels of other
+    types than uint8 are stretched linearly, the same for all windows; what is masked out, transparent or declared as
+    nodata takes no part in that, and is black. Threads may share it. Raises ValueError when the file is no raster.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, driver: str = "GTiff") -> None:
         import rasterio
+        from rasterio.enums import MaskFlags
         from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 
         self._lock = threading.Lock()
@@ -80,28 +94,37 @@ class RasterImage:
         try:
             with self._environment, warnings.catch_warnings():
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)
-                # By its content a GeoTIFF, whatever the name: other drivers read other files, or the network.
-                self._file: Any = rasterio.open(Path(path).absolute(), driver="GTiff")
+                # By its content of this driver, whatever the name: others read other files, or the network.
+                self._file: Any = rasterio.open(Path(path).absolute(), driver=driver)
         except (RasterioIOError, OSError) as error:
             raise ValueError(f"{str(path)!r} can't be read as a raster ({' '.join(str(error).split())}).") from error
         self.name = str(path)
         self._stored = (self._file.height, self._file.width)
-        tags = _read_tags(Path(path))
+        tags = _read_tags(Path(path)) if driver == "GTiff" else {}
         self._orientation = tags.get(pixels.ORIENTATION, 1) if tags.get(pixels.ORIENTATION) in range(1, 9) else 1
         self.size = self._stored if self._orientation < 5 else self._stored[::-1]
-        place = Georeference.of_raster(self._file)
+        place = georeference_of(self._file, Path(path))
         self.georeference = place and place.after(_to_stored(self._orientation, *self._stored))
-        self.is_plain = (
-            self._file.dtypes[0] == "uint8"
-            and self._file.colorinterp[0].name in ("red", "gray")
-            and tags.get(pixels.PHOTOMETRIC) in (pixels.BLACK_IS_ZERO, pixels.RGB)
-        )
-        self._bands = (1, 2, 3) if self._file.count >= 3 else (1, 1, 1)
+        colors = [color.name for color in self._file.colorinterp]
+        is_bytes = self._file.dtypes[0] == "uint8"
+        is_usual = tags.get(pixels.PHOTOMETRIC) in (pixels.BLACK_IS_ZERO, pixels.RGB)
+        self.is_plain = is_bytes and colors[0] in ("red", "gray") and is_usual
+        self._bands = _color_bands(colors)
+        self._table = _color_table(self._file) if colors[self._bands[0] - 1] == "palette" else None
+        self._is_inverted = self._file.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES" and self._table is None
+        flags = [self._file.mask_flag_enums[band - 1] for band in set(self._bands)]
+        self._is_masked = any(MaskFlags.all_valid not in each for each in flags)
+        if self._is_masked and all(MaskFlags.alpha in each for each in flags):
+            alpha = self._read(out_shape=view_size(self._stored, STRETCH_SIDE))[1]
+            self._is_masked = ((alpha == 0) | (alpha == alpha.max())).mean() >= MIN_CLEAR
         self._range: tuple[np.ndarray, np.ndarray] | None = None
-        if self._file.dtypes[0] != "uint8":
+        if not is_bytes and self._table is None:
             shape = view_size(self._stored, STRETCH_SIDE)
-            view = self._read(out_shape=shape).reshape(3, -1).astype(np.float64)
-            low, high = np.nanpercentile(view, STRETCH, axis=1)
+            values, valid = self._read(out_shape=shape)
+            view = np.where((valid > 0) & np.isfinite(values), values, np.nan).reshape(3, -1)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # of bands without a valid pixel
+                low, high = np.nan_to_num(np.nanpercentile(view.astype(np.float64), STRETCH, axis=1))
             self._range = low, np.maximum(high - low, 1e-12)
 
     def close(self) -> None:
@@ -120,7 +143,7 @@ class RasterImage:
         corners = np.array([[window.x, window.y, 1], [window.x + width, window.y + height, 1]])
         (x1, x2), (y1, y2) = np.sort(_to_stored(self._orientation, *self._stored) @ corners.T, axis=1).tolist()
         part = self._read(window=FileWindow(x1, y1, x2 - x1, y2 - y1))
-        return fill_up(self._to_rgb(part), window)
+        return fill_up(self._to_rgb(*part), window)
 
     def whole(self) -> np.ndarray:
         """All pixels [height, width, 3]."""
@@ -130,29 +153,62 @@ class RasterImage:
         """The whole image, its longer side at most `side` pixels: from its overviews where it has them."""
         from rasterio.enums import Resampling
 
-        return self._to_rgb(self._read(out_shape=view_size(self._stored, side), resampling=Resampling.average))
+        # Numbers of a colour table have no average.
+        resampling = Resampling.average if self._table is None else Resampling.nearest
+        return self._to_rgb(*self._read(out_shape=view_size(self._stored, side), resampling=resampling))
 
     def picture(self) -> np.ndarray:
         """A view for drawing; the whole image where it is not larger."""
         return self.view(PREVIEW_SIDE)
 
-    def _read(self, *, out_shape: tuple[int, int] | None = None, **options: Any) -> np.ndarray:
+    def _read(self, *, out_shape: tuple[int, int] | None = None, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Bands [3, h, w] of the file's type, and where they are valid: not 0, of that shape."""
         from rasterio.errors import RasterioIOError
 
         shape = None if out_shape is None else (3, *out_shape)
         try:
             with self._lock, self._environment:
-                return self._file.read(self._bands, out_shape=shape, **options)
+                bands = self._file.read(self._bands, out_shape=shape, **options)
+                if not self._is_masked:
+                    return bands, np.ones_like(bands, bool)
+                options.pop("resampling", None)
+                return bands, self._file.read_masks(self._bands, out_shape=shape, **options)
         except RasterioIOError as error:
             raise ValueError(f"{self.name!r} can't be read ({' '.join(str(error).split())}).") from error
 
-    def _to_rgb(self, bands: np.ndarray) -> np.ndarray:
-        """[3, h, w] of the file's type to [h, w, 3] uint8, turned as the file says."""
+    def _to_rgb(self, bands: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """[3, h, w] of the file's type to [h, w, 3] uint8; turned as the file says, black where no band is valid."""
         values = np.moveaxis(bands, 0, -1)
-        if self._range is not None:
+        if self._table is not None:
+            values = self._table[np.minimum(values[..., 0], len(self._table) - 1)]
+        elif self._range is not None:
             low, extent = self._range
             values = np.clip(np.nan_to_num((values - low) / extent), 0, 1) * 255
-        return pixels.turn(values.astype(np.uint8), self._orientation)
+        values = values.astype(np.uint8)
+        if self._is_inverted:
+            values = 255 - values
+        if self._is_masked:
+            values[~(valid > 0).any(axis=0)] = 0
+        return pixels.turn(np.ascontiguousarray(values), self._orientation)
+
+
+def _color_bands(colors: list[str]) -> tuple[int, int, int]:
+    """The numbers, from 1, of the bands that are red, green and blue; three times one that is grey or a palette."""
+    if {"red", "green", "blue"} <= set(colors):
+        return colors.index("red") + 1, colors.index("green") + 1, colors.index("blue") + 1
+    if "palette" in colors:
+        return (colors.index("palette") + 1,) * 3
+    shown = [number for number, color in enumerate(colors, start=1) if color != "alpha"] or [1]
+    return (shown[0], shown[1], shown[2]) if len(shown) >= 3 else (shown[0],) * 3
+
+
+def _color_table(file: Any) -> np.ndarray:
+    """The colours [N, 3] uint8 of a file's palette."""
+    table = file.colormap([color.name for color in file.colorinterp].index("palette") + 1)
+    colors = np.zeros((max(table) + 1, 3), np.uint8)
+    for number, color in table.items():
+        colors[number] = color[:3]
+    return colors
 
 
 def _read_tags(path: Path) -> dict[int, int]:
