@@ -2,6 +2,7 @@
 
 import json
 import sys
+from fractions import Fraction
 
 import cv2
 import numpy as np
@@ -10,6 +11,7 @@ from fake_model import CATEGORY_IDS, CLASS_NAMES, make_pipeline, picture
 from PIL import Image
 from pycocotools.coco import COCO
 
+from instseg_jax.inference.sources import read_video
 from instseg_jax.masks import decode_rle, encode_mask, rasterize_polygons
 from instseg_jax.outlines import rle_to_polygons
 from instseg_jax.results.formats import to_coco_dataset
@@ -167,6 +169,39 @@ def test_a_video_gives_a_video(tmp_path, pipe, monkeypatch, caplog, has_pyav):
     assert is_read and frame.shape == (64, 64, 3)
     red = frame[16:40, 4:12, 2].mean() - frame[16:40, 4:12, :2].mean()
     assert red > 60 > abs(float(frame[48:, 32:, 2].mean()) - float(frame[48:, 32:, 1].mean())), "drawn, in RGB"
+
+
+@pytest.mark.parametrize("has_pyav", [True, False])
+def test_frames_of_a_variable_rate_keep_their_times(tmp_path, monkeypatch, has_pyav):
+    """As of a phone or of a recorded screen: six frames in three seconds, the third one stays for a second."""
+    av = pytest.importorskip("av")
+    times = [0.0, 0.1, 0.2, 1.2, 1.3, 3.0]
+    with av.open(str(tmp_path / "clip.mp4"), "w") as video:
+        stream = video.add_stream("libx264", rate=10)
+        stream.width = stream.height = 64
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 40 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(1000 * time), Fraction(1, 1000)
+            video.mux(stream.encode(frame))
+        video.mux(stream.encode())
+    frames = list(read_video(tmp_path / "clip.mp4"))
+    source = str(tmp_path / "clip.mp4")
+    if not has_pyav:
+        monkeypatch.setitem(sys.modules, "av", None)
+    file = VideoFile(source, tmp_path / "out.mp4", tmp_path / "out.json")
+    for number, frame in enumerate(frames):
+        result = Result(source, (64, 64), [], [], frame, number, class_names=("x",), category_ids=(1,))
+        file.add(result, frame, "rle")
+    assert file.close(whole=True) == 2
+    told = [frame["time"] for frame in json.loads((tmp_path / "out.json").read_text())["frames"]]
+    assert told == pytest.approx(times, abs=1e-3)
+    with av.open(str(tmp_path / "out.mp4")) as video:
+        shown = [(frame.time, int(frame.to_ndarray(format="gray").mean())) for frame in video.decode(video=0)]
+    first_shown = [min(time for time, grey in shown if abs(grey - frames[i].mean()) < 15) for i in range(6)]
+    # Without PyAV there is one rate, that which the source says it has on average, here 2 a second.
+    assert first_shown == pytest.approx(times, abs=1e-3 if has_pyav else 0.5)
+    assert len(shown) == 6 if has_pyav else len(shown) >= 6
 
 
 def test_a_video_of_odd_sides(tmp_path):
