@@ -30,6 +30,7 @@ from instseg_jax.progress import Track
 from instseg_jax.results.result import Result
 from instseg_jax.runtimes.exported import with_backend
 from instseg_jax.types import Detections
+from instseg_jax.weights.download import KNOWN_WEIGHTS
 from instseg_jax.weights.locate import PACKAGED_WEIGHTS, PRETRAINED, is_there, locate
 
 DEFAULT_WEIGHTS = "output"  # where a training leaves its weights when it is not told otherwise
@@ -225,8 +226,8 @@ def load_pipeline_model(
     *,
     default: str | os.PathLike[str] = DEFAULT_WEIGHTS,
 ) -> predictor.LoadedModel:
-    """Load the weights that the call or the YAML names, else those of the last training in `default`, else the
-    pretrained size N of the package, which is told as a warning.
+    """Load the weights that the call or the YAML names, else those of the last training in `default`, else the official
+    ones of the YAML's `model_name`, as PaddleX does, else the pretrained size N of the package; these two are told.
 
     Raises FileNotFoundError for weights that are not there, ValueError for weights of another model than the YAML's
     `model_name`.
@@ -234,6 +235,9 @@ def load_pipeline_model(
     source = weights or settings.model_dir
     if source is None and is_there(default):
         source = default
+    elif source is None and (official := _official_weights(settings.model_name)):
+        source = official
+        log.warning("model_dir is null and no training is in %s: using the official weights %s", default, official)
     elif source is None:
         source = PRETRAINED
         log.warning(
@@ -251,10 +255,18 @@ def load_pipeline_model(
     if settings.model_name is not None and canonical_name(settings.model_name) != canonical_name(
         model.config.model.name
     ):
+        official = _official_weights(settings.model_name)
+        hint = f"; the official ones are model_dir: {official}" if official else ""
         raise ValueError(
-            f"model_name is {settings.model_name}, but the weights {source} are of {model.config.model.name}"
+            f"model_name is {settings.model_name}, but the weights {source} are of {model.config.model.name}{hint}"
         )
     return model
+
+
+def _official_weights(model_name: str | None) -> str | None:
+    """The name of the official weights of a model, as Mask-RT-DETR-L; None: there are none."""
+    name = f"{canonical_name(model_name)}_coco" if model_name else ""
+    return name if name in KNOWN_WEIGHTS else None
 
 
 def _official_config(name: str) -> ConfigDict | None:

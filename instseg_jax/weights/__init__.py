@@ -20,6 +20,7 @@ from instseg_jax.weights.paddle import read_pdparams
 from instseg_jax.weights.state_dicts import read_safetensors, read_safetensors_metadata
 
 _SCORE_BIAS = "transformer.score_head.bias"
+_PARTS = ("stem.", "stages.", "blocks.", "neck.", "transformer.")  # how names of tensors begin, beside backbone.
 _READERS = {".pdparams": read_pdparams, ".pdema": read_pdparams, ".safetensors": read_safetensors}
 
 
@@ -58,6 +59,7 @@ def read_weights(source: str | os.PathLike[str] | Located, *, class_names: Seque
         return _read_checkpoint(located, class_names)
     state = {name: _widened(tensor) for name, tensor in _READERS[path.suffix](path).items()}
     check_finite(str(path), state)
+    _check_names(str(path), state)
     metadata = read_safetensors_metadata(path) if path.suffix == ".safetensors" else {}
     class_names = class_names or metadata.get("class_names")
     if is_backbone_state(state):
@@ -73,6 +75,18 @@ def check_finite(source: str, tensors: Mapping[str, Any]) -> None:
     for name, tensor in tensors.items():
         if np.issubdtype(tensor.dtype, np.floating) and not np.isfinite(tensor).all():
             raise ValueError(f"{source} is damaged: the tensor {name} has values that are not finite")
+
+
+def _check_names(source: str, state: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError for a file whose tensors are of another network, or of none."""
+    foreign = [name for name in state if not name.removeprefix("backbone.").startswith(_PARTS)]
+    if not state:
+        raise ValueError(f"{source} holds no tensors")
+    if len(foreign) >= len(state) / 2:  # a classifier's own layers are left out later
+        raise ValueError(
+            f"{source} holds no weights of Mask-RT-DETR: {len(foreign)} of {len(state)} tensors have foreign names, "
+            f"as {foreign[0]!r}; they must begin with backbone., neck. or transformer., as in the official files"
+        )
 
 
 def _widened(tensor: np.ndarray) -> np.ndarray:

@@ -14,6 +14,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from instseg_jax.evaluation.coco import coco_metrics, coco_results, write_evaluation
+from instseg_jax.evaluation.read import read_results
+from instseg_jax.masks import encode_mask
 from instseg_jax.types import Batch, Detections, Targets
 
 NAMES = (
@@ -159,6 +161,27 @@ def test_area_and_crowd_flag_may_be_missing():
     del lean["area"], lean["iscrowd"]
     metrics = coco_metrics(data_set(lean), [result(1, 0, 0, 0.9)])
     assert metrics["segm/AP_small"] == metrics["bbox/AP_small"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", ["polygon", "uncompressed", "compressed"])
+@pytest.mark.parametrize("has_box", [True, False])
+def test_results_in_any_code_score_alike(tmp_path, kind, has_box):
+    """Files of other tools have polygons or lists of runs, and keys of their own."""
+    truth = data_set(annotation(1, 1, 0, 0) | {"segmentation": [[0, 0, 10, 0, 10, 10, 0, 10]]})
+    mask = np.zeros((40, 60), np.uint8)
+    mask[:10, :10] = 1
+    code = {
+        "polygon": [[0, 0, 10, 0, 10, 10, 0, 10]],
+        "uncompressed": {"size": [40, 60], "counts": [0, *[10, 30] * 9, 10, 2400 - 9 * 40 - 10]},
+        "compressed": encode_mask(mask),
+    }[kind]
+    entry = {"id": 7, "image_id": 1, "category_id": 1, "score": 0.9, "segmentation": code, "area": 100, "iscrowd": 0}
+    entry |= {"bbox": [0, 0, 10, 10]} if has_box else {}
+    (tmp_path / "results.json").write_text(json.dumps([entry]))
+    results, kinds = read_results(tmp_path / "results.json")
+    assert kinds == (("segm", "bbox") if has_box else ("segm",))
+    metrics = coco_metrics(truth, results, iou_types=(*kinds, "boundary"))
+    assert [metrics[f"{each}/AP"] for each in (*kinds, "boundary")] == pytest.approx([1.0] * (len(kinds) + 1))
 
 
 def test_polygons_and_uncompressed_codes():

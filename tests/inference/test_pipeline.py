@@ -440,3 +440,23 @@ def test_the_device_of_the_yaml_counts_where_the_call_names_none(tmp_path, monke
     instseg_jax.create_pipeline(config=content, weights=tmp_path)
     instseg_jax.create_pipeline(config=content, weights=tmp_path, device="auto")
     assert named == ["cpu:0", "auto"]
+
+
+def test_a_yaml_of_paddlex_means_the_official_weights(tmp_path, monkeypatch, caplog):
+    """Its model_dir is null; a training in the default folder of another model is told, with their name."""
+    module = {"module_name": "instance_segmentation", "model_name": "Mask-RT-DETR-S", "model_dir": None}
+    settings = load_pipeline_config({"SubModules": {"InstanceSegmentation": module}})
+    loaded = []
+
+    def load(located, *_):
+        loaded.append(located)
+        return make_model()
+
+    monkeypatch.setattr(pipeline_module, "locate", lambda source: Located("file", tmp_path / str(source), str(source)))
+    monkeypatch.setattr(pipeline_module.predictor, "load_model", load)
+    with pytest.raises(ValueError, match=r"official ones are model_dir: mask_rtdetr_s_coco"):  # the fake is another
+        pipeline_module.load_pipeline_model(settings, None, None, default=tmp_path / "none")
+    assert loaded[0].source == "mask_rtdetr_s_coco" and "official weights mask_rtdetr_s_coco" in caplog.text
+    nameless = load_pipeline_config({})
+    pipeline_module.load_pipeline_model(nameless, None, None, default=tmp_path / "none")
+    assert loaded[1].source == "mask_rtdetr_n_pretrained"

@@ -178,3 +178,15 @@ def test_half_precision_is_refused_where_no_official_tool_reads_it(tmp_path, sta
     with pytest.raises(ValueError, match="half precision is for safetensors, not for pdparams"):
         export_weights(tmp_path / "s.pdparams", names.official_to_flax(state), half=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [("model.layers.0.weight", "model.layers.0.bias"), ("backbone.body.conv1.weight",), ("conv_stem.weight",), ()],
+)
+def test_a_file_of_foreign_names_is_no_backbone(tmp_path, tensors):
+    from safetensors.numpy import save_file
+
+    save_file({name: np.ones((2, 2), np.float32) for name in tensors}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors holds no (weights of Mask-RT-DETR|tensors)"):
+        weights.read_weights(tmp_path / "other.safetensors")
