@@ -64,7 +64,9 @@ def write_repaired(check: Check, folder: Path) -> Repaired:
     splits, lost = {}, {}
     for split, content in contents.items():
         file = folder / "annotations" / f"instance_{split}.json"
-        splits[split] = (files.write_json(file, content), check.source.splits[split][1])
+        is_touched = content != check.contents[split]  # what is left as it was stays so to the letter
+        written = {"info": {}} | content if is_touched else content  # pycocotools 2.0.9 and 2.0.10 ask for it
+        splits[split] = (files.write_json(file, written), check.source.splits[split][1])
         before = [len(check.contents[split][key]) for key in ("images", "annotations")]
         after = [len(content[key]) for key in ("images", "annotations")]
         lost[split] = (before[0] - after[0], before[0], before[1] - after[1], before[1])

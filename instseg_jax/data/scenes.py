@@ -93,6 +93,7 @@ def write_examples(
                 }
             )
     content = {
+        "info": {"description": f"scenes, {split}"},
         "images": records,
         "annotations": annotations,
         "categories": [{"id": i + 1, "name": name} for i, name in enumerate(categories)],

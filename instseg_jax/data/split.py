@@ -138,7 +138,9 @@ def replace_files(contents: dict[Path, Content]) -> None:
     aside = {}
     try:
         for path, content in contents.items():
-            aside[path] = files.write_json(path.with_name(f".{path.name}.{secrets.token_hex(4)}.new"), content)
+            aside[path] = files.write_json(
+                path.with_name(f".{path.name}.{secrets.token_hex(4)}.new"), {"info": {}} | content
+            )
         for path, new in aside.items():
             if path.exists():
                 path.rename(_backup_name(path))

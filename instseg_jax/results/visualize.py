@@ -21,10 +21,9 @@ FIRST_HUE = 25.0
 CHROMA = 0.2
 # (lightness, hue offset in degrees) in OKLCH, one after another for the instances of a class.
 SHADES = ((0.70, 0.0), (0.58, -10.0), (0.80, 10.0), (0.64, 14.0), (0.75, -16.0))
-# A label may lie under others by this part of its area, and may hide this part of any instance's box. One that finds
-# no such place is shortened to its score, then left out; a legend then names the classes. In a crowd, labels larger
-# than their boxes are short from the start: names would bury the picture.
-MAX_LABEL_OVERLAP = 0.15
+# A label covers no other, and may hide this part of any instance's box. One that finds no such place is shortened to
+# its score, then left out; a legend then names the classes. In a crowd, labels larger than their boxes are short from
+# the start: names would bury the picture.
 MAX_HIDDEN = 0.35
 MAX_LEGEND_LINES = 8
 CROWD = 25
@@ -218,13 +217,17 @@ def _place_label(
     (w, h), (x1, y1, x2, y2) = size, box
     if w >= picture_size[0] or h >= picture_size[1]:
         return None
-    corners = np.array([(x1, y1 - h), (x1, y1), (x2 - w, y1 - h), (x1, y2), (x2 - w, y2), (x2, y1), (x1 - w, y1)])
+    corners = np.array([
+        (x1, y1 - h), (x1, y1), (x2 - w, y1 - h), (x1, y2), (x2 - w, y2), (x2, y1), (x1 - w, y1),
+        # Where neighbours have taken these: inside the box at its other sides, and one line further off.
+        (x2 - w, y1), (x1, y2 - h), (x2 - w, y2 - h), (x1, y1 + h), (x1, y1 - 2 * h), (x1, y2 + h),
+    ])  # fmt: skip
     corners = np.rint(np.clip(corners, 0, np.subtract(picture_size, (w + 1, h + 1))))
     frames = np.concatenate([corners, np.add(corners, (w, h))], axis=1)
-    overlap = _shared_area(frames, placed).sum(axis=1) / (w * h)
+    is_free = _shared_area(frames, placed).sum(axis=1) == 0
     areas = np.maximum(np.prod(visible[:, 2:] - visible[:, :2], axis=1), 1)
     hidden = (_shared_area(frames, visible) / areas).max(axis=1)
-    good = np.flatnonzero((overlap <= MAX_LABEL_OVERLAP) & (hidden <= MAX_HIDDEN))
+    good = np.flatnonzero(is_free & (hidden <= MAX_HIDDEN))
     return frames[good[0]] if len(good) else None
 
 

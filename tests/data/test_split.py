@@ -200,3 +200,11 @@ def test_contradictions_are_refused():
     data = content([("x", "a.jpg", ()), (1, "b.jpg", ())])
     with pytest.raises(ValueError, match="without a whole number as its id"):
         split.merge_contents([data])
+
+
+def test_parts_have_what_pycocotools_asks_for(tmp_path):
+    """2.0.9 and 2.0.10 look `info` up in the truth whenever results are loaded; the source here has none."""
+    write(tmp_path, train=content([(i, f"{i}.png", [1]) for i in range(10)]))
+    run(tmp_path)
+    parts = [json.loads((tmp_path / "annotations" / f"instance_{part}.json").read_text()) for part in ("train", "val")]
+    assert all("info" in part for part in parts) and sum(len(part["images"]) for part in parts) == 10

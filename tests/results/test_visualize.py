@@ -5,8 +5,10 @@ import itertools
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from instseg_jax.masks import encode_mask
+from instseg_jax.results import visualize
 from instseg_jax.results.visualize import draw_instances, instance_colors
 
 
@@ -177,6 +179,21 @@ def test_a_label_makes_room_for_a_small_neighbour():
     assert (by_itself[88:98, 52:62] == a).all(axis=2).mean() > 0.4
     drawn = draw_instances(image, **arguments, opacity=1.0)
     assert (drawn[88:98, 52:62] == b).all()
+
+
+def test_labels_of_a_row_do_not_cover_each_other():
+    """Nine people side by side, nearer than their labels are long: each is named, and all can be read."""
+    boxes = np.array([[10 + 60 * i, 130, 110 + 60 * i, 390] for i in range(9)], float)
+    scores = [0.95 - 0.03 * i for i in range(9)]
+    picture = Image.new("RGB", (640, 480))
+    font = visualize._load_font(12, "")
+    colors = visualize.instance_colors([0] * 9)
+    frames, is_complete = visualize._draw_labels(picture, font, boxes, ["person"] * 9, scores, colors)
+    assert len(frames) == 9 and is_complete
+    assert frames[:, 2].max() - frames[:, 0].min() < (frames[:, 2] - frames[:, 0]).sum(), "they need two rows"
+    shared = visualize._shared_area(frames, frames)
+    assert not shared[~np.eye(9, dtype=bool)].any()
+    assert all(before != after for before, after in itertools.pairwise(colors))
 
 
 def test_labels_of_one_place_do_not_pile_up():
