@@ -100,14 +100,13 @@ class RasterImage:
             raise ValueError(f"{str(path)!r} can't be read as a raster ({' '.join(str(error).split())}).") from error
         self.name = str(path)
         self._stored = (self._file.height, self._file.width)
-        tags = _read_tags(Path(path)) if driver == "GTiff" else {}
-        self._orientation = tags.get(pixels.ORIENTATION, 1) if tags.get(pixels.ORIENTATION) in range(1, 9) else 1
+        photometric, self._orientation = _read_tags(Path(path), driver)
         self.size = self._stored if self._orientation < 5 else self._stored[::-1]
         place = georeference_of(self._file, Path(path))
         self.georeference = place and place.after(_to_stored(self._orientation, *self._stored))
         colors = [color.name for color in self._file.colorinterp]
         is_bytes = self._file.dtypes[0] == "uint8"
-        is_usual = tags.get(pixels.PHOTOMETRIC) in (pixels.BLACK_IS_ZERO, pixels.RGB)
+        is_usual = photometric in (pixels.BLACK_IS_ZERO, pixels.RGB)
         self.is_plain = is_bytes and colors[0] in ("red", "gray") and is_usual
         self._bands = _color_bands(colors)
         self._table = _color_table(self._file) if colors[self._bands[0] - 1] == "palette" else None
@@ -211,9 +210,12 @@ def _color_table(file: Any) -> np.ndarray:
     return colors
 
 
-def _read_tags(path: Path) -> dict[int, int]:
+def _read_tags(path: Path, driver: str) -> tuple[int | None, int]:
+    """Photometric interpretation (of a TIFF) and EXIF orientation, which GDAL leaves to its callers."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        return pixels.tiff_tags(mapped)
+        if driver != "GTiff":
+            return None, pixels.find_orientation(mapped[:])
+        return pixels.tiff_tags(mapped).get(pixels.PHOTOMETRIC), pixels.exif_orientation(mapped)
 
 
 def _to_stored(orientation: int, height: int, width: int) -> np.ndarray:
