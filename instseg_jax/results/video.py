@@ -5,6 +5,7 @@ for it. Without PyAV they are MPEG-4 Part 2, which players play but browsers do 
 shows it, at a variable rate too (phones, screen recordings).
 """
 
+import contextlib
 import json
 import logging
 from fractions import Fraction
@@ -84,8 +85,9 @@ class VideoFile:
 
 
 def frame_rate(path: str | Path) -> float:
-    """Frames a second that a video says it has; 25 where it does not say."""
-    check_regular(path)
+    """Frames a second that a video says it has; 25 where it does not say, or is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        check_regular(path)
     capture = cv2.VideoCapture(str(path))
     try:
         rate = capture.get(cv2.CAP_PROP_FPS) if capture.isOpened() else 0.0
