@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from instseg_jax.messages import quote
+
 SCALINGS = ("none", "percentile")
 MAX_PICTURES = 200  # from which ranges are taken, evenly over the data set
 MAX_SAMPLES = 1 << 14  # pixels of each of them
@@ -25,7 +27,7 @@ class Bands:
 
     def __post_init__(self):
         if not isinstance(self.channels, int) or self.channels < 1:
-            raise ValueError(f"data.channels must be a whole number of at least 1, got {self.channels!r}.")
+            raise ValueError(f"data.channels must be a whole number of at least 1, got {quote(self.channels)}.")
         if self.ranges is not None and len(self.ranges) != self.channels:
             raise ValueError(
                 f"data.channel_ranges holds {len(self.ranges)} ranges, but data.channels is {self.channels}."
@@ -40,7 +42,7 @@ def build_bands(data: ConfigDict) -> Bands | None:
     Raises: ValueError for an unknown scaling, and for ranges that are not there yet.
     """
     if data.scaling not in SCALINGS:
-        raise ValueError(f"data.scaling must be one of {', '.join(SCALINGS)}, got {data.scaling!r}.")
+        raise ValueError(f"data.scaling must be one of {', '.join(SCALINGS)}, got {quote(data.scaling)}.")
     if data.scaling == "none":
         return None if data.channels == 3 else Bands(data.channels, None)
     ranges = data.channel_ranges

@@ -16,6 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from instseg_jax.messages import quote, shorten
 from instseg_jax.types import SIZE_MULTIPLE
 
 PACKAGED = pathlib.Path(__file__).parent / "configs"  # where a wheel has them
@@ -58,7 +59,7 @@ def check_sizes(data: ConfigDict, fields: Sequence[str] = ("image_size", "train_
         for size in sizes:
             sides = tuple(size) if isinstance(size, list | tuple) else (size,)
             if len(sides) not in (1, 2) or not all(type(side) is int for side in sides):
-                raise ValueError(f"data.{field} has {size!r}, a size must be a whole number of pixels")
+                raise ValueError(f"data.{field} has {quote(size)}, a size must be a whole number of pixels")
             for side in sides:
                 check_side(
                     "a size in data.train_sizes" if field == "train_sizes" else "data.image_size", side, multiple
@@ -117,7 +118,9 @@ def find_config(name: str) -> pathlib.Path:
     known = sorted(p.stem for root in (CHECKOUT, PACKAGED) if root.is_dir() for p in root.glob("*.py"))
     near = difflib.get_close_matches(path.stem, known, 1)
     hint = f"; did you mean {near[0]}?" if near else ";"
-    raise FileNotFoundError(f"there is no config file {name!r}{hint} The project has configs/{{{','.join(known)}}}.py")
+    raise FileNotFoundError(
+        f"there is no config file {quote(name)}{hint} The project has configs/{{{','.join(known)}}}.py"
+    )
 
 
 def _load_module(path: pathlib.Path):
@@ -170,7 +173,7 @@ def override(config: ConfigDict, field: str, text: Any) -> None:
             node[parts[-1]] = value
     except (TypeError, ValueError) as error:
         expected = node.get_type(parts[-1]).__name__
-        raise ValueError(f"config.{field}={text}: {text!r} is not of type {expected}") from error
+        raise ValueError(f"config.{field}={shorten(text)}: {quote(text)} is not of type {expected}") from error
 
 
 def _unknown_field(config: ConfigDict, field: str, section: str, part: str, known: list[str]) -> str:
@@ -181,7 +184,7 @@ def _unknown_field(config: ConfigDict, field: str, section: str, part: str, know
     nearest = [f"{section}.{near[0]}".lstrip(".")] if near else same_name
     nearest = nearest or difflib.get_close_matches(field, everywhere, 1, 0.0)
     hint = f"; did you mean config.{nearest[0]}?" if nearest else ""
-    return f"unknown field config.{field}: {where} has no {part!r}{hint}"
+    return f"unknown field config.{shorten(field)}: {where} has no {quote(part)}{hint}"
 
 
 def list_fields(config: ConfigDict, prefix: str = "") -> list[str]:

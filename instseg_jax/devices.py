@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from instseg_jax.messages import quote
 from instseg_jax.types import DATA_AXIS
 
 COMPILED_SWITCH = "INSTSEG_COMPILED"
@@ -21,12 +22,14 @@ def select_devices(device: str) -> list[jax.Device]:
     match = re.fullmatch(r"(auto|cpu|gpu|tpu)(?::(\d+(?:,\d+)*))?", device)
     present = ", ".join(f"{d.platform}:{d.id}" for d in jax.devices())
     if not match:
-        raise ValueError(f"device is {device!r}; allowed are auto, cpu, gpu, tpu, gpu:0,1; present are {present}")
+        raise ValueError(f"device is {quote(device)}; allowed are auto, cpu, gpu, tpu, gpu:0,1; present are {present}")
     platform, indices = match.groups()
     try:
         devices = jax.devices() if platform == "auto" else jax.devices(platform)
     except RuntimeError as error:
-        raise ValueError(f"device is {device!r}, but there is no {platform} here; present are {present}") from error
+        raise ValueError(
+            f"device is {quote(device)}, but there is no {platform} here; present are {present}"
+        ) from error
     if indices is None:
         return list(devices)
     wanted = [int(index) for index in indices.split(",")]
@@ -34,7 +37,7 @@ def select_devices(device: str) -> list[jax.Device]:
     absent = [index for index in wanted if index not in by_id]
     if absent or len(set(wanted)) != len(wanted):
         names = ", ".join(f"{platform}:{index}" for index in by_id)
-        raise ValueError(f"device is {device!r}; each index once, out of {names}")
+        raise ValueError(f"device is {quote(device)}; each index once, out of {names}")
     return [by_id[index] for index in wanted]
 
 

@@ -14,7 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from instseg_jax.messages import quote, shorten
+
 DIGEST = "digest"  # key of a sealed object
+MAX_YAML_BYTES, MAX_YAML_DEPTH = 1 << 17, 50
 MAX_BYTES = 4 << 30  # of a file that is read whole: a file of holes may call itself a million times larger than it is
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -47,6 +50,11 @@ def read_regular(path: str | Path) -> bytes:
 def read_regular_text(path: str | Path) -> str:
     """The content of a regular file of UTF-8, with or without a BOM. Raises UnicodeDecodeError too."""
     return read_regular(path).decode("utf-8-sig")
+
+
+def is_regular(path: str | Path) -> bool:
+    """Whether a path leads to a regular file; one that is too long or has a NUL leads nowhere."""
+    return os.path.isfile(path)  # noqa: PTH113 (which raises then)
 
 
 def is_inside(folder: str | Path, name: str | Path) -> bool:
@@ -95,13 +103,51 @@ def write_json(
 
 def read_json(path: str | Path) -> Any:
     """Read a JSON file. Raises ValueError that names the file and the place where it is damaged, OSError without it."""
-    path = Path(path)
+    return parse_json(read_regular(path), path, verdict="is damaged")
+
+
+def parse_json(data: bytes, name: str | Path, *, verdict: str = "is not valid JSON") -> Any:
+    """Read JSON, UTF-8 with or without a BOM. Raises ValueError, `name`, `verdict` and the reason in one sentence."""
     try:
-        return json.loads(read_regular(path).decode())
+        return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged: it is no UTF-8 text (byte {error.start})") from error
+        reason: Exception = error
+        said = f"it is not a UTF-8 text file (byte {error.start})"
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error.msg} in line {error.lineno}, column {error.colno}") from error
+        reason, said = error, f"{error.msg} in line {error.lineno}, column {error.colno}"
+    except RecursionError as error:
+        reason, said = error, "it is nested too deeply"
+    except ValueError as error:  # numbers of thousands of digits
+        reason, said = error, shorten(error)
+    raise ValueError(f"{name} {verdict}: {said}.") from reason
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Read a YAML file of plain values. Raises ValueError, also for aliases, which may stand for any amount."""
+    import yaml  # slow to import
+
+    data = read_regular(path)
+    if len(data) > MAX_YAML_BYTES:
+        raise ValueError(f"{path} is no YAML file of ours: it has {len(data)} bytes, at most {MAX_YAML_BYTES} are read")
+    try:
+        text = data.decode("utf-8-sig")
+        depth = 0
+        for token in yaml.scan(text, yaml.SafeLoader):
+            if isinstance(token, yaml.AliasToken):
+                raise ValueError("it has aliases, write out what they stand for")
+            name = type(token).__name__  # FlowSequenceStartToken, BlockEndToken, ...
+            depth += name.endswith("StartToken") - (name.endswith("EndToken") and name != "DocumentEndToken")
+            if depth > MAX_YAML_DEPTH:
+                raise ValueError(f"it is nested in more than {MAX_YAML_DEPTH} levels")
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{path} is no YAML file ({where}{shorten(error.problem or error.context)})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a UTF-8 text file (byte {error.start})") from error
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is no YAML file ({shorten(error)})") from error
 
 
 def sync(path: Path) -> None:
@@ -166,4 +212,4 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    raise TypeError(f"Cannot write {type(value).__name__} as JSON: {value!r}.")
+    raise TypeError(f"Cannot write {type(value).__name__} as JSON: {quote(value)}.")

@@ -9,6 +9,7 @@ import numpy as np
 
 from instseg_jax.bands import Bands
 from instseg_jax.files import read_regular
+from instseg_jax.messages import quote
 from instseg_jax.pixels import decode, to_uint8
 
 UNIT = 1 / 255  # of 8-bit pixels
@@ -50,7 +51,7 @@ def to_pixels(array: np.ndarray, bands: Bands | None, what: str = "An image", *,
     `order` is "rgb" or "bgr", that of OpenCV. Raises ValueError that begins with `what`.
     """
     if order not in ("rgb", "bgr"):
-        raise ValueError(f"channels must be 'rgb' or 'bgr', got {order!r}.")
+        raise ValueError(f"channels must be 'rgb' or 'bgr', got {quote(order)}.")
     channels, ranges = (3, None) if bands is None else (bands.channels, bands.ranges)
     return to_uint8(np.asarray(array), what, channels=channels, ranges=ranges, is_bgr=order == "bgr")
 

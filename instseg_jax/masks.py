@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from instseg_jax.messages import quote
+
 Segmentation = tuple[np.ndarray, ...] | dict[str, Any]
 
 
@@ -38,7 +40,7 @@ def compress_rle(rle: dict[str, Any]) -> dict[str, Any]:
     """
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, Sequence) or len(size) != 2 or not all(_is_count(n) for n in size):
-        raise ValueError(f"An RLE's size must be [height, width] in whole pixels, got {size!r}.")
+        raise ValueError(f"An RLE's size must be [height, width] in whole pixels, got {quote(size)}.")
     height, width = (int(n) for n in size)
     if isinstance(counts, (list, tuple)):
         if not all(_is_count(n) for n in counts):

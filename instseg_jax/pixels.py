@@ -65,7 +65,7 @@ def to_uint8(array: np.ndarray, what: str, *, channels: int, ranges: Any, is_bgr
             raise ValueError(f"{what} has pixels of {array.dtype}; set data.scaling=percentile to scale them.")
         return np.ascontiguousarray(array)
     if array.dtype.kind not in "uif":
-        raise ValueError(f"{what} has pixels of {array.dtype}, they must be numbers.")
+        raise ValueError(f"{what} has pixels of {str(array.dtype)[:80]}, they must be numbers.")
     low, high = np.array(ranges, np.float32).T
     scaled = (array.astype(np.float32) - low) * (255 / np.maximum(high - low, np.finfo(np.float32).tiny))
     return np.rint(np.clip(np.nan_to_num(scaled), 0, 255)).astype(np.uint8)
@@ -175,9 +175,9 @@ def _load_numpy(data: bytes, name: str) -> np.ndarray:
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{name!r} can't be read as an array: {error}.") from error
+        raise ValueError(f"{name!r} can't be read as an array: {str(error)[:80]}.") from error
     if array.dtype.kind not in "uif":
-        raise ValueError(f"{name!r} holds {array.dtype}, not numbers.")
+        raise ValueError(f"{name!r} holds {str(array.dtype)[:80]}, not numbers.")
     return array[..., None] if array.ndim == 2 else array
 
 

@@ -19,6 +19,7 @@ GROUND = {
     "pixels",
     "files",
     "commands",
+    "messages",
     "config",
     "devices",
     "memory",
@@ -48,7 +49,7 @@ ONLY_IN = {
     "uvicorn": "serving/server.py",
     "prometheus_client": "serving/server.py",
     "rasterio": ("pixels.py", "geo/"),
-    "yaml": ("inference/pipeline_config.py", "data/yolo.py"),
+    "yaml": ("files.py", "inference/pipeline_config.py"),
     "flax": "models/",
     "pycocotools": ("masks.py", "evaluation/", "data/", "inference/", "scoring/"),
 }

@@ -18,6 +18,7 @@ from instseg_jax.data.check_images import PictureFacts
 from instseg_jax.data.coco_entries import ImageRecord
 from instseg_jax.data.examples import Layout
 from instseg_jax.data.findings import Flaw, has_errors
+from instseg_jax.messages import quote
 from instseg_jax.progress import Track
 
 SPLITS = ("train", "val")
@@ -113,7 +114,7 @@ def check_dataset(
             for i, sizes in gone.items():
                 id_ = objects[i].annotation.id
                 at = ", ".join(f"{height}x{width}" for height, width in sizes)
-                text = f"annotation {id_} of {image.file_name!r}: its mask has no pixel at {at}"
+                text = f"annotation {quote(id_)} of {quote(image.file_name)}: its mask has no pixel at {at}"
                 found.append(Flaw("vanishing_mask", split, (id_,), text, is_of_annotation=True))
             lost = sum(len(sizes) == len(set(train_sizes)) for sizes in gone.values()) if layout.drop_empty_masks else 0
             return facts, objects, found, sum(o.is_trained for o in objects) - lost
@@ -157,7 +158,7 @@ def _empty_flaws(split: str, file: CheckedFile) -> list[Flaw]:
         what = "there is no picture" if not file.images else f"none of its {len(file.images)} pictures has an object"
         flaws.append(Flaw("no_objects", split, (), f"{what} that can be trained on"))
     flaws += [
-        Flaw("empty_image", split, (image.id,), f"image {image.id}, {image.file_name!r}, has no object")
+        Flaw("empty_image", split, (image.id,), f"image {quote(image.id)}, {quote(image.file_name)}, has no object")
         for image in empty
     ]
     return flaws

@@ -21,6 +21,7 @@ from instseg_jax.data.findings import Flaw
 from instseg_jax.data.polygons import crosses_itself, is_degenerate
 from instseg_jax.data.rasterize import render_masks, whole_view
 from instseg_jax.images import content_size
+from instseg_jax.messages import first_few, quote
 
 OUTSIDE_TOLERANCE_PX = 2.0  # annotators overshoot the border by a pixel or two
 BOX_TOLERANCE_PX = 3.0  # outlines are rounded to pixels and simplified: no reason to doubt a box
@@ -80,19 +81,21 @@ def entries_by_image(
         except ValueError as error:
             flaws.append(Flaw("broken_json", split, (), str(error), is_of_annotation=True))
             continue
-        what, ids = f"annotation {entry['id']}", (entry["id"],)
+        what, ids = f"annotation {quote(entry['id'])}", (entry["id"],)
         seen[entry["id"]] += 1
         image_id, category_id = entry["image_id"], entry["category_id"]
         if not is_id(image_id) or image_id not in known:
-            flaws.append(Flaw("unknown_image", split, ids, f"{what}: image id {image_id!r}", is_of_annotation=True))
+            flaws.append(
+                Flaw("unknown_image", split, ids, f"{what}: image id {quote(image_id)}", is_of_annotation=True)
+            )
         elif not is_id(category_id) or category_id not in checked.categories:
-            detail = f"{what}: category id {category_id!r}"
+            detail = f"{what}: category id {quote(category_id)}"
             flaws.append(Flaw("unknown_category", split, ids, detail, is_of_annotation=True))
         elif image_id in entries:
             entries[image_id].append(entry)
     for annotation_id, count in seen.items():
         if count > 1:
-            detail = f"annotation id {annotation_id} occurs {count} times"
+            detail = f"annotation id {quote(annotation_id)} occurs {count} times"
             flaws.append(Flaw("duplicate_annotation_id", split, (annotation_id,), detail, is_of_annotation=True))
     return entries, flaws
 
@@ -105,7 +108,7 @@ def check_objects(
     seen: dict[tuple, int] = {}  # class and mask: the first object of these
 
     def add(code: str, entry: dict[str, Any], detail: str) -> None:
-        text = f"annotation {entry['id']} of {image.file_name!r}: {detail}"
+        text = f"annotation {quote(entry['id'])} of {quote(image.file_name)}: {detail}"
         flaws.append(Flaw(code, split, (entry["id"],), text, is_of_annotation=True))
 
     for entry in entries:
@@ -123,7 +126,7 @@ def check_objects(
         mask_box = masks.rle_box_xyxy_px(rle)
         same = (entry["category_id"], bytes(rle["counts"]) if area else annotation.box_xywh_px)
         if same in seen:
-            add("duplicate_object", entry, f"it has the class and the mask of annotation {seen[same]}")
+            add("duplicate_object", entry, f"it has the class and the mask of annotation {quote(seen[same])}")
         seen.setdefault(same, entry["id"])
         for code, detail in _find_doubts(annotation, mask_box, area, image):
             add(code, entry, detail)
@@ -198,9 +201,14 @@ def compare_categories(train: CheckedFile, val: CheckedFile) -> list[Flaw]:
     ids = sorted(train.categories.keys() | val.categories.keys())
     names = [(i, train.categories.get(i, "missing"), val.categories.get(i, "missing")) for i in ids]
     return [
-        Flaw("categories_differ", None, (i,), f"category id {i}: {of_train!r} in train, {of_val!r} in val")
-        for i, of_train, of_val in names
-        if of_train != of_val
+        Flaw(
+            "categories_differ",
+            None,
+            (i,),
+            f"category id {quote(i)}: {quote(a)} in train, {quote(b)} in val",
+        )
+        for i, a, b in names
+        if a != b
     ]
 
 
@@ -216,13 +224,13 @@ def _check_images(split: str, entries: list[Any], flaws: list[Flaw]) -> dict[int
     names: collections.Counter[str] = collections.Counter()
     for image_id, records in by_id.items():
         if len(records) > 1:
-            listed = coco_entries.first_few([repr(record.file_name) for record in records])
-            flaws.append(Flaw("duplicate_image_id", split, (image_id,), f"image id {image_id}: {listed}"))
+            listed = first_few([repr(record.file_name) for record in records])
+            flaws.append(Flaw("duplicate_image_id", split, (image_id,), f"image id {quote(image_id)}: {listed}"))
         names.update(record.file_name for record in records[:1])
     for name, count in names.items():
         if count > 1:
             ids = tuple(i for i, records in by_id.items() if records[0].file_name == name)
-            flaws.append(Flaw("duplicate_file_name", split, ids, f"{name!r} is listed {count} times"))
+            flaws.append(Flaw("duplicate_file_name", split, ids, f"{quote(name)} is listed {count} times"))
     return {image_id: records[0] for image_id, records in by_id.items()}
 
 
@@ -236,7 +244,7 @@ def _check_categories(split: str, entries: list[Any], flaws: list[Flaw]) -> dict
     for name, count in collections.Counter(categories.values()).items():
         if count > 1:
             ids = tuple(i for i, of_id in categories.items() if of_id == name)
-            flaws.append(Flaw("duplicate_category_name", split, ids, f"{name!r} has the ids {ids}"))
+            flaws.append(Flaw("duplicate_category_name", split, ids, f"{quote(name)} has the ids {ids}"))
     return categories
 
 

@@ -20,7 +20,8 @@ from instseg_jax import images, pixels
 from instseg_jax.bands import Bands
 from instseg_jax.data.coco_entries import ImageRecord
 from instseg_jax.data.findings import Flaw
-from instseg_jax.files import is_inside, read_regular
+from instseg_jax.files import is_inside, is_regular, read_regular
+from instseg_jax.messages import quote, shorten
 
 HASH_SIDE = 32  # pixels of the grey thumbnail that is hashed
 HASH_FREQUENCIES = 8  # of the cosine transform, each way: 64 bits
@@ -89,11 +90,11 @@ def find_picture_flaws(split: str, image: ImageRecord, facts: PictureFacts, fold
     """What is wrong with the file of a picture of the data set."""
 
     def flaw(code: str, detail: str) -> Flaw:
-        return Flaw(code, split, (image.id,), f"image {image.id}, {image.file_name!r}: {detail}")
+        return Flaw(code, split, (image.id,), f"image {quote(image.id)}, {quote(image.file_name)}: {detail}")
 
     if facts.is_missing:
         near = find_file(folder, image.file_name)
-        hint = f"; but there is {near.relative_to(folder).as_posix()!r}" if near else ""
+        hint = f"; but there is {quote(near.relative_to(folder).as_posix())}" if near else ""
         return [flaw("missing_image", f"there is no such file in {str(folder)!r}{hint}")]
     if facts.is_outside:
         return [flaw("outside_folder", facts.error or "")]
@@ -121,13 +122,13 @@ def find_file(folder: Path, file_name: str) -> Path | None:
     for text in (file_name.replace("\\", "/"), plain, *(normalize(form, plain) for form in ("NFC", "NFD"))):
         for wanted in (Path(text), Path(Path(text).name)):
             path = folder / wanted
-            if not wanted.is_absolute() and path.is_file() and is_inside(folder, wanted):
+            if not wanted.is_absolute() and is_regular(path) and is_inside(folder, wanted):
                 return path
     if not folder.is_dir():
         return None
     wanted = Path(normalize("NFC", plain))
-    there = [path for path in folder.iterdir() if path.is_file()]
-    there += [path for down in sorted(folder.iterdir()) if down.is_dir() for path in down.iterdir() if path.is_file()]
+    there = [path for path in folder.iterdir() if is_regular(path)]
+    there += [path for down in sorted(folder.iterdir()) if down.is_dir() for path in down.iterdir() if is_regular(path)]
     there = [path for path in there if is_inside(folder, path.relative_to(folder))]
     for name in (lambda path: path.name, lambda path: path.stem):
         found = [path for path in there if normalize("NFC", name(path)).casefold() == name(wanted).casefold()]
@@ -199,7 +200,7 @@ def _likeness(a: PictureFacts, b: PictureFacts) -> float:
 
 
 def _leak(train: ImageRecord, val: ImageRecord, what: str) -> Flaw:
-    detail = f"{train.file_name!r} of train and {val.file_name!r} of val are {what}"
+    detail = f"{quote(train.file_name)} of train and {quote(val.file_name)} of val are {what}"
     return Flaw("leak", None, (train.id, val.id), detail)
 
 
@@ -216,7 +217,7 @@ def _find_damage(data: bytes) -> str | None:
         except Image.DecompressionBombError:  # more pixels than Pillow likes
             return None
         except Exception as error:  # Pillow's plugins raise all kinds on damaged files
-            return None if str(error).endswith("not available") else f"it is damaged: {error}"
+            return None if str(error).endswith("not available") else f"it is damaged: {shorten(error)}"
     return None
 
 

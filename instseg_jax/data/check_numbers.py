@@ -9,6 +9,7 @@ import numpy as np
 from instseg_jax.data.check_annotations import CheckedFile, CheckedObject
 from instseg_jax.data.coco_entries import ImageRecord
 from instseg_jax.data.findings import Flaw
+from instseg_jax.messages import quote
 
 PERCENTILES = (1, 10, 50, 90, 99)
 NEAR_LIMIT = 0.8  # of the queries or slots that the 99th percentile of objects a picture may fill
@@ -104,14 +105,14 @@ def _scale(image: ImageRecord, size: Sequence[int], resize: str) -> float:
 def _class_flaws(files: dict[str, CheckedFile]) -> list[Flaw]:
     counts = count_classes(files)
     unused = [name for name, row in counts.items() if not sum(row.values())]
-    flaws = [Flaw("unused_category", None, (name,), f"{name!r} has no object") for name in unused]
+    flaws = [Flaw("unused_category", None, (name,), f"{quote(name)} has no object") for name in unused]
     used = {name: row.get("train", 0) for name, row in counts.items() if name not in unused}
     most = max(used.values(), default=0)
     for name, count in used.items():
         if not count:
-            detail = f"{name!r} occurs in validation only"
+            detail = f"{quote(name)} occurs in validation only"
         elif count * MAX_IMBALANCE < most or (count < FEW_OBJECTS and most >= 10 * FEW_OBJECTS):
-            detail = f"{name!r} has {count} objects in train, the most frequent class {most}"
+            detail = f"{quote(name)} has {count} objects in train, the most frequent class {most}"
         else:
             continue
         flaws.append(Flaw("class_imbalance", "train", (name,), detail))

@@ -17,6 +17,7 @@ from PIL import Image
 from instseg_jax import bands, files, images, masks
 from instseg_jax.data import check_numbers, findings
 from instseg_jax.data.check import Check
+from instseg_jax.messages import shorten
 from instseg_jax.pixels import decode
 
 FOLDER = "check_dataset"
@@ -125,7 +126,7 @@ def draw_histogram(counts: dict[str, dict[str, int]]) -> Image.Image:
         places = np.arange(len(shown)) + 0.4 * (k - 0.5)
         bars = axes.barh(places, [counts[name].get(split, 0) for name in shown], 0.4, label=split, color=color)
         axes.bar_label(bars, padding=3, fontsize="small")
-    axes.set_yticks(range(len(shown)), [shorten(name) for name in shown], parse_math=False)
+    axes.set_yticks(range(len(shown)), [shorten(name, MAX_LABEL) for name in shown], parse_math=False)
     axes.invert_yaxis()
     axes.set_title(
         "Objects of each class"
@@ -137,12 +138,6 @@ def draw_histogram(counts: dict[str, dict[str, int]]) -> Image.Image:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(picture, dpi=90, format="png")
     return Image.open(picture).convert("RGB")
-
-
-def shorten(name: str) -> str:
-    """A class name as a label of a chart: one line of at most MAX_LABEL characters."""
-    text = " ".join(name.split())
-    return text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…"
 
 
 def make_page(result: dict[str, Any]) -> str:

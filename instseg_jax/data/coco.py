@@ -18,6 +18,7 @@ from instseg_jax.bands import Bands
 from instseg_jax.commands import shown
 from instseg_jax.data import coco_entries, layouts
 from instseg_jax.data.coco_entries import Annotation, ImageRecord
+from instseg_jax.messages import first_few, quote
 
 MIN_BOX_SIDE_PX = 1e-5  # of the reference: a training box must be wider and higher than this
 INVALID_HINT = "Run check_dataset to see all that is wrong, or leave such objects out with data.skip_invalid=True."
@@ -126,11 +127,11 @@ def find_split(
     names everything that was looked for (`MissingAnnotations` for the file).
     """
     root = data_root(dir)
-    files = [root / annotations] if annotations is not None else layouts.annotation_files(root, split)
-    file = next((f for f in files if f.is_file()), None)
+    candidates = [root / annotations] if annotations is not None else layouts.annotation_files(root, split)
+    file = next((path for path in candidates if files.is_regular(path)), None)
     if file is None:
         hint = layouts.describe_other(root) or _say_split(root)
-        raise MissingAnnotations(f"The {split} annotations are missing: there is no {_either(files[:2])}{hint}")
+        raise MissingAnnotations(f"The {split} annotations are missing: there is no {_either(candidates[:2])}{hint}")
     folders = [root / images] if images is not None else layouts.image_folders(root, split, file)
     folder = layouts.choose_folder(folders, file)
     if folder is None:
@@ -176,12 +177,14 @@ def read_coco(
         coco_entries.require_keys(entry, ("id", "image_id", "category_id"), f"Annotation number {number + 1} of {file}")
     coco_entries.check_ids([entry["id"] for entry in content["annotations"]], "annotations", file)
     for entry in content["annotations"]:
-        what = f"Annotation {entry['id']} of {file}"
+        what = f"Annotation {quote(entry['id'])} of {file}"
         position, label = _find(position_of_id, entry["image_id"]), _find(label_of_id, entry["category_id"])
         if position is None:
-            raise ValueError(f"{what} belongs to the image id {entry['image_id']!r}, which the file does not list.")
+            raise ValueError(
+                f"{what} belongs to the image id {quote(entry['image_id'])}, which the file does not list."
+            )
         if label is None:
-            raise ValueError(f"{what} has the category id {entry['category_id']!r}, which the file does not list.")
+            raise ValueError(f"{what} has the category id {quote(entry['category_id'])}, which the file does not list.")
         try:
             annotations[position].append(coco_entries.read_annotation(entry, label, records[position]))
         except ValueError as error:
@@ -293,8 +296,8 @@ def map_categories(dataset: CocoDataset, class_names: Sequence[str]) -> tuple[in
     unknown = [name for name in dataset.categories if name not in class_names]
     if unknown:
         raise ValueError(
-            f"{dataset.name} has categories that the model does not know: {coco_entries.first_few(unknown)}; "
-            f"the model knows {coco_entries.first_few(list(class_names))}."
+            f"{dataset.name} has categories that the model does not know: {first_few(unknown)}; "
+            f"the model knows {first_few(list(class_names))}."
         )
     return tuple(ids.get(name) for name in class_names)
 
@@ -303,7 +306,7 @@ def say_outside(dataset: CocoDataset, names: Sequence[str]) -> str:
     """What is wrong with pictures that lie outside of their folder, and the two ways to have them."""
     return (
         f"{len(names)} of {len(dataset)} images of {dataset.name} lie outside of {str(dataset.image_folder)!r}: "
-        f"{coco_entries.first_few(names)}; name their own folder (--config.data.train_images, val_images), or allow it "
+        f"{first_few(names)}; name their own folder (--config.data.train_images, val_images), or allow it "
         "with --config.data.allow_outside=True."
     )
 
@@ -319,11 +322,13 @@ def check_images(dataset: CocoDataset) -> None:
     outside = [name for name in names if not files.is_inside(dataset.image_folder, name)]
     if outside:
         raise ValueError(say_outside(dataset, outside))
-    missing = [image.file_name for image in dataset.images if not (dataset.image_folder / image.file_name).is_file()]
+    missing = [
+        image.file_name for image in dataset.images if not files.is_regular(dataset.image_folder / image.file_name)
+    ]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(dataset)} images of {dataset.name} are missing in "
-            f"{str(dataset.image_folder)!r}: {coco_entries.first_few(missing)}."
+            f"{str(dataset.image_folder)!r}: {first_few(missing)}."
         )
 
 
@@ -332,12 +337,12 @@ def check_same_categories(a: CocoDataset, b: CocoDataset) -> None:
     of_a = dict(zip(a.category_ids, a.categories, strict=True))
     of_b = dict(zip(b.category_ids, b.categories, strict=True))
     differing = [
-        f"id {i} is {_name(of_a, i)} in {a.name} and {_name(of_b, i)} in {b.name}"
+        f"id {quote(i)} is {_name(of_a, i)} in {a.name} and {_name(of_b, i)} in {b.name}"
         for i in sorted(of_a.keys() | of_b.keys())
         if of_a.get(i) != of_b.get(i)
     ]
     if differing:
-        raise ValueError(f"The categories of {a.name} and {b.name} differ: {coco_entries.first_few(differing)}.")
+        raise ValueError(f"The categories of {a.name} and {b.name} differ: {first_few(differing)}.")
 
 
 def untrainable_reason(annotation: Annotation, image: ImageRecord) -> str | None:

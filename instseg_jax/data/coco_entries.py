@@ -6,7 +6,6 @@ whole, `data/check.py`.
 
 import collections
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from instseg_jax import masks
-from instseg_jax.files import read_regular_text
+from instseg_jax.files import parse_json, read_regular
+from instseg_jax.messages import first_few, quote
 
-MAX_LISTED = 5  # names or ids that an error message lists before it only counts
 MAX_SIDE_PX = 10**6  # of a picture: masks of what lies beyond would be drawn for hours
 MAX_REACH = 10  # times the longer side of its picture that a polygon may reach
 MAX_NAME = 500  # letters of a class name
+MAX_FILE_NAME = 4096  # letters of a picture's path, as Linux has it
 MAX_WHOLE_FLOAT = 2.0**53  # beyond it a float does not name one whole number
 ID_KEYS = {"images": ("id",), "categories": ("id",), "annotations": ("id", "image_id", "category_id")}
 FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
@@ -53,22 +53,15 @@ class Annotation:
 def read_json(file: Path) -> dict[str, Any]:
     """Read an annotation file as far as its three lists; raises FileNotFoundError or ValueError."""
     try:
-        content = json.loads(read_regular_text(file))
+        content = parse_json(read_regular(file), file)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no annotation file {str(file)!r}.") from None
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{file} is not valid JSON: {error.msg} in {where}.") from error
-    except RecursionError as error:
-        raise ValueError(f"{file} is not valid JSON: it is nested too deeply.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not a UTF-8 text file.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object with images, annotations and categories.")
     require_keys(content, ("images", "annotations", "categories"), str(file))
     for key in ("images", "annotations", "categories"):
         if not isinstance(content[key], list):
-            raise ValueError(f"{key!r} of {file} must be a list.")
+            raise ValueError(f"{quote(key)} of {file} must be a list.")
     for key, names in ID_KEYS.items():
         for entry in content[key]:
             for name in names if isinstance(entry, dict) else ():
@@ -93,7 +86,9 @@ def read_categories(entries: list[Any], file: Path) -> list[tuple[int, str]]:
     if not entries:
         raise ValueError(f"{file} lists no categories.")
     check_ids([entry["id"] for entry in entries], "categories", file)
-    return sorted((entry["id"], read_name(entry["name"], f"Category {entry['id']} of {file}")) for entry in entries)
+    return sorted(
+        (entry["id"], read_name(entry["name"], f"Category {quote(entry['id'])} of {file}")) for entry in entries
+    )
 
 
 def read_name(name: Any, what: str) -> str:
@@ -103,7 +98,7 @@ def read_name(name: Any, what: str) -> str:
     """
     text = str(name)
     if any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
-        raise ValueError(f"{what} has the name {text[:MAX_NAME]!r}, half of a character that UTF-8 can't write.")
+        raise ValueError(f"{what} has the name {quote(text[:MAX_NAME])}, half of a character that UTF-8 can't write.")
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
         text = " ".join("".join(letter if ord(letter) >= 32 and ord(letter) != 127 else " " for letter in text).split())
     text = text.strip()
@@ -125,19 +120,21 @@ def read_images(entries: list[Any], file: Path, licenses: Any = None) -> list[Im
 def read_image(entry: Any, what: str, licenses: Mapping[str, str] | None = None) -> ImageRecord:
     """One picture; `what` begins the message of the ValueError, `licenses` names licences by the text of their id."""
     require_keys(entry, ("id", "file_name", "height", "width"), what)
+    what, file_name = f"{what} (id {quote(entry['id'])})", entry["file_name"]
     for name in ("height", "width"):
         value = entry[name]
         number = read_number(value)
         if number is None or number != int(number) or not 1 <= number <= MAX_SIDE_PX:
-            raise ValueError(f"{what} (id {entry['id']}) has the {name} {value!r}, not a number of pixels.")
-    if not isinstance(entry["file_name"], str):
-        raise ValueError(f"{what} (id {entry['id']}) has the file name {entry['file_name']!r}, not a string.")
-    if "\0" in entry["file_name"] or any(0xD800 <= ord(letter) <= 0xDFFF for letter in entry["file_name"]):
-        raise ValueError(f"{what} (id {entry['id']}) has the file name {entry['file_name']!r}, which no file can have.")
+            raise ValueError(f"{what} has the {name} {quote(value)}, not a number of pixels.")
+    if not isinstance(file_name, str):
+        raise ValueError(f"{what} has the file name {quote(file_name)}, not a string.")
+    is_text = not any(letter == "\0" or 0xD800 <= ord(letter) <= 0xDFFF for letter in file_name[:MAX_FILE_NAME])
+    if len(file_name) > MAX_FILE_NAME or not is_text:
+        raise ValueError(f"{what} has the file name {quote(file_name)}, which no file can have.")
     license_id = str(entry.get("license") or "")  # an id of the file's list, or a name
     license = (licenses or {}).get(license_id, "" if license_id.isdigit() else license_id)
     height, width = (int(float(entry[side])) for side in ("height", "width"))
-    return ImageRecord(entry["id"], entry["file_name"], height, width, license)
+    return ImageRecord(entry["id"], file_name, height, width, license)
 
 
 def _read_licenses(entries: Any) -> dict[str, str]:
@@ -173,7 +170,7 @@ def read_flag(entry: dict[str, Any], name: str) -> bool:
     text = str(value).strip().lower()
     if isinstance(value, bool | int | float | str) and text in FLAGS:
         return FLAGS[text]
-    raise ValueError(f"its {name} must be 0 or 1, got {value!r}.")
+    raise ValueError(f"its {name} must be 0 or 1, got {quote(value)}.")
 
 
 def read_number(value: Any) -> float | None:
@@ -200,7 +197,7 @@ def read_box_and_area(
         read = [read_number(v) for v in box] if isinstance(box, (list, tuple)) else []
         numbers = [v for v in read if v is not None]
         if len(read) != 4 or len(numbers) != 4:
-            raise ValueError(f"its bbox must be four numbers [x, y, width, height], got {box!r}.")
+            raise ValueError(f"its bbox must be four numbers [x, y, width, height], got {quote(box)}.")
         if numbers[2] <= 0 or numbers[3] <= 0:
             numbers = None
     if numbers is None or area is None:
@@ -212,7 +209,7 @@ def read_box_and_area(
             numbers = [x1, y1, x2 - x1, y2 - y1]
     area_read = read_number(area)
     if area_read is None:
-        raise ValueError(f"its area must be a number, got {area!r}.")
+        raise ValueError(f"its area must be a number, got {quote(area)}.")
     return (float(numbers[0]), float(numbers[1]), float(numbers[2]), float(numbers[3])), area_read
 
 
@@ -254,14 +251,14 @@ def require_keys(entry: Any, keys: Sequence[str], what: str) -> None:
         raise ValueError(f"{what} must be a JSON object, got {type(entry).__name__}.")
     missing = [key for key in keys if key not in entry]
     if missing:
-        raise ValueError(f"{what} lacks {', '.join(repr(key) for key in missing)}.")
+        raise ValueError(f"{what} lacks {', '.join(map(quote, missing))}.")
 
 
 def check_ids(ids: Sequence[Any], what: str, file: Path) -> None:
     """Raise ValueError unless the ids are whole numbers that differ."""
     for value in ids:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"The ids of the {what} in {file} must be whole numbers, got {value!r}.")
+        if not is_id(value):
+            raise ValueError(f"The ids of the {what} in {file} must be whole numbers, got {quote(value)}.")
     if len(set(ids)) < len(ids):
         twice = [value for value, count in collections.Counter(ids).items() if count > 1]
         raise ValueError(f"Several {what} of {file} share an id: {first_few(twice)}.")
@@ -280,9 +277,3 @@ def is_number(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond 1.8e308
         return False
-
-
-def first_few(items: Sequence[Any]) -> str:
-    """The first five of the items, and how many more there are."""
-    listed = ", ".join(str(item) for item in items[:MAX_LISTED])
-    return listed + (f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else "")

@@ -22,6 +22,7 @@ from instseg_jax.data.converted import (
     read_class_names,
 )
 from instseg_jax.images import IMAGE_SUFFIXES
+from instseg_jax.messages import quote
 from instseg_jax.progress import Track
 
 DEFAULT_PERCENTAGES = (80, 20)  # of a train_anno_list.txt without a val_anno_list.txt
@@ -61,7 +62,7 @@ def convert_dataset(
     Raises FileNotFoundError or ValueError, naming the file, for what can't be read.
     """
     if kind.lower() not in READERS:
-        raise ValueError(f"The source data set type must be one of LabelMe, VOC, YOLO, got {kind!r}.")
+        raise ValueError(f"The source data set type must be one of LabelMe, VOC, YOLO, got {quote(kind)}.")
     source, target = Path(source), Path(target)
     if not source.is_dir():
         raise FileNotFoundError(f"There is no data set folder {str(source)!r}.")
@@ -125,7 +126,7 @@ def _unused_pictures(source: Path, target: Path, used: set[Path]) -> list[Path]:
     copies = (target / "images").resolve()
     found = []
     for path in sorted(source.rglob("*")):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or is_hidden(path, source) or not path.is_file():
+        if path.suffix.lower() not in IMAGE_SUFFIXES or is_hidden(path, source) or not files.is_regular(path):
             continue
         is_mask = any(part in MASK_FOLDERS for part in path.relative_to(source).parts)
         is_copy = path.name in names and path.resolve().is_relative_to(copies)

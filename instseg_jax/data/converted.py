@@ -9,7 +9,7 @@ import numpy as np
 
 from instseg_jax import masks
 from instseg_jax.data.polygons import clip_polygon, is_degenerate
-from instseg_jax.files import is_inside, read_regular_text
+from instseg_jax.files import is_inside, is_regular, read_regular_text
 from instseg_jax.images import IMAGE_SUFFIXES
 
 NOT_A_CLASS = ("__ignore__", "_background_", "background", "")
@@ -56,13 +56,13 @@ def read_class_names(source: Path, labels: str | Path | None, *, above: bool = T
     """
     if labels is not None:
         candidates = [Path(labels)]
-        if not candidates[0].is_file():
+        if not is_regular(candidates[0]):
             raise FileNotFoundError(f"There is no file of class names {str(labels)!r}.")
     else:
         folders = [source, source.resolve().parent] if above else [source]
         candidates = [folder / name for folder in folders for name in LABEL_FILES]
     for candidate in candidates:
-        if candidate.is_file():
+        if is_regular(candidate):
             if labels is None and candidate.parent == source:
                 check_inside(candidate, source, "The data set's list of classes")
             return tuple(line.strip() for line in read_lines(candidate) if line.strip())
@@ -96,7 +96,7 @@ def find_picture(stem: str, folders: Sequence[Path]) -> Path | None:
     for folder in folders:
         for suffix in IMAGE_SUFFIXES:
             for path in (folder / f"{stem}{suffix}", folder / f"{stem}{suffix.upper()}"):
-                if path.is_file():
+                if is_regular(path):
                     return path
     return None
 

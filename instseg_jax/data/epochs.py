@@ -6,6 +6,7 @@ import math
 import numpy as np
 
 from instseg_jax.data import coco
+from instseg_jax.messages import quote
 
 ORDER_STREAM = 1  # of random numbers: default_rng([seed, stream, ...]); the loader has others
 
@@ -37,7 +38,7 @@ def make_pool(dataset: coco.CocoDataset, empty_share: float | None) -> Pool:
     None takes all that the data set has. Raises ValueError for a share outside 0..1.
     """
     if empty_share is not None and not 0 <= empty_share < 1:
-        raise ValueError(f"data.empty_share must be None or between 0 and 1, got {empty_share!r}.")
+        raise ValueError(f"data.empty_share must be None or between 0 and 1, got {quote(empty_share)}.")
     is_empty = np.array([not objects for objects in dataset.annotations], bool)
     with_objects, without = np.flatnonzero(~is_empty), np.flatnonzero(is_empty)
     wanted = len(without) if empty_share is None else round(len(with_objects) * empty_share / (1 - empty_share))

@@ -10,6 +10,7 @@ import numpy as np
 
 from instseg_jax import images, masks
 from instseg_jax.data import coco, rasterize
+from instseg_jax.messages import quote
 
 FILL_COLOR = (123.675, 116.28, 103.53)  # RGB 0..255 beyond the picture when a view is wider, of the reference
 
@@ -31,10 +32,10 @@ class Layout:
             ("mask_rasterization", self.mask_rasterization, ("exact", "polygon")),
         ):
             if choice not in allowed:
-                raise ValueError(f"data.{name} must be one of {', '.join(allowed)}, got {choice!r}.")
+                raise ValueError(f"data.{name} must be one of {', '.join(allowed)}, got {quote(choice)}.")
         for name, value, least in (("mask_stride", self.mask_stride, 1), ("max_instances", self.max_instances, 0)):
             if not isinstance(value, int) or value < least:
-                raise ValueError(f"data.{name} must be a whole number of at least {least}, got {value!r}.")
+                raise ValueError(f"data.{name} must be a whole number of at least {least}, got {quote(value)}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,14 +4,14 @@ import base64
 import binascii
 import collections
 import itertools
-import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import cv2
 import numpy as np
 
+from instseg_jax.data.coco_entries import MAX_SIDE_PX
 from instseg_jax.data.converted import (
     NOT_A_CLASS,
     ConvertedImage,
@@ -24,7 +24,8 @@ from instseg_jax.data.converted import (
     read_class_names,
     read_lines,
 )
-from instseg_jax.files import read_regular, read_regular_text
+from instseg_jax.files import is_regular, parse_json, read_regular
+from instseg_jax.messages import quote, shorten
 from instseg_jax.pixels import decode
 
 LISTS = {"train": "train_anno_list.txt", "val": "val_anno_list.txt"}
@@ -43,8 +44,8 @@ def find_annotations(source: Path, labels: str | Path | None) -> Listing:
     Raises: FileNotFoundError when there are none.
     """
     class_names = read_class_names(source, labels)
-    if (source / LISTS["train"]).is_file():
-        parts = {part: _read_list(source / name) for part, name in LISTS.items() if (source / name).is_file()}
+    if is_regular(source / LISTS["train"]):
+        parts = {part: _read_list(source / name) for part, name in LISTS.items() if is_regular(source / name)}
         listed = {path.resolve() for paths in parts.values() for path in paths}
         rest = [path for path in _files_below(source) if path.resolve() not in listed]
         left_out = ("LabelMe files left out, that no list names",) * len(rest)
@@ -110,11 +111,11 @@ def _read_list(file: Path) -> list[Path]:
     paths = []
     for line in filter(None, lines):
         whole, last = file.parent / line, file.parent / line.split(" ")[-1]
-        paths.append(last if last.is_file() and not whole.is_file() else whole)
+        paths.append(last if is_regular(last) and not is_regular(whole) else whole)
     if not paths:
         raise ValueError(f"{file} lists no annotation file.")
     for path in paths:
-        if not path.is_file():
+        if not is_regular(path):
             raise FileNotFoundError(f"{file} lists {str(path)!r}, which does not exist.")
     return paths
 
@@ -122,22 +123,14 @@ def _read_list(file: Path) -> list[Path]:
 def _may_be_labelme(path: Path) -> bool:
     """Whether a file is LabelMe's, or damaged so that it can't be told: such a one must not vanish unsaid."""
     try:
-        content = json.loads(read_regular_text(path))
-    except (ValueError, RecursionError):
+        content = _read_json(path)
+    except ValueError:
         return True
     return isinstance(content, dict) and ("shapes" in content or "imagePath" in content)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_regular_text(path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a UTF-8 text file (byte {error.start}).") from error
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{path} is not valid JSON: {error.msg} in {where}.") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} is not valid JSON: it is nested too deeply.") from error
+    content = parse_json(read_regular(path), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no LabelMe file: it must hold a JSON object.")
     return content
@@ -162,7 +155,7 @@ def _find_picture(
         ] += 1
         return beside, b""
     for candidate in itertools.chain([path.parent / named], (folder / Path(named).name for folder in folders)):
-        if named and candidate.is_file():
+        if named and is_regular(candidate):
             if beside is not None and is_another and _decode_picture(path, embedded) != read_regular(candidate):
                 notes["files whose imagePath names another picture, the one embedded in them was taken"] += 1
                 break
@@ -171,7 +164,7 @@ def _find_picture(
         return None, _decode_picture(path, embedded)
     found = find_picture(path.stem, folders)
     if found is None:
-        raise FileNotFoundError(f"{path} names the picture {named!r}, which does not exist, and embeds none.")
+        raise FileNotFoundError(f"{path} names the picture {quote(named)}, which does not exist, and embeds none.")
     return found, b""
 
 
@@ -179,7 +172,7 @@ def _decode_picture(path: Path, embedded: Any) -> bytes:
     try:
         return base64.b64decode(embedded, validate=False)
     except (binascii.Error, ValueError, TypeError) as error:
-        raise ValueError(f"The picture embedded in {path} is damaged: {error}.") from error
+        raise ValueError(f"The picture embedded in {path} is damaged: {shorten(error)}.") from error
 
 
 def _scale_of_points(path: Path, content: dict[str, Any], height: int, width: int) -> tuple[float, float]:
@@ -187,11 +180,19 @@ def _scale_of_points(path: Path, content: dict[str, Any], height: int, width: in
     said_height, said_width = content.get("imageHeight"), content.get("imageWidth")
     if (said_height, said_width) in ((height, width), (None, None)):
         return 1.0, 1.0
-    if not (isinstance(said_height, int) and isinstance(said_width, int) and min(said_height, said_width) > 0):
-        raise ValueError(f"{path} has the size {said_width!r} x {said_height!r}, not whole numbers of pixels.")
+    if not (_is_side(said_height) and _is_side(said_width)):
+        raise ValueError(
+            f"{path} has the size {quote(said_width)} x {quote(said_height)}, not whole numbers of pixels."
+        )
     if abs(said_height * width / (said_width * height) - 1) > SAME_SHAPE:
-        raise ValueError(f"{path} says {said_width}x{said_height}, but its picture is {width}x{height} pixels.")
+        raise ValueError(
+            f"{path} says {quote(said_width)}x{quote(said_height)}, but its picture is {width}x{height} pixels."
+        )
     return width / said_width, height / said_height
+
+
+def _is_side(said: Any) -> TypeGuard[int]:
+    return isinstance(said, int) and 0 < said <= MAX_SIDE_PX
 
 
 def _shape_mask(
@@ -206,9 +207,11 @@ def _shape_mask(
     a polygon of too few points, a slip of the mouse.
     """
     kind = shape.get("shape_type") or "polygon"
+    if not isinstance(kind, str):
+        raise ValueError(f"{what} has the shape type {quote(kind)}, not a string.")
     try:
         points = np.array(shape["points"], np.float64).reshape(-1, 2)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(f"{what} has points that are not pairs of numbers.") from None
     if not np.isfinite(points).all():
         raise ValueError(f"{what} has points that are not finite.")
@@ -217,7 +220,9 @@ def _shape_mask(
         notes["polygons left out, with fewer than 3 points"] += 1
         return None
     if len(points) < least.get(kind, 3):
-        raise ValueError(f"{what}, a {kind}, has {len(points)} points, it needs at least {least.get(kind, 3)}.")
+        raise ValueError(
+            f"{what}, a {shorten(kind)}, has {len(points)} points, it needs at least {least.get(kind, 3)}."
+        )
     if kind == "mask":
         return _embedded_mask(shape, points[0], what, height, width)
     points = points * scale
@@ -230,7 +235,7 @@ def _shape_mask(
         notes[f"{kind} shapes, drawn as wide as LabelMe draws them"] += 1
         return _draw_thin(points, kind, height, width)
     if kind not in ("polygon", "rectangle", "rotation", "quadrilateral", "oriented_rectangle"):
-        raise ValueError(f"{what} has the unknown shape type {kind!r}.")
+        raise ValueError(f"{what} has the unknown shape type {quote(kind)}.")
     return points
 
 

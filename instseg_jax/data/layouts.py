@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from instseg_jax.files import check_regular
+from instseg_jax.files import check_regular, is_regular
 
 HEAD_BYTES = 1 << 20  # of an annotation file, in which the first file name stands
 ROBOFLOW = "_annotations.coco.json"
@@ -38,7 +38,7 @@ def choose_folder(folders: list[Path], annotations: Path) -> Path | None:
     if len(there) < 2:
         return there[0] if there else None
     first = first_file_name(annotations)
-    return next((folder for folder in there if first and (folder / first).is_file()), there[0])
+    return next((folder for folder in there if first and is_regular(folder / first)), there[0])
 
 
 def first_file_name(annotations: Path) -> str | None:
@@ -63,7 +63,7 @@ def describe_other(root: Path) -> str:
 def _other_kind(root: Path) -> str | None:
     if any((root / name).is_dir() for name in ("SegmentationObject", "SegmentationClass")):
         return "VOC"
-    if any((root / name).is_file() for name in ("data.yaml", "data.yml", "dataset.yaml")):
+    if any(is_regular(root / name) for name in ("data.yaml", "data.yml", "dataset.yaml")):
         return "YOLO"
     if (root / "labels").is_dir() and next((root / "labels").rglob("*.txt"), None):
         return "YOLO"

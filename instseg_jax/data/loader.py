@@ -20,6 +20,7 @@ from instseg_jax.data import coco, examples, transforms
 from instseg_jax.data.batches import Parts, Recipe, Size, collate, count, eval_parts, train_parts
 from instseg_jax.data.epochs import Pool, make_pool, steps_per_epoch
 from instseg_jax.data.prefetch import prefetch_map
+from instseg_jax.messages import quote
 from instseg_jax.types import Batch
 
 Batches = Generator[Batch, None, None]
@@ -245,7 +246,7 @@ def _as_size(size: int | Sequence[int], mask_stride: int) -> Size:
     """(height, width) of a config's size, which is one number for a square or a pair."""
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     if min(height, width) < 1 or height % mask_stride or width % mask_stride:
-        raise ValueError(f"An image size must be a multiple of data.mask_stride = {mask_stride}, got {size!r}.")
+        raise ValueError(f"An image size must be a multiple of data.mask_stride = {mask_stride}, got {quote(size)}.")
     return int(height), int(width)
 
 
@@ -268,4 +269,4 @@ def _check_loading(
         )
     for name in interpolations:
         if name not in images.INTERPOLATIONS:
-            raise ValueError(f"An interpolation must be one of {', '.join(images.INTERPOLATIONS)}, got {name!r}.")
+            raise ValueError(f"An interpolation must be one of {', '.join(images.INTERPOLATIONS)}, got {quote(name)}.")

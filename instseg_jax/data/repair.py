@@ -19,6 +19,7 @@ from instseg_jax.data import check_annotations, check_images, coco_entries, poly
 from instseg_jax.data.check import Check, Source
 from instseg_jax.data.check_images import PictureFacts
 from instseg_jax.data.coco_entries import ImageRecord, is_id
+from instseg_jax.messages import quote
 
 ROUNDING_PX = 1.0  # by which the sides of a picture that was resized may differ from one factor for both
 TURNING = (5, 6, 7, 8)  # EXIF orientations that swap height and width
@@ -99,14 +100,14 @@ def _repair_file(content: Entry, check: Check, split: str, said: list[str]) -> i
             if not _was_unturned(record, facts) and not _was_resized(record, facts):
                 sizes = f"it is {facts.size[1]}x{facts.size[0]}, the file says {record.width}x{record.height}"
                 said.append(
-                    f"image {record.id} ({record.file_name!r}) left out with its objects: {sizes}, which one factor "
-                    "does not explain: cropped, stretched or padded after it was labelled"
+                    f"image {quote(record.id)} ({quote(record.file_name)}) left out with its objects: {sizes}, which "
+                    "one factor does not explain: cropped, stretched or padded after it was labelled"
                 )
                 continue
             moves[record.id] = (record, facts)
             entry["height"], entry["width"] = facts.size
             name, old, new = (
-                f"image {record.id} ({record.file_name!r})",
+                f"image {quote(record.id)} ({quote(record.file_name)})",
                 f"{record.width}x{record.height}",
                 f"{facts.size[1]}x{facts.size[0]}",
             )
@@ -116,11 +117,11 @@ def _repair_file(content: Entry, check: Check, split: str, said: list[str]) -> i
     records = {entry["id"]: coco_entries.read_image(entry, "") for entry in images}
     annotations = []
     for entry in _sound_annotations(content["annotations"], said):
-        what, image_id, category_id = f"annotation {entry['id']}", entry["image_id"], entry["category_id"]
+        what, image_id, category_id = f"annotation {quote(entry['id'])}", entry["image_id"], entry["category_id"]
         if not is_id(category_id) or category_id not in category_ids:
-            said.append(f"{what} left out: unknown category id {category_id!r}")
+            said.append(f"{what} left out: unknown category id {quote(category_id)}")
         elif not is_id(image_id) or image_id not in records:
-            said.append(f"{what} left out: there is no image {image_id!r}, or it was left out")
+            said.append(f"{what} left out: there is no image {quote(image_id)}, or it was left out")
         elif _repair_object(what, entry, records[image_id], moves, said):
             annotations.append(entry)
     content["annotations"] = _without_twins(annotations, records, said)
@@ -147,7 +148,9 @@ def _one_entry_a_file(images: list[Entry], renamed: set[int], said: list[str]) -
     kept = []
     for entry in images:
         if entry["id"] in renamed and uses[entry["file_name"]] > 1:
-            said.append(f"image {entry['id']} left out: {entry['file_name']!r} stands for another entry too")
+            said.append(
+                f"image {quote(entry['id'])} left out: {quote(entry['file_name'])} stands for another entry too"
+            )
         else:
             kept.append(entry)
     return kept
@@ -163,7 +166,7 @@ def _without_twins(annotations: list[Entry], records: dict[int, ImageRecord], sa
         counts = bytes(masks.segmentation_to_rle(segmentation, image.height, image.width)["counts"])
         same = (image.id, entry["category_id"], counts)
         if same in seen:
-            said.append(f"annotation {entry['id']} left out: the same object is there already")
+            said.append(f"annotation {quote(entry['id'])} left out: the same object is there already")
             continue
         seen.add(same)
         kept.append(entry)
@@ -183,9 +186,9 @@ def _sound_categories(entries: list[Any], said: list[str]) -> list[Entry]:
     sound: dict[int, Entry] = {}
     for entry in entries:
         if not isinstance(entry, dict) or not is_id(entry.get("id")) or "name" not in entry:
-            said.append(f"a category left out: {entry!r}")
+            said.append(f"a category left out: {quote(entry)}")
         elif entry["id"] in sound:
-            said.append(f"category {entry['name']!r} left out: its id {entry['id']} is taken")
+            said.append(f"category {quote(entry['name'])} left out: its id {quote(entry['id'])} is taken")
         else:
             sound[entry["id"]] = entry
     return list(sound.values())
@@ -202,7 +205,10 @@ def _fill_in_sizes(entries: list[Any], inspect: Callable[[str], PictureFacts], s
         facts = inspect(entry["file_name"])
         if facts.error is None:
             entry["height"], entry["width"] = facts.size
-            said.append(f"image {entry.get('id')} ({entry['file_name']!r}): height and width are those of the picture")
+            said.append(
+                f"image {quote(entry.get('id'))} ({quote(entry['file_name'])}): "
+                "height and width are those of the picture"
+            )
 
 
 def _sound_images(entries: list[Any], said: list[str]) -> list[Entry]:
@@ -217,14 +223,16 @@ def _sound_images(entries: list[Any], said: list[str]) -> list[Entry]:
         if is_id(record.id):
             by_id[record.id].append(entry)
         else:
-            said.append(f"image {record.file_name!r} left out: its id {record.id!r} is no whole number")
+            said.append(f"image {quote(record.file_name)} left out: its id {quote(record.id)} is no whole number")
     sound = []
     for image_id, group in by_id.items():
         if len({entry["file_name"] for entry in group}) > 1:
-            said.append(f"image id {image_id} left out: {len(group)} pictures share it")
+            said.append(f"image id {quote(image_id)} left out: {len(group)} pictures share it")
             continue
         if len(group) > 1:
-            said.append(f"image {image_id} ({group[0]['file_name']!r}) is listed once now, not {len(group)} times")
+            said.append(
+                f"image {quote(image_id)} ({quote(group[0]['file_name'])}) is listed once now, not {len(group)} times"
+            )
         sound.append(group[0])
     return sound
 
@@ -239,10 +247,10 @@ def _find_picture(
     if found is not None:
         facts = inspect(found.relative_to(folder).as_posix())
     if found is None or facts.error is not None:
-        said.append(f"image {entry['id']} ({entry['file_name']!r}) left out: {facts.error}")
+        said.append(f"image {quote(entry['id'])} ({quote(entry['file_name'])}) left out: {facts.error}")
         return None
     name = found.relative_to(folder).as_posix()
-    said.append(f"image {entry['id']}: file_name {entry['file_name']!r} is now {name!r}")
+    said.append(f"image {quote(entry['id'])}: file_name {quote(entry['file_name'])} is now {quote(name)}")
     entry["file_name"] = name
     return facts
 
@@ -260,11 +268,11 @@ def _sound_annotations(entries: list[Any], said: list[str]) -> list[Entry]:
     for entry in unnamed:
         entry["id"], next_id = next_id, next_id + 1
     if unnamed:
-        said.append(f"{len(unnamed)} annotations without a whole id have the ids from {unnamed[0]['id']} on now")
+        said.append(f"{len(unnamed)} annotations without a whole id have the ids from {quote(unnamed[0]['id'])} on now")
     taken: set[int] = set()
     for entry in sound:
         if entry["id"] in taken:
-            said.append(f"another annotation {entry['id']} has the id {next_id} now")
+            said.append(f"another annotation {quote(entry['id'])} has the id {quote(next_id)} now")
             entry["id"], next_id = next_id, next_id + 1
         taken.add(entry["id"])
     return sound
@@ -390,9 +398,9 @@ def _unite_categories(contents: dict[str, Entry], changes: list[str]) -> None:
         names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
         for old, name in names.items():
             if ids[name] != old:
-                changes.append(f"{split}: category {name!r} has the id {ids[name]} now, not {old}")
+                changes.append(f"{split}: category {quote(name)} has the id {quote(ids[name])} now, not {quote(old)}")
         for name in ids.keys() - set(names.values()):
-            changes.append(f"{split}: category {name!r} added with the id {ids[name]}")
+            changes.append(f"{split}: category {quote(name)} added with the id {quote(ids[name])}")
         for entry in content["annotations"]:
             entry["category_id"] = ids[names[entry["category_id"]]]
         content["categories"] = [{"id": i, "name": name} for name, i in sorted(ids.items(), key=lambda item: item[1])]

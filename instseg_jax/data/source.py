@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from instseg_jax import files
 from instseg_jax.bands import MAX_PICTURES, build_bands, find_ranges
 from instseg_jax.data import coco
+from instseg_jax.messages import quote
 from instseg_jax.pixels import decode, expect_channels
 
 SOURCES = ("folder", "tfds")
@@ -22,7 +23,7 @@ def build_dataset(data: ConfigDict, split: str) -> coco.CocoDataset:
     if not data.dir:
         raise ValueError("data.dir is empty; name the data set's folder with --config.data.dir=DIR")
     if data.source not in SOURCES:
-        raise ValueError(f"data.source must be one of {', '.join(SOURCES)}, got {data.source!r}.")
+        raise ValueError(f"data.source must be one of {', '.join(SOURCES)}, got {quote(data.source)}.")
     if data.source == "tfds":
         from instseg_jax.data import tfds_builder  # importing TFDS takes a second
 
@@ -50,7 +51,7 @@ def with_channel_ranges(config: ConfigDict) -> ConfigDict:
         return config
     percentiles = tuple(data.scale_percentiles)
     if len(percentiles) != 2 or not 0 <= percentiles[0] < percentiles[1] <= 100:
-        raise ValueError(f"data.scale_percentiles must be (low, high) within 0..100, got {percentiles!r}.")
+        raise ValueError(f"data.scale_percentiles must be (low, high) within 0..100, got {quote(percentiles)}.")
     filled = ConfigDict(config.to_dict())
     with filled.unlocked():
         filled.data.update(scaling="none", channel_ranges=None)

@@ -16,6 +16,7 @@ import numpy as np
 from instseg_jax import files
 from instseg_jax.data import coco, coco_entries
 from instseg_jax.data.coco_entries import is_id
+from instseg_jax.messages import quote, shorten
 
 Content = dict[str, Any]
 
@@ -60,7 +61,7 @@ def check_percentages(train_percent: int, val_percent: int) -> None:
     """Raise ValueError unless both are whole numbers above 0 that sum to 100."""
     for name, value in (("train_percent", train_percent), ("val_percent", val_percent)):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 100:
-            raise ValueError(f"{name} must be a whole number between 1 and 99, got {value!r}.")
+            raise ValueError(f"{name} must be a whole number between 1 and 99, got {quote(value)}.")
     if train_percent + val_percent != 100:
         raise ValueError(
             f"The sum of train_percent and val_percent should equal 100, got {train_percent} + {val_percent} = "
@@ -87,8 +88,8 @@ def merge_contents(contents: Sequence[Content]) -> Content:
             coco_entries.require_keys(entry, ("id", "image_id", "category_id"), "An annotation")
             if entry["image_id"] not in new_image or entry["category_id"] not in new_category:
                 raise ValueError(
-                    f"Annotation {entry['id']!r} has an image id {entry['image_id']!r} or a category id "
-                    f"{entry['category_id']!r} that its file does not list; check_dataset --fix mends that."
+                    f"Annotation {quote(entry['id'])} has an image id {quote(entry['image_id'])} or a category id "
+                    f"{quote(entry['category_id'])} that its file does not list; check_dataset --fix mends that."
                 )
             image_id, category_id = new_image[entry["image_id"]], new_category[entry["category_id"]]
             mask = (image_id, category_id, json.dumps(entry.get("segmentation")))
@@ -202,12 +203,14 @@ def _group_images(entries: Sequence[Content], group_by: str | None) -> list[list
     try:
         pattern = re.compile(group_by)
     except re.error as error:
-        raise ValueError(f"group_by={group_by!r} is no regular expression: {error}.") from error
+        raise ValueError(f"group_by={quote(group_by)} is no regular expression: {shorten(error)}.") from error
     groups: dict[tuple[bool, str], list[int]] = {}
     for entry in entries:
         match = pattern.search(entry["file_name"])
         if match is None:
-            raise ValueError(f"The pattern group_by={group_by!r} is not in the file name {entry['file_name']!r}.")
+            raise ValueError(
+                f"The pattern group_by={quote(group_by)} is not in the file name {quote(entry['file_name'])}."
+            )
         key = (True, match.group(1) if pattern.groups and match.group(1) is not None else match.group(0))
         groups.setdefault(key, []).append(entry["id"])
     return list(groups.values())
@@ -228,7 +231,7 @@ class _FreeIds:
         largest = 0
         for entry in entries:
             if not isinstance(entry, dict) or not is_id(entry.get("id")):
-                raise ValueError(f"An entry without a whole number as its id: {str(entry)[:80]}.")
+                raise ValueError(f"An entry without a whole number as its id: {quote(entry)}.")
             largest = max(largest, entry["id"])
         self.taken: set[int] = set()
         self.beyond = itertools.count(largest + 1)
@@ -245,7 +248,7 @@ def _join_entries(entries: Sequence[Content], key: str, joined: dict[str, Conten
     for entry in entries:
         coco_entries.require_keys(entry, ("id", key), "An entry")
         if entry["id"] in new:
-            raise ValueError(f"Several entries share the id {entry['id']!r}; check_dataset --fix mends that.")
+            raise ValueError(f"Several entries share the id {quote(entry['id'])}; check_dataset --fix mends that.")
         if str(entry[key]) not in joined:
             joined[str(entry[key])] = dict(entry, id=free.take(entry["id"]))
         new[entry["id"]] = joined[str(entry[key])]["id"]

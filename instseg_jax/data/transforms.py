@@ -14,6 +14,7 @@ from PIL import Image, ImageEnhance, ImageStat
 
 from instseg_jax.data import rasterize
 from instseg_jax.data.examples import Example
+from instseg_jax.messages import quote
 
 ENHANCE_RANGE = (0.5, 1.5)  # factor of brightness, contrast and saturation
 HUE_RANGE = (-18.0, 18.0)  # shift of the 8-bit hue
@@ -44,18 +45,18 @@ class Augmentation:
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
             if name.endswith("_probability") and not 0 <= value <= 1:
-                raise ValueError(f"data.augment.{name} must be between 0 and 1, got {value!r}.")
+                raise ValueError(f"data.augment.{name} must be between 0 and 1, got {quote(value)}.")
         if self.expand_max_ratio < 1:
-            raise ValueError(f"data.augment.expand_max_ratio must be at least 1, got {self.expand_max_ratio!r}.")
+            raise ValueError(f"data.augment.expand_max_ratio must be at least 1, got {quote(self.expand_max_ratio)}.")
         jitter = self.scale_jitter
         if jitter is not None and not (len(jitter) == 2 and 0 < jitter[0] <= jitter[1]):
-            raise ValueError(f"data.augment.scale_jitter must be None or (low, high) above 0, got {jitter!r}.")
+            raise ValueError(f"data.augment.scale_jitter must be None or (low, high) above 0, got {quote(jitter)}.")
         scale = self.copy_paste_scale
         if not (len(scale) == 2 and 0 < scale[0] <= scale[1]):
-            raise ValueError(f"data.augment.copy_paste_scale must be (low, high) above 0, got {scale!r}.")
+            raise ValueError(f"data.augment.copy_paste_scale must be (low, high) above 0, got {quote(scale)}.")
         if self.copy_paste_max_objects < 1:
             raise ValueError(
-                f"data.augment.copy_paste_max_objects must be at least 1, got {self.copy_paste_max_objects!r}."
+                f"data.augment.copy_paste_max_objects must be at least 1, got {quote(self.copy_paste_max_objects)}."
             )
 
 

@@ -28,8 +28,9 @@ from instseg_jax.data.converted import (
     read_class_names,
     read_lines,
 )
-from instseg_jax.files import read_regular
+from instseg_jax.files import is_regular, read_regular
 from instseg_jax.images import IMAGE_SUFFIXES
+from instseg_jax.messages import quote, shorten
 from instseg_jax.pixels import decode
 
 VOID = 255
@@ -58,13 +59,13 @@ def find_annotations(source: Path, labels: str | Path | None) -> Listing:
     """
     class_names = read_class_names(source, labels)
     source = _find_root(source)
-    if not class_names and (source / LABEL_MAP).is_file():
+    if not class_names and is_regular(source / LABEL_MAP):
         class_names = tuple(_read_label_map(source / LABEL_MAP).values())
     parts = {}
     for part in ("train", "val"):
         for folder in ("Segmentation", "Main"):
             file = source / "ImageSets" / folder / f"{part}.txt"
-            if file.is_file() and part not in parts:
+            if is_regular(file) and part not in parts:
                 lines = [
                     re.sub(r"\s+-?[01]$", "", line.strip()) for line in read_lines(file)
                 ]  # Main says whether it is there
@@ -100,14 +101,16 @@ def read_annotation(stem: Path, listing: Listing, notes: collections.Counter[str
     root, name = listing.root, stem.as_posix()
     picture = find_picture(name, [root / "JPEGImages", root / "images", root])
     if picture is None:
-        raise FileNotFoundError(f"There is no picture {name!r} in {str(root / 'JPEGImages')!r} ({IMAGE_SUFFIXES}).")
+        raise FileNotFoundError(
+            f"There is no picture {quote(name)} in {str(root / 'JPEGImages')!r} ({IMAGE_SUFFIXES})."
+        )
     masks_of = {kind: root / kind / f"{name}.png" for kind in FOLDERS[:2]}
     xml_file = root / "Annotations" / f"{name}.xml"
     for path in (picture, xml_file, *masks_of.values()):
-        check_inside(path, root, f"The name {name!r}")
+        check_inside(path, root, f"The name {quote(name)}")
     height, width = decode(read_regular(picture), str(picture)).shape[:2]
     xml = _read_xml(xml_file)
-    colors = _read_label_map(root / LABEL_MAP) if (root / LABEL_MAP).is_file() else {}
+    colors = _read_label_map(root / LABEL_MAP) if is_regular(root / LABEL_MAP) else {}
     codes = {code: index for index, code in enumerate(colors)} or None
     classes, _ = _read_indices(masks_of["SegmentationClass"], height, width, codes)
     instances, void = _read_indices(masks_of["SegmentationObject"], height, width)
@@ -153,7 +156,7 @@ def _masks_as_objects(
             ] += 1
         if label is None:
             raise ValueError(
-                f"Object {number} of {name!r} has no class name: neither class number {index} in a labels.txt "
+                f"Object {number} of {quote(name)} has no class name: neither class number {index} in a labels.txt "
                 "nor a box in Annotations fits; name a file of class names with --labels."
             )
         if label in NOT_A_CLASS:
@@ -201,7 +204,7 @@ def _boxes_as_objects(
 
 
 def _read_xml(file: Path) -> list[_XmlObject]:
-    if not file.is_file():
+    if not is_regular(file):
         return []
     try:
         root = ElementTree.parse(file).getroot()
@@ -210,7 +213,7 @@ def _read_xml(file: Path) -> list[_XmlObject]:
             for entry in root.findall("object")
         ]
     except (ElementTree.ParseError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is no VOC annotation: {error}.") from error
+        raise ValueError(f"{file} is no VOC annotation: {shorten(error)}.") from error
 
 
 def _read_box(node: ElementTree.Element | None) -> tuple[float, float, float, float]:
@@ -247,7 +250,7 @@ def _read_indices(
     Colours are turned into indices by `codes` {0xRRGGBB: index}, else by the VOC palette. 255 stands for no object
     where there are 8 bits; of 16 it is a number like others.
     """
-    if not file.is_file():
+    if not is_regular(file):
         return None, None
     void: int | None = VOID
     try:
@@ -259,7 +262,7 @@ def _read_indices(
                 indices = np.asarray(picture)
                 void = VOID if indices.dtype == np.uint8 else None
     except OSError as error:
-        raise ValueError(f"{str(file)!r} can't be read as an image: {error}.") from error
+        raise ValueError(f"{str(file)!r} can't be read as an image: {shorten(error)}.") from error
     if indices.ndim != 2 or indices.shape != (height, width):
         raise ValueError(
             f"{str(file)!r} is {indices.shape[1]}x{indices.shape[0]}, its picture {width}x{height} pixels."

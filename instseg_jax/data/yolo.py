@@ -1,11 +1,11 @@
 """YOLO segmentation text: `class x1 y1 x2 y2 ...` a line, coordinates as parts of the picture's sides."""
 
 import collections
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from instseg_jax.data.converted import (
     ConvertedImage,
@@ -17,8 +17,9 @@ from instseg_jax.data.converted import (
     read_class_names,
     read_lines,
 )
-from instseg_jax.files import read_regular
+from instseg_jax.files import is_regular, read_regular, read_yaml
 from instseg_jax.images import IMAGE_SUFFIXES
+from instseg_jax.messages import first_few, quote
 from instseg_jax.pixels import decode
 
 
@@ -31,7 +32,7 @@ def find_annotations(source: Path, labels: str | Path | None) -> Listing:
     Raises: FileNotFoundError when there is no picture, or none has labels; ValueError for labels of poses.
     """
     description = next(
-        (source / name for name in ("data.yaml", "dataset.yaml", "data.yml") if (source / name).is_file()), None
+        (source / name for name in ("data.yaml", "dataset.yaml", "data.yml") if is_regular(source / name)), None
     )
     content = _read_yaml(description) if description else {}
     if "kpt_shape" in content:
@@ -40,7 +41,7 @@ def find_annotations(source: Path, labels: str | Path | None) -> Listing:
     if labels is not None or not class_names:
         class_names = read_class_names(source, labels)
     base = source / str(content.get("path") or "")
-    if not base.is_dir():
+    if not os.path.isdir(base):  # noqa: PTH112 (no name is too long)
         base = source
     parts = {
         part: _find_pictures(source, base, content[part], description) for part in ("train", "val") if content.get(part)
@@ -53,7 +54,7 @@ def find_annotations(source: Path, labels: str | Path | None) -> Listing:
         parts = {"train": _pictures_below(source / "images" if (source / "images").is_dir() else source)}
     if not any(parts.values()):
         raise FileNotFoundError(f"There is no picture below {str(source)!r}.")
-    if not any(_label_file(path).is_file() for paths in parts.values() for path in paths):
+    if not any(is_regular(_label_file(path)) for paths in parts.values() for path in paths):
         raise FileNotFoundError(f"No picture below {str(source)!r} has a YOLO label file (labels/NAME.txt).")
     taken = {_label_file(path).resolve() for paths in parts.values() for path in paths}
     labelled = {path.resolve() for folder in source.rglob("labels") for path in folder.rglob("*.txt")}
@@ -68,12 +69,12 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
 
     Raises: ValueError that names the line for what is neither a polygon nor a box.
     """
-    file, objects = check_inside(_label_file(path), listing.root, f"The picture {path.name!r}"), []
+    file, objects = check_inside(_label_file(path), listing.root, f"The picture {quote(path.name)}"), []
     picture = check_inside(path, listing.root, "The folder or a list")
     height, width = decode(read_regular(picture), str(path)).shape[:2]
-    if not file.is_file():
+    if not is_regular(file):
         notes["pictures without a label file, taken as background"] += 1
-    lines = read_lines(file) if file.is_file() else []
+    lines = read_lines(file) if is_regular(file) else []
     for number, line in enumerate(lines, start=1):
         words = line.split()
         if not words:
@@ -96,10 +97,12 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
             continue
         names = listing.class_names
         if names and (label >= len(names) or not names[label]):
-            raise ValueError(f"Line {number} of {file} has the class {label}, which has no name in {len(names)} names.")
+            raise ValueError(
+                f"Line {number} of {file} has the class {quote(label)}, which has no name in {len(names)} names."
+            )
         if not names:
             notes["objects whose class is called by its number, since no file names the classes"] += 1
-        objects.append(ConvertedObject(names[label] if names else f"class {label}", segmentation))
+        objects.append(ConvertedObject(names[label] if names else f"class {quote(label)}", segmentation))
     return ConvertedImage(path.resolve(), b"", path.name, height, width, tuple(objects))
 
 
@@ -112,17 +115,14 @@ def _read_names(names: Any, description: Path | None) -> tuple[str, ...]:
     try:
         by_number = {int(key): str(name) for key, name in names.items()}
     except (TypeError, ValueError):
-        raise ValueError(f"{description} has names whose keys are no numbers: {', '.join(map(str, names))}.") from None
+        raise ValueError(f"{description} has names whose keys are no numbers: {first_few(list(names))}.") from None
     if min(by_number) < 0 or len(by_number) < len(names):
-        raise ValueError(f"{description} has names whose keys are negative or the same: {', '.join(map(str, names))}.")
+        raise ValueError(f"{description} has names whose keys are negative or the same: {first_few(list(names))}.")
     return tuple(by_number.get(number, "") for number in range(max(by_number) + 1))
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load("\n".join(read_lines(file)))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML: {error}.") from error
+    content = read_yaml(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold names, train and val.")
     return content
@@ -136,11 +136,11 @@ def _find_pictures(source: Path, base: Path, entry: Any, description: Path | Non
         candidates = [base / relative, source / relative, source / relative.lstrip("./")]
         if relative.startswith(".."):  # written for a folder above: what lies inside is meant, not what is beside
             candidates.reverse()
-        place = next((path for path in candidates if path.exists()), None)
+        place = next((path for path in candidates if os.path.exists(path)), None)  # noqa: PTH110 (no name is too long)
         if place is None:
-            raise FileNotFoundError(f"{description} names {relative!r}, which does not exist.")
+            raise FileNotFoundError(f"{description} names {quote(relative)}, which does not exist.")
         check_inside(place, source, str(description))
-        if place.is_file():
+        if is_regular(place):
             lines = [line.strip().replace("\\", "/") for line in read_lines(place) if line.strip()]
             found += [path if path.is_absolute() else place.parent / path for path in map(Path, lines)]
         else:
@@ -163,4 +163,4 @@ def _label_file(picture: Path) -> Path:
             usual = Path(*parts).with_suffix(".txt")
             break
     beside = picture.with_suffix(".txt")
-    return beside if beside.is_file() and not usual.is_file() else usual
+    return beside if is_regular(beside) and not is_regular(usual) else usual

@@ -18,6 +18,7 @@ from instseg_jax.evaluation.processes import local_rows
 from instseg_jax.files import write_json
 from instseg_jax.inference.postprocess import detections_to_instances
 from instseg_jax.masks import rle_area, segmentation_to_rle
+from instseg_jax.messages import quote
 from instseg_jax.types import Batch, Detections
 
 IOU_TYPES = ("bbox", "segm")
@@ -90,7 +91,7 @@ def coco_metrics(
     """
     known = (*IOU_TYPES, "boundary")
     if not iou_types or any(iou_type not in known for iou_type in iou_types):
-        raise ValueError(f"iou_types must be some of {', '.join(known)}, got {iou_types!r}.")
+        raise ValueError(f"iou_types must be some of {', '.join(known)}, got {quote(iou_types)}.")
     dataset = ground_truth.dataset if isinstance(ground_truth, COCO) else ground_truth
     if max_detections is None:
         max_detections = detection_limit(dataset)
@@ -191,9 +192,9 @@ def truth_entries(dataset: dict, iou_type: str) -> list[dict]:
     sizes = {image["id"]: (image.get("height"), image.get("width")) for image in dataset["images"]}
     entries = []
     for number, annotation in enumerate(dataset.get("annotations", ()), start=1):
-        image_id, where = annotation["image_id"], f"Annotation {annotation.get('id', number)}"
+        image_id, where = annotation["image_id"], f"Annotation {quote(annotation.get('id', number))}"
         if image_id not in sizes:
-            raise ValueError(f"{where} belongs to image {image_id}, which is not in the data set.")
+            raise ValueError(f"{where} belongs to image {quote(image_id)}, which is not in the data set.")
         entry = {
             "id": number,
             "image_id": image_id,
@@ -203,7 +204,7 @@ def truth_entries(dataset: dict, iou_type: str) -> list[dict]:
         if iou_type == "bbox":
             entry["bbox"] = annotation.get("bbox")
             if entry["bbox"] is None or len(entry["bbox"]) != 4:
-                raise ValueError(f"{where} needs a bbox [x, y, width, height], got {entry['bbox']!r}.")
+                raise ValueError(f"{where} needs a bbox [x, y, width, height], got {quote(entry['bbox'])}.")
             entry["area"] = annotation.get("area", entry["bbox"][2] * entry["bbox"][3])
         else:
             entry["segmentation"] = _to_rle(annotation.get("segmentation"), sizes[image_id], where)
@@ -220,7 +221,7 @@ def _to_rle(segmentation: Any, size: tuple[int, int], where: str) -> dict:
         if isinstance(segmentation, Sequence):
             segmentation = tuple(np.reshape(polygon, (-1, 2)) for polygon in segmentation)
         elif not isinstance(segmentation, dict):
-            raise ValueError(f"A segmentation must be polygons or an RLE, got {segmentation!r}.")
+            raise ValueError(f"A segmentation must be polygons or an RLE, got {quote(segmentation)}.")
         return segmentation_to_rle(segmentation, *size)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -240,14 +241,16 @@ def result_entries(dataset: dict, results: Sequence[dict], iou_type: str) -> lis
         if missing:
             raise ValueError(f"Result {number} lacks {', '.join(missing)}.")
         if result["image_id"] not in sizes:
-            raise ValueError(f"Result {number} has image_id {result['image_id']}, which is not in the ground truth.")
+            raise ValueError(
+                f"Result {number} has image_id {quote(result['image_id'])}, which is not in the ground truth."
+            )
         if result["category_id"] not in category_ids:
             raise ValueError(
-                f"Result {number} has category_id {result['category_id']}, "
-                f"but the ground truth has {sorted(category_ids)}: are these class indices?"
+                f"Result {number} has category_id {quote(result['category_id'])}, "
+                f"but the ground truth has {quote(sorted(category_ids))}: are these class indices?"
             )
         if not math.isfinite(result["score"]):
-            raise ValueError(f"Result {number} has score {result['score']}, which must be finite.")
+            raise ValueError(f"Result {number} has score {quote(result['score'])}, which must be finite.")
         entry = {name: result[name] for name in ("image_id", "category_id", "score", key)}
         is_compressed = isinstance(entry[key], dict) and not isinstance(entry[key].get("counts"), list)
         if iou_type != "bbox" and not is_compressed:
@@ -255,7 +258,7 @@ def result_entries(dataset: dict, results: Sequence[dict], iou_type: str) -> lis
         # pycocotools takes masks of unequal sizes for disjoint, without a word.
         if iou_type != "bbox" and tuple(entry[key]["size"]) != sizes[entry["image_id"]]:
             raise ValueError(
-                f"Result {number} has a mask of size {entry[key]['size']}, "
+                f"Result {number} has a mask of size {quote(entry[key]['size'])}, "
                 f"but image {entry['image_id']} is {list(sizes[entry['image_id']])} (height, width)."
             )
         # The area decides which results count for small, medium and large objects when they match nothing.

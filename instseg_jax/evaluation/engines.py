@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from instseg_jax.evaluation.boundary import mask_boundary
+from instseg_jax.messages import quote
 
 ENGINES = ("pycocotools", "faster-coco-eval", "hotcoco")
 AREAS = ("all", "small", "medium", "large")
@@ -37,7 +38,7 @@ def count_matches(
     Raises ValueError for an unknown engine, and for one that is not installed, with the extra that brings it.
     """
     if engine not in ENGINES:
-        raise ValueError(f"The evaluation engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
+        raise ValueError(f"The evaluation engine must be one of {', '.join(ENGINES)}, got {quote(engine)}.")
     limits = list(detection_limits)
     with contextlib.redirect_stdout(io.StringIO()):
         if engine == "faster-coco-eval" and iou_type != "boundary":

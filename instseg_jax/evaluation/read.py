@@ -1,11 +1,11 @@
 """Reading a COCO truth file and a COCO results file that come from anywhere, with what is wrong said in a sentence."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from instseg_jax.files import read_regular_text
+from instseg_jax.files import parse_json, read_regular
 from instseg_jax.masks import check_rle, compress_rle
+from instseg_jax.messages import quote
 
 
 def read_truth(path: str | Path) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def read_truth(path: str | Path) -> dict[str, Any]:
     }
     missing = [name for name, value in lists.items() if not isinstance(value, list)]
     if missing:
-        raise ValueError(f"{path} is no COCO ground truth: it lacks the list {missing[0]!r}.")
+        raise ValueError(f"{path} is no COCO ground truth: it lacks the list {quote(missing[0])}.")
     for name in ("images", "categories"):
         ids = [entry.get("id") if isinstance(entry, dict) else None for entry in lists[name] or ()]
         if any(not isinstance(i, int | str) for i in ids) or len(set(ids)) != len(ids):
@@ -44,9 +44,9 @@ def read_results(path: str | Path) -> tuple[list[dict[str, Any]], tuple[str, ...
         where = f"Result {number} of {path}"
         score, box, mask = entry.get("score"), entry.get("bbox"), entry.get("segmentation")
         if not isinstance(score, int | float) or isinstance(score, bool):
-            raise ValueError(f"{where} needs a score, got {score!r}.")
+            raise ValueError(f"{where} needs a score, got {quote(score)}.")
         if box is not None and not _is_box(box):
-            raise ValueError(f"{where} has the bbox {box!r}, which must be [x, y, width, height].")
+            raise ValueError(f"{where} has the bbox {quote(box)}, which must be [x, y, width, height].")
         if isinstance(mask, dict):
             try:
                 check_rle(compress_rle(mask))
@@ -65,8 +65,6 @@ def _is_box(box: Any) -> bool:
 
 def _read_json(path: str | Path) -> Any:
     try:
-        return json.loads(read_regular_text(path))
+        return parse_json(read_regular(path), path)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no file {str(path)!r}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from error

@@ -35,6 +35,7 @@ from instseg_jax.inference.pipeline import pick_threshold
 from instseg_jax.inference.pipeline_config import load_pipeline_config
 from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.inference.predictor import LoadedModel, load_exported, make_predict
+from instseg_jax.messages import quote
 from instseg_jax.models.mask_rtdetr import MaskRTDETR
 from instseg_jax.runtimes.exported import CONFIG, open_export, read_export
 from instseg_jax.runtimes.formats import FORMATS, require
@@ -73,7 +74,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise ValueError(f"--format is {self.format!r}, it must be one of {', '.join(FORMATS)}")
+            raise ValueError(f"--format is {quote(self.format)}, it must be one of {', '.join(FORMATS)}")
         check_side("--size", self.size)
         if self.batch < 1:
             raise ValueError(f"--batch is {self.batch}, it must be at least 1")

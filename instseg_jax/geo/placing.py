@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from instseg_jax.files import read_regular_text
 from instseg_jax.geo.georeference import Georeference
+from instseg_jax.messages import shorten
 
 MOST_OFF_PX = 1.0  # of a ground control point from where the affine transform puts it
 log = logging.getLogger(__name__)
@@ -75,7 +77,7 @@ def _crs_beside(path: Path) -> Any:
     if not beside.is_file():
         return None
     try:
-        return CRS.from_wkt(beside.read_text(encoding="utf-8-sig").strip())
+        return CRS.from_wkt(read_regular_text(beside).strip())
     except Exception as error:  # GDAL's errors have a private base class
-        log.warning("%s is no CRS that can be read (%s)", beside, " ".join(str(error).split())[:120])
+        log.warning("%s is no CRS that can be read (%s)", beside, shorten(error))
         return None

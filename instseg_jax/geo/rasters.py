@@ -17,6 +17,7 @@ import numpy as np
 from instseg_jax import pixels
 from instseg_jax.files import write_bytes
 from instseg_jax.geo.placing import georeference_of, world_file
+from instseg_jax.messages import quote
 from instseg_jax.windows import Window, fill_up, view_size
 
 SUFFIXES = (".tif", ".tiff")
@@ -65,7 +66,7 @@ def write_geotiff(
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"A GeoTIFF is written of uint8 [height, width, 3], got {image.dtype} {list(image.shape)}.")
     if not pixel_size > 0:
-        raise ValueError(f"pixel_size is {pixel_size!r}, it must be above 0.")
+        raise ValueError(f"pixel_size is {quote(pixel_size)}, it must be above 0.")
     layout = {"driver": "GTiff", "tiled": True, "compress": "deflate", "photometric": "RGB"}
     place = {"crs": f"EPSG:{epsg}", "transform": from_origin(*origin, pixel_size, pixel_size)}
     shape = {"height": image.shape[0], "width": image.shape[1], "count": 3, "dtype": "uint8"}

@@ -25,6 +25,7 @@ from instseg_jax.inference import predictor, tiling
 from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_config, parse_hpi_config
 from instseg_jax.inference.sources import Source, find_sources
 from instseg_jax.inference.streaming import Feeding, Found, stream_instances
+from instseg_jax.messages import first_few, quote, shorten
 from instseg_jax.models.variants import canonical_name
 from instseg_jax.progress import Track
 from instseg_jax.results.result import Result
@@ -83,7 +84,7 @@ class Pipeline:
         """
         size = self.batch_size if batch_size is None else batch_size
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"batch_size is {batch_size!r}, it must be a whole number of at least 1")
+            raise ValueError(f"batch_size is {quote(batch_size)}, it must be a whole number of at least 1")
         thresholds = thresholds_by_class(threshold, self.class_names, self.thresholds)
         tiles = None if tile is None else tiling.Tiles(tile, overlap, whole_image, progress)
         sources, count = find_sources(x, channels=channels, bands=self.feeding.bands)
@@ -174,7 +175,7 @@ def create_pipeline(
         log.warning("both pipeline=%s and config are given; config is used", pipeline)
     batch_size = settings.batch_size if batch_size is None else batch_size
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size!r}, it must be a whole number of at least 1")
+        raise ValueError(f"batch_size is {quote(batch_size)}, it must be a whole number of at least 1")
     _check_score(threshold)
     model = load_pipeline_model(settings, weights, model_config, overrides, default=default_weights)
     # That of a checkpoint's own config is the machine's on which it was trained.
@@ -258,7 +259,8 @@ def load_pipeline_model(
         official = _official_weights(settings.model_name)
         hint = f"; the official ones are model_dir: {official}" if official else ""
         raise ValueError(
-            f"model_name is {settings.model_name}, but the weights {source} are of {model.config.model.name}{hint}"
+            f"model_name is {shorten(settings.model_name)}, but the weights {source} are of "
+            f"{model.config.model.name}{hint}"
         )
     return model
 
@@ -302,7 +304,7 @@ def thresholds_by_class(threshold: Threshold | None, class_names: Sequence[str],
             chosen[int(name)] = value
             continue
         if name not in class_names:
-            raise ValueError(f"threshold for {name!r}, but the classes are {', '.join(class_names)}")
+            raise ValueError(f"threshold for {quote(name)}, but the classes are {first_few(class_names)}")
         chosen[[i for i, known in enumerate(class_names) if known == name]] = value
     return chosen
 
@@ -312,7 +314,7 @@ def _check_score(threshold: Threshold | None) -> None:
     for value in threshold.values() if isinstance(threshold, Mapping) else [threshold]:
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
         if value is not None and not (is_number and 0 <= value <= 1):
-            raise ValueError(f"threshold is {value!r}, it must be between 0 and 1")
+            raise ValueError(f"threshold is {quote(value)}, it must be between 0 and 1")
 
 
 def build_pipeline(

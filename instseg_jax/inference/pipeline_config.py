@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from instseg_jax.config import find_config
-from instseg_jax.files import write_text
+from instseg_jax.files import read_yaml, write_text
+from instseg_jax.messages import quote, shorten
 
 PIPELINES = ("instance_segmentation",)
 MODULE = "InstanceSegmentation"
@@ -48,10 +49,7 @@ def load_pipeline_config(pipeline: str | Path | Mapping[str, Any]) -> PipelineCo
         raise ValueError(f"pipeline is {str(pipeline)!r}; it must be {' or '.join(PIPELINES)}, or a .yaml file")
     if not path.is_file():
         raise FileNotFoundError(f"there is no pipeline file {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML file ({' '.join(str(error).split())})") from error
+    content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold the keys {', '.join(KEYS)}, got {type(content).__name__}")
     return _parse(content, str(path), path.parent)
@@ -63,7 +61,7 @@ def write_pipeline_config(save_path: str | Path, *, pipeline: str, model_dir: st
     `model_dir` fills the key of that name. Raises ValueError for an unknown pipeline.
     """
     if pipeline not in PIPELINES:
-        raise ValueError(f"pipeline is {pipeline!r}, it must be one of {', '.join(PIPELINES)}")
+        raise ValueError(f"pipeline is {quote(pipeline)}, it must be one of {', '.join(PIPELINES)}")
     path = Path(save_path)
     if path.suffix.lower() not in (".yaml", ".yml"):
         path = path / f"{pipeline}.yaml"
@@ -83,7 +81,7 @@ def _parse(content: Mapping[str, Any], where: str, folder: Path | None) -> Pipel
     _check_keys(content, KEYS, where)
     name = content.get("pipeline_name", PIPELINES[0])
     if name not in PIPELINES:
-        raise ValueError(f"{where}: pipeline_name is {name!r}, it must be one of {', '.join(PIPELINES)}")
+        raise ValueError(f"{where}: pipeline_name is {quote(name)}, it must be one of {', '.join(PIPELINES)}")
     modules = content.get("SubModules") or {}
     _check_keys(modules, (MODULE,), f"{where}: SubModules")
     module = modules.get(MODULE) or {}
@@ -92,7 +90,7 @@ def _parse(content: Mapping[str, Any], where: str, folder: Path | None) -> Pipel
     _check_keys(serving, SERVING_KEYS, f"{where}: Serving")
     batch_size = module.get("batch_size", 1)
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"{where}: batch_size is {batch_size!r}, it must be a whole number of at least 1")
+        raise ValueError(f"{where}: batch_size is {quote(batch_size)}, it must be a whole number of at least 1")
     model_dir = module.get("model_dir")
     if model_dir is not None and folder is not None and not Path(model_dir).exists() and (folder / model_dir).exists():
         model_dir = str(folder / model_dir)
@@ -110,12 +108,12 @@ def _parse(content: Mapping[str, Any], where: str, folder: Path | None) -> Pipel
 
 def _check_keys(content: Any, known: tuple[str, ...], where: str) -> None:
     if not isinstance(content, Mapping):
-        raise ValueError(f"{where} must hold the keys {', '.join(known)}, got {content!r}")
+        raise ValueError(f"{where} must hold the keys {', '.join(known)}, got {quote(content)}")
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1, 0.5)
             hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
-            raise ValueError(f"{where} has an unknown key {key!r}{hint}")
+            raise ValueError(f"{where} has an unknown key {quote(key)}{hint}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +133,10 @@ def parse_hpi_config(content: Mapping[str, Any] | None) -> HighPerformance:
     content = dict(content or {})
     for key in content:
         if key not in HPI_KEYS:
-            raise ValueError(f"hpi_config.{key} means nothing here; it may hold {', '.join(HPI_KEYS)}")
+            raise ValueError(f"hpi_config.{shorten(key)} means nothing here; it may hold {', '.join(HPI_KEYS)}")
     backend = content.get("backend")
     if backend is not None and backend not in HPI_BACKENDS:
-        raise ValueError(f"hpi_config.backend is {backend!r}, it must be one of {', '.join(HPI_BACKENDS)}")
+        raise ValueError(f"hpi_config.backend is {quote(backend)}, it must be one of {', '.join(HPI_BACKENDS)}")
     if backend is None and content.get("auto_config", True) is not True:
         raise ValueError(f"hpi_config.auto_config is off, so backend must name one of {', '.join(HPI_BACKENDS)}")
     inner = dict(content.get("backend_config") or {})
@@ -146,14 +144,16 @@ def parse_hpi_config(content: Mapping[str, Any] | None) -> HighPerformance:
         unknown = sorted(set(inner) - set(HPI_BACKENDS))
         if unknown:
             raise ValueError(
-                f"hpi_config.backend_config has {unknown[0]!r} beside sections of {', '.join(HPI_BACKENDS)}"
+                f"hpi_config.backend_config has {quote(unknown[0])} beside sections of {', '.join(HPI_BACKENDS)}"
             )
         inner = dict(inner.get(backend or "onnxruntime") or {})
     threads = inner.pop("cpu_num_threads", None)
     if inner:
-        raise ValueError(f"hpi_config.backend_config.{next(iter(inner))} means nothing here; cpu_num_threads does")
+        raise ValueError(
+            f"hpi_config.backend_config.{shorten(next(iter(inner)))} means nothing here; cpu_num_threads does"
+        )
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
-        raise ValueError(f"cpu_num_threads is {threads!r}, it must be a whole number of at least 1")
+        raise ValueError(f"cpu_num_threads is {quote(threads)}, it must be a whole number of at least 1")
     if threads is not None and backend == "xla":
         raise ValueError("cpu_num_threads can't be set for xla, which takes all cores")
     return HighPerformance(backend, threads)

@@ -17,6 +17,7 @@ from instseg_jax.inference.mask_merging import merge_windows
 from instseg_jax.inference.pieces import WindowInstances
 from instseg_jax.inference.sources import Source
 from instseg_jax.inference.streaming import Found
+from instseg_jax.messages import quote
 from instseg_jax.progress import Track
 from instseg_jax.windows import Window, fill_up, view_size
 
@@ -52,9 +53,9 @@ class Tiles:
 
     def __post_init__(self) -> None:
         if not isinstance(self.side, int) or self.side < 32:
-            raise ValueError(f"tile is {self.side!r}, it must be a whole number of pixels, at least 32")
+            raise ValueError(f"tile is {quote(self.side)}, it must be a whole number of pixels, at least 32")
         if not 0 <= self.overlap <= 0.9:
-            raise ValueError(f"overlap is {self.overlap!r}, it must be between 0 and 0.9")
+            raise ValueError(f"overlap is {quote(self.overlap)}, it must be between 0 and 0.9")
 
     @property
     def stride(self) -> int:

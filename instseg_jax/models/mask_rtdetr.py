@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from instseg_jax.messages import quote
 from instseg_jax.models.decoder import MaskRTDETRTransformer
 from instseg_jax.models.efficientnet_lite import EfficientNetLite
 from instseg_jax.models.hgnetv2 import HGNetV2
@@ -160,13 +161,13 @@ def make_model(
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for key, value in (counts | changes).items():
         if not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{key} is {value!r}, it must be a whole number of at least 1")
+            raise ValueError(f"{key} is {quote(value)}, it must be a whole number of at least 1")
     for key, choice, allowed in (
         ("rectangular", rectangular, ("corrected", "official")),
         ("dtype", dtype, ("float32", "bfloat16")),
     ):
         if choice not in allowed:
-            raise ValueError(f"{key} is {choice!r}, it must be one of {', '.join(allowed)}")
+            raise ValueError(f"{key} is {quote(choice)}, it must be one of {', '.join(allowed)}")
     return MaskRTDETR(
         variant=dataclasses.replace(variant, **changes),
         num_classes=int(num_classes),

@@ -7,6 +7,8 @@ EfficientNet-Lite0, whose weights come with the package, with a lean neck and de
 import dataclasses
 import re
 
+from instseg_jax.messages import quote
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -170,4 +172,4 @@ def canonical_name(name: str) -> str:
     for known in VARIANTS:
         if squeezed == known.replace("_", ""):
             return known
-    raise ValueError(f"unknown model {name!r}; there are {', '.join(VARIANTS)}")
+    raise ValueError(f"unknown model {quote(name)}; there are {', '.join(VARIANTS)}")

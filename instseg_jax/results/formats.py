@@ -12,6 +12,7 @@ import numpy as np
 
 from instseg_jax.crops import crop_bounds, crop_rle
 from instseg_jax.masks import decode_rle, rle_area, rle_box_xyxy_px
+from instseg_jax.messages import quote
 from instseg_jax.outlines import bridge_holes, join_rings, rle_to_polygons
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def masks_to_json(result: "Result", masks_format: str) -> list[Any]:
             [[ring.tolist() for ring in (part.outer, *part.holes)] for part in rle_to_polygons(mask)]
             for mask in result.masks
         ]
-    raise ValueError(f"masks_format must be one of {', '.join(MASKS_FORMATS)}, got {masks_format!r}.")
+    raise ValueError(f"masks_format must be one of {', '.join(MASKS_FORMATS)}, got {quote(masks_format)}.")
 
 
 def to_labelme(result: "Result", *, image_path: str, tolerance: float) -> dict:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from instseg_jax.files import check_seal, digest_file, read_json, seal, write_json
+from instseg_jax.messages import quote, shorten
 from instseg_jax.runtimes.formats import FORMATS, RUNTIMES, Compute
 from instseg_jax.types import Detections
 
@@ -62,7 +63,7 @@ def read_export(folder: str | os.PathLike[str]) -> Export:
         model_file = FORMATS[settings["format"]].file
         complete = {"preprocessing", "batch", "dynamic_batch", "class_names", "config", "compute_type"} <= set(settings)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{folder / CONFIG} can't be read ({error})") from error
+        raise ValueError(f"{folder / CONFIG} can't be read ({shorten(error)})") from error
     if not complete or not (folder / model_file).is_file():
         raise ValueError(f"{folder} is no whole export: {model_file} or a part of {CONFIG} is missing; export again")
     return Export(folder, settings)
@@ -119,7 +120,7 @@ def with_backend(export: Export, backend: str | None, num_threads: int | None) -
     """The export, run by another runtime or with a number of threads. Raises ValueError where that can't be."""
     allowed = FORMATS[export.settings["format"]].runtimes
     if backend is not None and backend not in allowed:
-        raise ValueError(f"backend is {backend!r}, but an export as {export.settings['format']} runs in {allowed}")
+        raise ValueError(f"backend is {quote(backend)}, but an export as {export.settings['format']} runs in {allowed}")
     return dataclasses.replace(export, backend=backend, num_threads=num_threads)
 
 
@@ -149,7 +150,7 @@ def _open(export: Export, device: str) -> Compute:
     name = export.backend or format.runtimes[0]
     check_files(export)
     if ":" in device and "," in device:
-        raise ValueError(f"device is {device!r}, but an export runs on one device; name a single one")
+        raise ValueError(f"device is {quote(device)}, but an export runs on one device; name a single one")
     try:
         return RUNTIMES[name].open(export.folder / format.file, export.settings, device, export.num_threads)
     except ImportError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from instseg_jax.messages import quote
 from instseg_jax.runtimes.shape import INPUT, OUTPUTS, Shape, describe
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def open_onnx(path: Path, settings: Mapping[str, Any], device: str, num_threads:
     available = onnxruntime.get_available_providers()
     kind, _, index = device.partition(":")
     if kind == "tpu" or (kind == "gpu" and "CUDAExecutionProvider" not in available):
-        raise ValueError(f"device is {device!r}, but the installed onnxruntime has {', '.join(available)}")
+        raise ValueError(f"device is {quote(device)}, but the installed onnxruntime has {', '.join(available)}")
     providers: list[Any] = ["CPUExecutionProvider"]
     if kind != "cpu" and "CUDAExecutionProvider" in available:
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(index or 0)}))

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from instseg_jax.messages import quote
+
 INPUT = "images"
 OUTPUTS = ("scores", "labels", "boxes_xyxy", "mask_logits")
 
@@ -44,4 +46,4 @@ def describe(name: str, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
 def check_cpu(device: str, runtime: str) -> None:
     """Raise ValueError where `device` names something else than the CPU, for a runtime that runs there alone."""
     if device.split(":")[0] not in ("auto", "cpu"):
-        raise ValueError(f"device is {device!r}, but {runtime} runs on the CPU here")
+        raise ValueError(f"device is {quote(device)}, but {runtime} runs on the CPU here")

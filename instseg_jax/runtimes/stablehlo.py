@@ -11,6 +11,7 @@ import numpy as np
 
 from instseg_jax.devices import select_devices
 from instseg_jax.files import write_bytes
+from instseg_jax.messages import quote
 from instseg_jax.runtimes.shape import INPUT, OUTPUTS, Shape, describe
 
 PLATFORMS = ("cpu", "cuda")  # that a file runs on
@@ -40,6 +41,6 @@ def open_stablehlo(path: Path, settings: Mapping[str, Any], device: str, num_thr
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
     platform = "cuda" if chosen.platform == "gpu" else chosen.platform
     if platform not in exported.platforms:
-        raise ValueError(f"device is {device!r}, but {path} was exported for {' and '.join(exported.platforms)}")
+        raise ValueError(f"device is {quote(device)}, but {path} was exported for {' and '.join(exported.platforms)}")
     call = jax.jit(exported.call)
     return lambda images: tuple(jax.device_get(call(jax.device_put(images, chosen))))

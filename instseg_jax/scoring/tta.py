@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_api
 
+from instseg_jax.messages import quote
 from instseg_jax.types import Detections
 
 VIEWS = ("flip", "scales")
@@ -21,7 +22,7 @@ def parse_views(text: str | None) -> tuple[str, ...]:
     names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
     unknown = [name for name in names if name not in VIEWS]
     if unknown:
-        raise ValueError(f"--tta is {text!r}; it may name {' and '.join(VIEWS)}, separated by a comma")
+        raise ValueError(f"--tta is {quote(text)}; it may name {' and '.join(VIEWS)}, separated by a comma")
     return names
 
 

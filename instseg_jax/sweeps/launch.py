@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from instseg_jax.files import write_json
+from instseg_jax.messages import quote
 from instseg_jax.sweeps.plan import Run
 from instseg_jax.sweeps.state import State, lock, read_state
 from instseg_jax.training.workdir import RESULT
@@ -43,7 +44,7 @@ def list_devices(device: str) -> list[str]:
     found = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
     if found.returncode:
         last = found.stderr.strip().splitlines()[-1:]
-        raise ValueError(last[0].removeprefix("ValueError: ") if last else f"no device {device!r} was found")
+        raise ValueError(last[0].removeprefix("ValueError: ") if last else f"no device {quote(device)} was found")
     return found.stdout.split()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ml_collections import ConfigDict
 
 from instseg_jax.config import find_config, load_config, load_function
+from instseg_jax.messages import quote
 
 MODES = ("one_at_a_time", "grid")
 BASE = "base"  # name of the variant that changes nothing
@@ -103,7 +104,7 @@ def build_plan(
     Raises: ValueError that names the axis, field or value that can't be, or that stands there twice.
     """
     if mode not in MODES:
-        raise ValueError(f"--mode is {mode!r}, it must be one of {', '.join(MODES)}")
+        raise ValueError(f"--mode is {quote(mode)}, it must be one of {', '.join(MODES)}")
     if num_seeds < 1:
         raise ValueError(f"--seeds is {num_seeds}, it must be at least 1")
     maker = _VariantMaker(spec, dict(overrides), fixed_fields)
@@ -127,27 +128,27 @@ def parse_axis(text: str) -> Axis:
     """
     field, equals, values = text.partition("=")
     if not field or not equals:
-        raise ValueError(f"--axis {text!r} must be FIELD=VALUE,VALUE,...")
+        raise ValueError(f"--axis {quote(text)} must be FIELD=VALUE,VALUE,...")
     texts = [part.strip() for part in _split_outside_brackets(values, text)]
     if not all(texts):
-        raise ValueError(f"--axis {text!r} has an empty value; write {field}=VALUE,VALUE,...")
+        raise ValueError(f"--axis {quote(text)} has an empty value; write {field}=VALUE,VALUE,...")
     return Axis(field.removeprefix("config."), tuple(texts))
 
 
 def _split_outside_brackets(values: str, axis: str) -> list[str]:
-    parts, depth, quote = [""], 0, ""
+    parts, depth, opened = [""], 0, ""
     for letter in values:
-        if quote:
-            quote = "" if letter == quote else quote
+        if opened:
+            opened = "" if letter == opened else opened
         elif letter in "'\"":
-            quote = letter
-        depth += (letter in "([{") - (letter in ")]}") if not quote else 0
-        if letter == "," and depth == 0 and not quote:
+            opened = letter
+        depth += (letter in "([{") - (letter in ")]}") if not opened else 0
+        if letter == "," and depth == 0 and not opened:
             parts.append("")
         else:
             parts[-1] += letter
-    if depth or quote:
-        raise ValueError(f"--axis {axis!r} has a bracket or quote without its partner")
+    if depth or opened:
+        raise ValueError(f"--axis {quote(axis)} has a bracket or quote without its partner")
     return parts
 
 
@@ -264,7 +265,7 @@ def _table_of_function(maker: _VariantMaker, spec: str, name: str) -> Table:
         for field, value in changes.items():
             kept = get_field(variant.config, field)
             if kept != value:
-                raise ValueError(f"{where}: config.{field} can't be {value!r}, it becomes {kept!r}")
+                raise ValueError(f"{where}: config.{field} can't be {quote(value)}, it becomes {quote(kept)}")
         label = name or ", ".join(f"{field}={text}" for field, text in texts.items()) or BASE
         if any(variant in row.variants or label == row.label for row in rows):
             raise ValueError(f"{where}: the variant {label} appears twice")

@@ -19,6 +19,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
+from instseg_jax.messages import quote
 from instseg_jax.models.denoising import count_slots
 from instseg_jax.training.losses import box_losses, box_quality, varifocal_loss
 from instseg_jax.training.mask_planes import pack_masks, resize_planes
@@ -65,7 +66,7 @@ def build_loss_settings(config: ConfigDict) -> LossSettings:
     """
     for name in ("iou_target", "aux_iou_target"):
         if config[name] not in IOU_TARGETS:
-            raise ValueError(f"loss.{name} is {config[name]!r}, it must be one of {', '.join(IOU_TARGETS)}")
+            raise ValueError(f"loss.{name} is {quote(config[name])}, it must be one of {', '.join(IOU_TARGETS)}")
     if config.num_points < 1:
         raise ValueError(f"loss.num_points is {config.num_points}, it must be at least 1")
     if config.oversample_ratio < 1:

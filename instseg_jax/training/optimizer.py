@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from instseg_jax.messages import quote
 from instseg_jax.training.packing import pack, unpack
 from instseg_jax.types import Array, HostOrDeviceArray
 
@@ -33,7 +34,7 @@ def make_schedule(
     Raises: ValueError for an unknown schedule.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"optimizer.schedule is {schedule!r}, it must be one of {', '.join(SCHEDULES)}")
+        raise ValueError(f"optimizer.schedule is {quote(schedule)}, it must be one of {', '.join(SCHEDULES)}")
     if schedule == "cosine":
         after = optax.cosine_decay_schedule(learning_rate, max(1, total_steps - warmup_steps), final_fraction)
     elif schedule == "step":
@@ -124,7 +125,7 @@ def learning_rate_multipliers(
 
     tree = jax.tree_util.tree_map_with_path(factor_of, params)
     if unused:
-        raise ValueError(f"no parameter's path contains {', '.join(repr(p) for p in sorted(unused))}")
+        raise ValueError(f"no parameter's path contains {', '.join(map(quote, sorted(unused)))}")
     return tree
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
+from instseg_jax.messages import quote
 from instseg_jax.types import HostOrDeviceArray
 from instseg_jax.weights.merge import MergeSummary
 
@@ -57,6 +58,6 @@ def start_from_weights(config: ConfigDict, variables: dict, class_names: Sequenc
         return weights_room.merge_weights(variables, found, class_names=class_names, skip=config.weights_skip or ())
     except ValueError as error:
         raise ValueError(
-            f"model.weights={config.weights!r}: {error}; model.weights_skip takes such patterns, "
+            f"model.weights={quote(config.weights)}: {error}; model.weights_skip takes such patterns, "
             "--config.model.weights= starts from nothing"
         ) from error

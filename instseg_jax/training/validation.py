@@ -14,6 +14,7 @@ from instseg_jax.data.source import build_dataset
 from instseg_jax.devices import put_batch
 from instseg_jax.evaluation.coco import write_evaluation
 from instseg_jax.inference.predictor import make_predict
+from instseg_jax.messages import quote
 from instseg_jax.models.mask_rtdetr import MaskRTDETR
 from instseg_jax.scoring.outcome import score_results
 from instseg_jax.scoring.run import KINDS, find_results
@@ -50,7 +51,7 @@ def build_score(config, model: MaskRTDETR, dataset: coco.CocoDataset, mesh: jax.
     names = score_results(one, [], KINDS, engine=config.eval.engine)
     if config.eval.best_metric not in names:
         few = [name for name in names if name.count("/") == 1]
-        raise ValueError(f"eval.best_metric is {config.eval.best_metric!r}, it must be one of {', '.join(few)}")
+        raise ValueError(f"eval.best_metric is {quote(config.eval.best_metric)}, it must be one of {', '.join(few)}")
     ground_truth = coco.to_coco(dataset)
     predict = make_predict(model, num_detections=config.eval.num_detections, mesh=mesh)
 

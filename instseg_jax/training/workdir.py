@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from instseg_jax.commands import changed
 from instseg_jax.data import coco
 from instseg_jax.files import digest, digest_file, read_json, write_json, write_text
+from instseg_jax.messages import first_few, quote, shorten
 from instseg_jax.weights import checkpoint
 
 CONFIG, LOG, METRICS, VALIDATION, RESULT = (
@@ -144,7 +145,7 @@ def _differences(saved: dict, mine: dict, free: Sequence[str], prefix: str = "")
         if isinstance(old, dict) and isinstance(new, dict):
             found |= _differences(old, new, free, f"{name}.")
         elif old != new:
-            found[name] = f"{name} was {old!r}, is {new!r}"
+            found[name] = f"{name} was {quote(old)}, is {quote(new)}"
     return found
 
 
@@ -245,7 +246,7 @@ def check_same_data(saved: Mapping[str, dict] | None, mine: Mapping[str, dict]) 
             continue
         for what in ("pictures", "objects", "classes"):
             if old[what] != new[what]:
-                said.append(f"{split}: {what} were {shorten(old[what])}, are {shorten(new[what])}")
+                said.append(f"{split}: {what} were {_listed(old[what])}, are {_listed(new[what])}")
         if not said and old["picture_list"] != new["picture_list"]:
             said.append(f"{split}: other pictures, as many as before")
         elif not said and old["annotations"] != new["annotations"]:
@@ -257,10 +258,8 @@ def check_same_data(saved: Mapping[str, dict] | None, mine: Mapping[str, dict]) 
         )
 
 
-def shorten(value: Any) -> str:
-    """A value in at most 80 characters."""
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= 80 else text[:79] + "…"
+def _listed(value: Any) -> str:
+    return first_few(value) if isinstance(value, list) else shorten(value)
 
 
 def keep_rows(path: pathlib.Path, is_kept: Callable[[dict], bool]) -> None:

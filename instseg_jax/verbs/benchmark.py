@@ -21,6 +21,7 @@ from instseg_jax.files import write_json
 from instseg_jax.images import preprocess, read_image
 from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.predictor import load_model
+from instseg_jax.messages import quote
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, build_model, count_parameters, initial_variables
 from instseg_jax.models.variants import canonical_name
 from instseg_jax.weights.checkpoint import library_versions
@@ -35,7 +36,7 @@ def benchmark(options: argparse.Namespace) -> int:
         raise ValueError(f"--repeats is {options.repeats}, it must be at least 1")
     parts = options.parts.split(",")
     if not parts or not set(parts) <= set(PARTS):
-        raise ValueError(f"--parts is {options.parts!r}; it may name {' and '.join(PARTS)}, separated by a comma")
+        raise ValueError(f"--parts is {quote(options.parts)}; it may name {' and '.join(PARTS)}, separated by a comma")
     batch_sizes = _whole_numbers(options.batch_sizes)
     check_sizes(config.data, ["image_size"])
     config = copy.deepcopy(config)
@@ -125,7 +126,7 @@ def _compare_runtimes(config: ConfigDict, options: argparse.Namespace) -> dict:
 
     runtimes = options.runtimes.split(",")
     if not set(runtimes) <= set(RUNTIMES):
-        raise ValueError(f"--runtimes is {options.runtimes!r}; it may name {', '.join(RUNTIMES)}")
+        raise ValueError(f"--runtimes is {quote(options.runtimes)}; it may name {', '.join(RUNTIMES)}")
     if "openvino" in runtimes and "openvino_bf16" not in runtimes:
         runtimes.append("openvino_bf16")
     peers = _peers(options.peer)
@@ -159,7 +160,7 @@ def _peers(text: str | None) -> dict[str, Path]:
     for part in text.split(",") if text else []:
         size, mark, file = part.partition("=")
         if not mark or not Path(file).is_file():
-            raise ValueError(f"--peer holds {part!r}, it must be SIZE=FILE with an ONNX file that is there")
+            raise ValueError(f"--peer holds {quote(part)}, it must be SIZE=FILE with an ONNX file that is there")
         peers[canonical_name(f"mask_rtdetr_{size}")] = Path(file)
     return peers
 
@@ -212,7 +213,7 @@ def _with_name(config: ConfigDict, name: str) -> ConfigDict:
 def _whole_numbers(text: str) -> list[int]:
     numbers = text.split(",")
     if not all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
-        raise ValueError(f"--batch_sizes is {text!r}, it must be whole numbers from 1 on, separated by commas")
+        raise ValueError(f"--batch_sizes is {quote(text)}, it must be whole numbers from 1 on, separated by commas")
     return [int(number) for number in numbers]
 
 

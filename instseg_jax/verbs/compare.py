@@ -15,6 +15,7 @@ from instseg_jax.evaluation.matching import match_detections
 from instseg_jax.evaluation.read import read_results, read_truth
 from instseg_jax.evaluation.report import percent
 from instseg_jax.files import read_json, write_json
+from instseg_jax.messages import quote
 from instseg_jax.progress import track
 from instseg_jax.scoring.outcome import score_results
 
@@ -93,7 +94,7 @@ def _read_run(path: str, annotations: str | None) -> _Compared:
     """A run's folder, as `evaluate` or `train` left it, or a results file."""
     source = Path(path)
     if not source.exists():
-        raise FileNotFoundError(f"there is no run {path!r}")
+        raise FileNotFoundError(f"there is no run {quote(path)}")
     file = source / "predictions.json" if source.is_dir() else source
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no predictions.json; `evaluate --workdir={path}` writes it")

@@ -16,6 +16,7 @@ from instseg_jax.data.convert import convert_dataset
 from instseg_jax.data.source import build_dataset
 from instseg_jax.data.split import check_percentages, split_dataset
 from instseg_jax.files import write_json
+from instseg_jax.messages import quote
 from instseg_jax.progress import track
 from instseg_jax.results.visualize import draw_instances
 
@@ -49,7 +50,7 @@ def check_dataset(options: argparse.Namespace) -> int:
 def _check_dataset(config: ConfigDict, workdir: pathlib.Path, *, is_fixed: bool) -> dict:
     data, splits = config.data, ("train", "val")
     if data.source != "folder":
-        raise ValueError(f"check_dataset looks at folders; data.source is {data.source!r}.")
+        raise ValueError(f"check_dataset looks at folders; data.source is {quote(data.source)}.")
     check_sizes(data)
     known = data.scaling == "none" or data.channel_ranges is not None
     any_ranges = ConfigDict({**data.to_dict(), "channel_ranges": ((0.0, 1.0),) * data.channels})

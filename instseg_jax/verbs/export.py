@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from instseg_jax.commands import print_next
 from instseg_jax.inference.predictor import LoadedModel, load_with_overrides
+from instseg_jax.messages import quote
 from instseg_jax.scoring.pictures import _with_data, calibration_images, comparison_images
 from instseg_jax.scoring.run import score_loaded
 from instseg_jax.weights import checkpoint
@@ -54,7 +55,7 @@ def check_best_export(config: ConfigDict) -> None:
 
     name = config.checkpoint.export
     if name and name not in FORMATS:
-        raise ValueError(f"checkpoint.export is {name!r}, it must be empty or one of {', '.join(FORMATS)}")
+        raise ValueError(f"checkpoint.export is {quote(name)}, it must be empty or one of {', '.join(FORMATS)}")
     if name:
         require(name)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from instseg_jax.messages import quote, shorten
 from instseg_jax.weights.locate import PACKAGED_WEIGHTS as PACKAGED_WEIGHTS
 from instseg_jax.weights.locate import PRETRAINED as PRETRAINED
 from instseg_jax.weights.locate import Located, locate
@@ -74,7 +75,7 @@ def check_finite(source: str, tensors: Mapping[str, Any]) -> None:
     """Raise ValueError that names the first tensor with a value that is not finite."""
     for name, tensor in tensors.items():
         if np.issubdtype(tensor.dtype, np.floating) and not np.isfinite(tensor).all():
-            raise ValueError(f"{source} is damaged: the tensor {name} has values that are not finite")
+            raise ValueError(f"{source} is damaged: the tensor {shorten(name)} has values that are not finite")
 
 
 def _check_names(source: str, state: Mapping[str, np.ndarray]) -> None:
@@ -85,7 +86,7 @@ def _check_names(source: str, state: Mapping[str, np.ndarray]) -> None:
     if len(foreign) >= len(state) / 2:  # a classifier's own layers are left out later
         raise ValueError(
             f"{source} holds no weights of Mask-RT-DETR: {len(foreign)} of {len(state)} tensors have foreign names, "
-            f"as {foreign[0]!r}; they must begin with backbone., neck. or transformer., as in the official files"
+            f"as {quote(foreign[0])}; they must begin with backbone., neck. or transformer., as in the official files"
         )
 
 

@@ -30,6 +30,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from instseg_jax.files import check_seal, digest, read_json, seal, sync, sync_tree, write_json
+from instseg_jax.messages import shorten
 from instseg_jax.weights.names import unflatten_tree
 
 CHECKPOINTS = "checkpoints"
@@ -205,7 +206,7 @@ def _naming(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # TensorStore and Orbax raise what they like, over many lines
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = shorten((str(error).splitlines() or [type(error).__name__])[0], 200)
         raise DamagedError(f"checkpoint {folder} is damaged ({reason})") from error
 
 
@@ -226,7 +227,9 @@ def _check_leaves(folder: Path, leaves: Mapping[str, list], abstract_state: Any)
     saved, wanted = {name: leaf[:2] for name, leaf in leaves.items()}, _describe(abstract_state)
     differing = [name for name in saved | wanted if saved.get(name) != wanted.get(name)]
     if differing:
-        shown = [f"{n} (saved {_shown(saved.get(n))}, expected {_shown(wanted.get(n))})" for n in differing[:5]]
+        shown = [
+            f"{shorten(n)} (saved {_shown(saved.get(n))}, expected {_shown(wanted.get(n))})" for n in differing[:5]
+        ]
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise ValueError(f"checkpoint {folder} does not fit this model and optimizer: {', '.join(shown)}{more}")
 
@@ -342,7 +345,7 @@ def load_inference_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, A
         _check_digests(leaves, arrays)
         return {name: arrays[saved] for name, saved in names.items()}, metadata
     except Exception as error:  # TensorStore and Orbax raise what they like, over many lines
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = shorten((str(error).splitlines() or [type(error).__name__])[0], 200)
         raise DamagedError(f"checkpoint {folder} can't be read ({reason})") from error
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from instseg_jax.files import write_json, write_text
+from instseg_jax.messages import quote
 
 _COCO = "https://paddledet.bj.bcebos.com/models/mask_rtdetr_hgnetv2_{}_6x_coco.pdparams"
 _PADDLEDET = "https://bj.bcebos.com/v1/paddledet/models/pretrained/PPHGNetV2_{}_ssld_pretrained.pdparams"
@@ -77,7 +78,7 @@ def fetch_weights(
     ConnectionError, which says where to put the file by hand, when it can't be fetched.
     """
     if not is_downloadable(source):
-        raise ValueError(f"{source!r} is neither an http(s) address nor one of {', '.join(KNOWN_WEIGHTS)}")
+        raise ValueError(f"{quote(source)} is neither an http(s) address nor one of {', '.join(KNOWN_WEIGHTS)}")
     url, path = KNOWN_WEIGHTS.get(source, source), cached_path(source, cache)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(path.with_name(f"{path.name}.lock")):
@@ -153,7 +154,7 @@ def _extent(response: http.client.HTTPResponse, have: int) -> tuple[int, int | N
         unit, _, extent = response.headers.get("Content-Range", "").partition(" ")
         span, _, total = extent.partition("/")
         if unit != "bytes" or span.partition("-")[0] != str(have):
-            raise http.client.HTTPException(f"the server sent the range {extent!r}, not from byte {have}")
+            raise http.client.HTTPException(f"the server sent the range {quote(extent)}, not from byte {have}")
         return have, int(total) if total.isdecimal() else None
     length = response.headers.get("Content-Length")
     return 0, int(length) if length else None

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from instseg_jax.messages import MOST, quote, shorten
 from instseg_jax.weights.names import flatten_tree, official_to_flax, unflatten_tree
 
 CLASS_AXES = {
@@ -229,7 +230,7 @@ def _kind(array: Any) -> str:
 def _check_patterns(skip: Sequence[str], paths: set[str]) -> None:
     for pattern in skip:
         if not any(fnmatchcase(path, pattern) for path in paths):
-            raise ValueError(f"skip pattern {pattern!r} matches no tensor of the model or the file")
+            raise ValueError(f"skip pattern {quote(pattern)} matches no tensor of the model or the file")
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -242,4 +243,4 @@ def _short(path: str) -> str:
 
 def _list(names: Sequence[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    return ", ".join(name if len(name) <= MOST else shorten(name) for name in names[:_LISTED]) + more

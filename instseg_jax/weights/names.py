@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from instseg_jax.messages import quote
+
 COCO_CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
     "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
@@ -60,7 +62,7 @@ def official_to_path(name: str, rank: int) -> str:
     if modules and leaf == "weight" and rank in (1, 2, 4):
         is_embedding = rank == 2 and "embed" in modules[-1]
         return "/".join(("params", *path, "scale" if rank == 1 else "embedding" if is_embedding else "kernel"))
-    raise ValueError(f"tensor {name!r} of rank {rank} has no place in this network")
+    raise ValueError(f"tensor {quote(name)} of rank {rank} has no place in this network")
 
 
 def path_to_official(path: str) -> str:
@@ -70,7 +72,7 @@ def path_to_official(path: str) -> str:
     """
     collection, *modules, leaf = path.split("/")
     if collection not in ("params", "batch_stats") or leaf not in _OFFICIAL_LEAVES:
-        raise ValueError(f"leaf {path!r} has no official name (known leaves: {', '.join(_OFFICIAL_LEAVES)})")
+        raise ValueError(f"leaf {quote(path)} has no official name (known leaves: {', '.join(_OFFICIAL_LEAVES)})")
     names = []
     for module in modules:
         numbered = _NUMBERED.fullmatch(module)

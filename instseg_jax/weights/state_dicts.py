@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from instseg_jax.files import check_seal, digest, seal, sync
+from instseg_jax.messages import quote, shorten
 from instseg_jax.weights.names import flax_to_official
 from instseg_jax.weights.paddle import write_pdparams
 
@@ -40,7 +41,7 @@ def export_weights(
     path = Path(path)
     format = format or path.suffix.removeprefix(".")
     if format not in FORMATS:
-        raise ValueError(f"weights format {format!r} of {path} is not one of {', '.join(FORMATS)}")
+        raise ValueError(f"weights format {quote(format)} of {path} is not one of {', '.join(FORMATS)}")
     if half and format != "safetensors":
         raise ValueError(f"half precision is for safetensors, not for {format}: the official tools take float32 alone")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,11 +95,11 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             header = file.metadata() or {}
         digests = _read_digests(header, path)
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
+        raise ValueError(f"{path} is not a complete safetensors file ({shorten(error)})") from error
     digests.pop(_METADATA, None)
     for name, wanted in digests.items():
         if name not in tensors or digest(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8)) != wanted:
-            raise ValueError(f"{path} is damaged: the tensor {name} is not what was written")
+            raise ValueError(f"{path} is damaged: the tensor {shorten(name)} is not what was written")
     return tensors
 
 
@@ -118,7 +119,7 @@ def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"{path} is damaged: its metadata are not what was written")
         return check_seal(json.loads(text), str(path))
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
+        raise ValueError(f"{path} is not a complete safetensors file ({shorten(error)})") from error
 
 
 def _read_digests(header: Mapping[str, str], path: str | os.PathLike[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import os
 import pickle
 import pickletools
 import struct
+import time
 import warnings
 from pathlib import Path
 
@@ -337,3 +338,61 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_pdparams(path, {"a": np.zeros(2), "b": np.ones(2, complex)})
     assert read_pdparams(path)["a"].tolist() == [1, 1]
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- time and memory in proportion to the file -----------------------------------------------------------------------
+
+ARRAY_HEAD = NUMPY_RECONSTRUCT + b"cnumpy\nndarray\nK\x00\x85C\x01b\x87R(K\x01("
+BIG_ENDIAN = b"tcnumpy\ndtype\nX\x02\x00\x00\x00f4\x89\x88\x87R(K\x03X\x01\x00\x00\x00>NNN"
+BIG_ENDIAN += b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+
+
+def big_endian(data: bytes, shape: bytes) -> bytes:
+    """An array, whose bytes have to be turned around, with the instruction that gives its data."""
+    return ARRAY_HEAD + shape + BIG_ENDIAN + data + b"tb"
+
+
+def test_one_payload_is_not_many_arrays(tmp_path):
+    payload = b"B" + struct.pack("<I", 400_000) + bytes(400_000) + b"\x94"
+    names = [b"X\x03\x00\x00\x00%03d" % number for number in range(500)]
+    shape = b"J" + struct.pack("<i", 100_000)
+    once = b"\x80\x04}(" + names[0] + big_endian(payload, shape)
+    assert read_pdparams(save(tmp_path / "once.pdparams", once + b"u."))["000"].nbytes == 400_000
+    many = once + b"".join(name + big_endian(b"h\x00", shape) for name in names[1:]) + b"u."
+    with pytest.raises(ValueError, match=r"refused: .* more bytes of arrays than it has"):
+        read_pdparams(save(tmp_path / "many.pdparams", many))
+
+
+def test_one_text_is_not_many_bytes(tmp_path):
+    text = b"X" + struct.pack("<I", 400_000) + b"a" * 400_000 + b"\x94"
+    encoded = b"\x86R"  # a tuple of two, and the call
+    call = b"c_codecs\nencode\n"
+    latin = b"X\x06\x00\x00\x00latin1"
+    content = b"\x80\x04" + text + b"]" + b"".join(call + b"h\x00" + latin + encoded for _ in range(500)) + b"."
+    with pytest.raises(ValueError, match=r"refused: .* more bytes of text than it has"):
+        read_pdparams(save(tmp_path / "a.pdparams", content))
+
+
+def test_what_lies_below_a_mark_costs_nothing(tmp_path):
+    """A stack that is copied at every mark makes 280 kB a matter of half a minute."""
+    seconds = []
+    for content in (b"N" * 1000 + b"(t" * 20_000, b"N" * 200_000 + b"(t" * 20_000):
+        started = time.process_time()
+        with pytest.raises(ValueError, match="its content is a tuple"):
+            read_pdparams(save(tmp_path / "a.pdparams", b"\x80\x04" + content + b"."))
+        seconds.append((time.process_time() - started) / len(content))
+    assert seconds[1] < 3 * seconds[0]  # a byte
+
+
+def test_instructions_are_counted(tmp_path):
+    with pytest.raises(ValueError, match="more than 300000 instructions"):
+        read_pdparams(save(tmp_path / "a.pdparams", b"\x80\x04" + b"]" * 400_000 + b"."))
+
+
+@pytest.mark.parametrize(
+    "shape", [b"\x8a\xff" + b"\x7f" * 255, b"\x8a\x09" + b"\xff" * 8 + b"\x00", b"K\x01" * 33, b"J\xff\xff\xff\xff"]
+)
+def test_shapes_are_bounded_before_they_are_multiplied(tmp_path, shape):
+    content = b"\x80\x04}(X\x01\x00\x00\x00a" + big_endian(b"C\x04abcd", shape) + b"u."
+    with pytest.raises(ValueError, match="an array of shape"):
+        read_pdparams(save(tmp_path / "a.pdparams", content))
