@@ -99,12 +99,12 @@ def fetch_url(
 
 def _read(response: http.client.HTTPResponse, max_bytes: int, deadline: float) -> bytes:
     data = bytearray()
-    while chunk := response.read1(CHUNK):
+    while time.monotonic() <= deadline and (chunk := response.read1(CHUNK)):
         data += chunk
         if len(data) > max_bytes:
             raise FetchError(413, f"the image at the URL is larger than {max_bytes} bytes")
-        if time.monotonic() > deadline:
-            raise FetchError(504, "the image at the URL takes too long")
+    if time.monotonic() > deadline:  # what was cut off then reads as an end
+        raise FetchError(504, "the image at the URL takes too long")
     return bytes(data)
 
 

@@ -93,27 +93,55 @@ async def drop_body(request: Any, limit: int) -> None:
             return
 
 
-async def read_body(request: Any, limit: int) -> bytes:
-    """The body, at most `limit` bytes. Raises Refused (413) for a larger one.
+class BodyRoom:
+    """The bytes of bodies that all requests together may hold."""
 
-    That is read on for a while and dropped, so that a client which is still sending hears why.
+    def __init__(self, most: int) -> None:
+        self.most, self.held = most, 0
+
+    def take(self, size: int) -> bool:
+        """Hold `size` bytes more; False where there is no room for them."""
+        if self.held + size > self.most:
+            return False
+        self.held += size
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Hold `size` bytes less."""
+        self.held -= size
+
+
+async def read_body(request: Any, limit: int, room: BodyRoom) -> bytes:
+    """The body, at most `limit` bytes, for which there is room: whoever has it gives the room back.
+
+    Raises Refused, 413 for a larger one and 429 without room. It is read on for a while then and dropped, so that a
+    client which is still sending hears why.
     """
+    too_large = Refused(413, f"The body has more than {limit} bytes")
     length = request.headers.get("content-length", "")
-    is_too_large = length.isdecimal() and int(length) > limit
-    if is_too_large and int(length) > DRAINED * limit:
-        raise Refused(413, f"The body has more than {limit} bytes")
+    if length.isdecimal() and int(length[:20]) > DRAINED * limit:
+        raise too_large
+    refused = too_large if length.isdecimal() and int(length[:20]) > limit else None
     body, received = bytearray(), 0
-    async for chunk in request.stream():
-        received += len(chunk)
-        if is_too_large or received > limit:
-            is_too_large = True
+    try:
+        async for chunk in request.stream():
+            received += len(chunk)
+            if refused is None and received > limit:
+                refused = too_large
+            elif refused is None and not room.take(len(chunk)):
+                refused = Refused(429, "Too many requests")
+            if refused is None:
+                body += chunk
+                continue
+            room.give_back(len(body))
             body.clear()
             if received > DRAINED * limit:
                 break
-        else:
-            body += chunk
-    if is_too_large:
-        raise Refused(413, f"The body has more than {limit} bytes")
+    except BaseException:  # also what asyncio cancels
+        room.give_back(len(body))
+        raise
+    if refused is not None:
+        raise refused
     return bytes(body)
 
 

@@ -38,21 +38,31 @@ from instseg_jax.serving.batching import Batcher, QueueFullError
 from instseg_jax.serving.fetch import FetchError, fetch_url
 
 try:
-    import prometheus_client as prometheus
-    import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.responses import HTMLResponse, JSONResponse, Response
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 
     from instseg_jax.serving import schema
-    from instseg_jax.serving.requests import Refused, check_image, decode_base64, drop_body, parse_request, read_body
+    from instseg_jax.serving.connections import HttpServer, allow_files
+    from instseg_jax.serving.metrics import CONTENT_TYPE_LATEST, Metrics
+    from instseg_jax.serving.requests import (
+        BodyRoom,
+        Refused,
+        check_image,
+        decode_base64,
+        drop_body,
+        parse_request,
+        read_body,
+    )
 except ImportError as error:
     raise ImportError(f'serving needs more packages ({error.name}): pip install "instseg_jax[serve]"') from error
 
 PATH = "/instance-segmentation"
 THREADS = 4  # for answers and for fetching
 MOST_NAMED = 20  # classes that the page lists
+UNREAD_SECONDS = 5.0  # in which the body of a request is read and dropped that is refused unread
+AT_THE_END = "The server is shutting down"
 log = logging.getLogger(__name__)
 
 
@@ -82,33 +92,17 @@ class _Job:
     thresholds: np.ndarray
 
 
-class _Metrics:
-    """What /metrics shows; a registry of its own, so that several apps can be in one process."""
-
-    def __init__(self) -> None:
-        self.registry = registry = prometheus.CollectorRegistry()
-        seconds = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-        about = "Requests by the status of their answer"
-        self.requests = prometheus.Counter("instseg_requests", about, ["status"], registry=registry)
-        about = "Seconds from a request to its answer"
-        self.seconds = prometheus.Histogram("instseg_request_seconds", about, buckets=seconds, registry=registry)
-        about = "Seconds of a batch: decoding, network and masks"
-        self.batch_seconds = prometheus.Histogram("instseg_batch_seconds", about, buckets=seconds, registry=registry)
-        sizes = (1, 2, 4, 8, 16, 32, 64)
-        self.batch_size = prometheus.Histogram("instseg_batch_size", "Images a batch", buckets=sizes, registry=registry)
-        self.instances = prometheus.Counter("instseg_instances", "Instances found", registry=registry)
-        self.active = prometheus.Gauge("instseg_active_requests", "Requests being worked on", registry=registry)
-        self.waiting = prometheus.Gauge("instseg_waiting_images", "Images waiting for a batch", registry=registry)
-
-
 class Server:
     """The state behind the app: the pipeline, its queue, and the counts."""
 
     def __init__(self, pipeline: Pipeline, limits: Limits) -> None:
         self.pipeline, self.limits = pipeline, limits
-        self.metrics = _Metrics()
-        self.active = 0  # requests in work; only the event loop changes it
+        self.metrics = Metrics()
+        self.active = 0  # requests in work, whose bodies are there whole; only the event loop changes it
+        self.room = BodyRoom(limits.queue_size * limits.max_body)
+        self.is_ending = False
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="answer")
+        self.fetchers = ThreadPoolExecutor(THREADS, thread_name_prefix="fetch")
         self.batcher = Batcher(
             self._run,
             batch_size=pipeline.batch_size,
@@ -123,6 +117,11 @@ class Server:
         """Finish what was accepted."""
         self.batcher.close()
         self.threads.shutdown()
+        self.fetchers.shutdown(wait=False, cancel_futures=True)
+
+    def end(self) -> None:
+        """Take no more requests."""
+        self.is_ending = True
 
     def _run(self, jobs: Sequence[_Job]) -> list[Result]:
         bands = self.pipeline.feeding.bands
@@ -134,9 +133,24 @@ class Server:
         self.metrics.batch_seconds.observe(seconds)
 
     async def segment(self, request: Request) -> dict[str, Any]:
-        """Answer one request. Raises Refused."""
-        body = await asyncio.wait_for(read_body(request, self.limits.max_body), self.limits.timeout)
-        wanted, data = await parse_request(request, body)
+        """Answer one request; it is one of `queue_size` once its body is there. Raises Refused, TimeoutError."""
+        limits = self.limits
+        body = await asyncio.wait_for(read_body(request, limits.max_body, self.room), limits.timeout)
+        size = len(body)
+        try:
+            if self.active >= limits.queue_size:
+                raise Refused(429, "Too many requests")
+            self.active += 1
+            try:
+                wanted, data = await parse_request(request, body)
+                del body  # `data` or the text of `wanted` has what is needed of it
+                return await self._answer_in_time(wanted, data)
+            finally:
+                self.active -= 1
+        finally:
+            self.room.give_back(size)
+
+    async def _answer_in_time(self, wanted: schema.SegmentationRequest, data: bytes | None) -> dict[str, Any]:
         try:
             return await asyncio.wait_for(self._answer(wanted, data), self.limits.timeout)
         except TimeoutError:
@@ -148,14 +162,16 @@ class Server:
     async def _answer(self, wanted: schema.SegmentationRequest, data: bytes | None) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
         if data is None:
-            data = await loop.run_in_executor(self.threads, self._read_image, wanted.image)
+            threads = self.fetchers if is_address(wanted.image) else self.threads
+            data = await loop.run_in_executor(threads, self._read_image, wanted.image)
+            wanted.image = ""  # waits with its bytes alone
         await loop.run_in_executor(self.threads, check_image, data, self.limits.max_pixels)
         thresholds = thresholds_by_class(wanted.threshold, self.pipeline.class_names, self.pipeline.thresholds)
         try:
             future = self.batcher.submit(_Job(data, thresholds))
         except (QueueFullError, RuntimeError) as error:
             status = 429 if isinstance(error, QueueFullError) else 503
-            raise Refused(status, "Too many requests" if status == 429 else "The server is shutting down") from None
+            raise Refused(status, "Too many requests" if status == 429 else AT_THE_END) from None
         result = await asyncio.wrap_future(future)
         if result.error is not None:
             raise Refused(422, "The image can't be decoded")
@@ -167,7 +183,7 @@ class Server:
 
     def _read_image(self, image: str) -> bytes:
         """The bytes of an image that a request gives in base64, or by a URL."""
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", image):
+        if is_address(image):
             if not self.limits.allowed_hosts:
                 raise Refused(403, "URLs are not fetched here; send the image in base64")
             limits = self.limits
@@ -185,6 +201,11 @@ class Server:
         given = request.headers.get("authorization", "")
         if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             raise Refused(401, "The header `Authorization: Bearer TOKEN` is missing or wrong")
+
+
+def is_address(image: str) -> bool:
+    """Whether the image of a request is a URL."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]{0,20}://", image) is not None
 
 
 def make_app(pipeline: Pipeline, limits: Limits) -> FastAPI:
@@ -249,32 +270,31 @@ def _add_segmentation(app: FastAPI, server: Server) -> None:
         """Find the instances in a picture."""
         started = time.monotonic()
         headers: dict[str, str] = {}
-        if without_token := _refuse(server, request):  # before anything of the body is kept
-            server.metrics.requests.labels("401").inc()
-            without_token.headers["Connection"] = "close"
-            return without_token
-        if server.active >= server.limits.queue_size:
-            with contextlib.suppress(Refused, TimeoutError, ClientDisconnect):
-                await asyncio.wait_for(drop_body(request, server.limits.max_body), server.limits.timeout)
-            status, content = 429, schema.error_answer(None, 429, "Too many requests")
+        # Nothing of the body is kept before the token has been seen.
+        if unread := _refuse(server, request) or _refuse_at_the_end(server):
+            limits = server.limits
+            with contextlib.suppress(TimeoutError, ClientDisconnect):
+                await asyncio.wait_for(drop_body(request, limits.max_body), min(UNREAD_SECONDS, limits.timeout))
+            server.metrics.requests.labels(str(unread.status_code)).inc()
+            unread.headers["Connection"] = "close"
+            return unread
+        try:
+            status, content = 200, await server.segment(request)
+        except Refused as refused:
+            status, content = refused.status, schema.error_answer(refused.log_id, refused.status, str(refused))
+        except HTTPException as error:  # of the form parser
+            status, content = 422, schema.error_answer(None, 422, str(error.detail))
+        except TimeoutError:
+            status, content = 408, schema.error_answer(None, 408, "The body did not arrive in time")
+        except ClientDisconnect:  # nobody is there to hear it
+            status, content = 499, schema.error_answer(None, 499, "The client left")
+        except Exception:
+            log.exception("a request failed")
+            status, content = 500, schema.error_answer(None, 500, "Internal server error")
+        if status == 429:
             headers["Retry-After"] = "1"
-        else:
-            server.active += 1
-            try:
-                status, content = 200, await server.segment(request)
-            except Refused as refused:
-                status, content = refused.status, schema.error_answer(refused.log_id, refused.status, str(refused))
-            except HTTPException as error:  # of the form parser
-                status, content = 422, schema.error_answer(None, 422, str(error.detail))
-            except TimeoutError:
-                status, content = 408, schema.error_answer(None, 408, "The body did not arrive in time")
-            except ClientDisconnect:  # nobody is there to hear it
-                status, content = 499, schema.error_answer(None, 499, "The client left")
-            except Exception:
-                log.exception("a request failed")
-                status, content = 500, schema.error_answer(None, 500, "Internal server error")
-            finally:
-                server.active -= 1
+        if status in (408, 413):  # the rest of the body may be on its way
+            headers["Connection"] = "close"
         server.metrics.requests.labels(str(status)).inc()
         server.metrics.seconds.observe(time.monotonic() - started)
         return JSONResponse(content, status, headers)
@@ -288,6 +308,11 @@ def _refuse(server: Server, request: Request) -> JSONResponse | None:
         content = schema.error_answer(None, refused.status, str(refused))
         return JSONResponse(content, refused.status, {"WWW-Authenticate": "Bearer"})
     return None
+
+
+def _refuse_at_the_end(server: Server) -> JSONResponse | None:
+    """The answer to a request that comes after the signal to end; None before."""
+    return JSONResponse(schema.error_answer(None, 503, AT_THE_END), 503) if server.is_ending else None
 
 
 def _describe_api(app: FastAPI) -> str:
@@ -343,16 +368,16 @@ def _add_pages(app: FastAPI, server: Server) -> None:
     @app.get("/health", response_model=schema.Answer)
     async def health() -> JSONResponse:
         """Whether requests are answered."""
-        if server.batcher.is_alive:
+        if server.batcher.is_alive and not server.is_ending:
             return JSONResponse(schema.error_answer(None, 0, "Healthy"))
-        return JSONResponse(schema.error_answer(None, 503, "The server is shutting down"), 503)
+        return JSONResponse(schema.error_answer(None, 503, AT_THE_END), 503)
 
     @app.get("/metrics", response_class=Response)
     async def metrics(request: Request) -> Response:
         """Counts and times, for Prometheus; ask for the token, where there is one."""
         if refused := _refuse(server, request):
             return refused
-        return Response(prometheus.generate_latest(server.metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
+        return Response(server.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def run_server(pipeline: Pipeline, limits: Limits, *, host: str, port: int) -> None:
@@ -368,21 +393,14 @@ def run_server(pipeline: Pipeline, limits: Limits, *, host: str, port: int) -> N
             raise OSError(f"can't listen at {host}:{port} ({error})") from error
         started = time.monotonic()
         pipeline.warm_up()
-        config = uvicorn.Config(make_app(pipeline, limits), log_level="warning", access_log=False)
+        app = make_app(pipeline, limits)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         # uvicorn raises the signal once more when all is finished: to end was what was asked for, and no failure.
         signal.signal(signal.SIGTERM, lambda *_: None)
-        _AnnouncedServer(config, address, started).run(sockets=[listener])
 
+        def announce() -> None:
+            seconds = time.monotonic() - started
+            print(f"ready after {seconds:.1f} s: {address}{PATH}, a page at {address}", flush=True)
 
-class _AnnouncedServer(uvicorn.Server):
-    """Says where it is once it listens."""
-
-    def __init__(self, config: uvicorn.Config, address: str, started: float) -> None:
-        super().__init__(config)
-        self._address, self._started_at = address, started
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        seconds = time.monotonic() - self._started_at
-        print(f"ready after {seconds:.1f} s: {self._address}{PATH}, a page at {self._address}", flush=True)
+        server: Server = app.state.server
+        HttpServer(app, say_goodbye=server.end, announce=announce, most_connections=allow_files()).run([listener])

@@ -7,9 +7,9 @@ import threading
 import time
 
 import numpy as np
-import uvicorn
 from PIL import Image
 
+from instseg_jax.serving.connections import HttpServer
 from instseg_jax.serving.server import Limits, make_app
 
 LIMITS = Limits(queue_size=16, max_wait=0.01, timeout=10.0, max_body=200_000, max_pixels=500_000)
@@ -24,11 +24,13 @@ def encode(image: np.ndarray, image_format: str = "PNG") -> bytes:
 class Running:
     """A server on a free port of the loopback, in a thread."""
 
-    def __init__(self, pipeline, limits) -> None:
+    def __init__(self, pipeline, limits, **options) -> None:
         self.app = make_app(pipeline, limits)
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self.socket.getsockname()[1]
-        self.server = uvicorn.Server(uvicorn.Config(self.app, log_level="error", access_log=False))
+        self.server = HttpServer(
+            self.app, **{"say_goodbye": self.app.state.server.end, "last_words_seconds": 0.05} | options
+        )
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
     def __enter__(self) -> "Running":

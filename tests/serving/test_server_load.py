@@ -1,9 +1,10 @@
-"""The server under load: half a minute of 32 clients with good, broken and huge input.
+"""The server under load: half a minute of 32 clients with good, broken and huge input, among hostile ones.
 
 `INSTSEG_LOAD_WEIGHTS=RUN` puts trained weights in the fake network's place; answers are then only checked for form.
 """
 
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -12,6 +13,7 @@ import pathlib
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -113,6 +115,50 @@ class Client(threading.Thread):
         connection.close()
 
 
+def attack(port: int, until: float) -> None:
+    """Heads and bodies that never end, floods of parts and values, and leavers, until the time is over."""
+    head = b"POST /instance-segmentation HTTP/1.1\r\nHost: a\r\n"
+    jpeg = b"\xff\xd8" + b"\xff\xe0\x00\x02" * 200_000
+    floods = [(b"image/jpeg", jpeg), (b"application/json", b'{"image": [' + b"[]," * 250_000 + b"[]]}")]
+    floods.append((b"application/json", b'{"image": "' + b"A" * 900_000 + b'"}'))
+    waiting: list[socket.socket] = []
+    while time.monotonic() < until:
+        for kind, body in floods:
+            sent = head + b"Content-Type: %s\r\nContent-Length: %d\r\n\r\n" % (kind, len(body)) + body
+            for data, is_read in ((sent, True), (sent[: len(sent) // 2], False), (head + b"X-a: b\r\n", None)):
+                with contextlib.suppress(OSError):
+                    connection = socket.create_connection(("127.0.0.1", port), 10)
+                    connection.sendall(data)
+                    if is_read:
+                        connection.recv(1000)
+                    if is_read is None:
+                        waiting.append(connection)
+                    else:
+                        connection.close()
+        with contextlib.suppress(OSError):
+            dripping = socket.create_connection(("127.0.0.1", port), 10)
+            dripping.sendall(head + b"Content-Length: 900000\r\n\r\nx")
+            waiting.append(dripping)
+        for connection in waiting:
+            with contextlib.suppress(OSError):
+                connection.sendall(b"x")
+        time.sleep(0.05)
+    for connection in waiting:
+        connection.close()
+
+
+def watch_health(port: int, until: float, seconds: list[float]) -> None:
+    """How long the server takes to say that it is well, over and over."""
+    while time.monotonic() < until:
+        started = time.monotonic()
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
+        connection.close()
+        seconds.append(time.monotonic() - started)
+        time.sleep(0.05)
+
+
 def memory_mb(pid: int) -> float:
     return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1]) / 1024
 
@@ -134,12 +180,15 @@ def test_half_a_minute_of_32_clients():
         good_ones, bad_ones = prepare()
         until = time.monotonic() + SECONDS
         clients = [Client(port, seed, until, good_ones, bad_ones) for seed in range(CLIENTS)]
-        for client in clients:
-            client.start()
+        health: list[float] = []
+        others = [threading.Thread(target=attack, args=(port, until)) for _ in range(2)]
+        others.append(threading.Thread(target=watch_health, args=(port, until, health)))
+        for thread in (*clients, *others):
+            thread.start()
         time.sleep(SECONDS / 3)
         early, early_files = memory_mb(server.pid), count_files(server.pid)
-        for client in clients:
-            client.join()
+        for thread in (*clients, *others):
+            thread.join()
         late = memory_mb(server.pid)
         time.sleep(1)
         late_files = count_files(server.pid)
@@ -153,10 +202,12 @@ def test_half_a_minute_of_32_clients():
     print(
         f"\n{len(seconds) / SECONDS:.1f} pictures a second, the pipeline alone {bare:.1f}; "
         f"p50 {1000 * np.percentile(seconds, 50):.0f} ms, p99 {1000 * np.percentile(seconds, 99):.0f} ms; "
+        f"/health at most {1000 * max(health):.0f} ms of {len(health)}; "
         f"answers {dict(sorted(statuses.items()))}; {early:.0f} MB after {SECONDS / 3:.0f} s, {late:.0f} MB at the end"
     )
     assert not wrong, wrong[:5]
+    assert len(health) > SECONDS and max(health) < 1.0
     assert statuses[200] > 100 and statuses[413] > 10 and statuses[422] > 10 and statuses[403] > 1
     assert not {500, 503, 504} & set(statuses)
-    assert late - early < 60 and late_files <= early_files
+    assert late - early < 60 and late_files <= early_files + 10
     assert server.returncode == 0 and "Traceback" not in errors, errors[-2000:]
