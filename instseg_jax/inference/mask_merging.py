@@ -1,4 +1,4 @@
-"""Instances of overlapping windows to the instances of the image: by their masks, as RLEs of the whole image.
+"""Instances of overlapping windows to the instances of the image: by their masks.
 
 Two instances of neighbouring windows are the same object when they are of one class and the intersection of their
 masks covers most of the smaller one. Both cut off, only what both windows see is compared. An object that a window
@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from pycocotools import mask as mask_api
 
 from instseg_jax.inference.pieces import (
     NEAR,
@@ -22,9 +21,9 @@ from instseg_jax.inference.pieces import (
     covered_part,
     intersection_over_smaller,
     lie_apart,
-    measured,
     meeting_pairs,
     share_a_part,
+    united,
     window_pieces,
 )
 from instseg_jax.types import Instances
@@ -73,7 +72,7 @@ def merge_windows(
         scores=np.array([piece.score for piece in merged], np.float32),
         labels=np.array([piece.label for piece in merged], np.int32),
         boxes_xyxy_px=np.array([piece.box for piece in merged], np.float32).reshape(-1, 4),
-        masks=[{"size": list(size), "counts": piece.mask["counts"].decode("ascii")} for piece in merged],
+        masks=[piece.to_rle(size) for piece in merged],
     )
 
 
@@ -189,7 +188,7 @@ def _union(group: list[Piece]) -> Piece:
         best,
         box=np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)]),
         **_seen_by(group),
-        **measured(mask_api.merge([piece.mask for piece in group])),
+        **united(group),
     )
 
 
@@ -203,7 +202,7 @@ def _without_covered(merged: list[Piece], groups: list[list[int]], rivals: list[
         if len(pair) < 2 or pair in looked_at or pair[0] in dropped or pair[1] in dropped:
             continue
         looked_at.add(pair)
-        if intersection_over_smaller(merged[pair[0]].mask, merged[pair[1]].mask) >= MIN_COVERED:
+        if intersection_over_smaller(merged[pair[0]], merged[pair[1]]) >= MIN_COVERED:
             dropped.add(pair[1])
     return [piece for number, piece in enumerate(merged) if number not in dropped]
 
@@ -219,7 +218,7 @@ def _add_large(merged: list[Piece], whole: Instances, size: tuple[int, int], ove
             for piece in merged
             if piece.label == large.label
             and boxes_meet(piece.extent, large.extent)
-            and intersection_over_smaller(piece.mask, large.mask) >= MIN_COVERED
+            and intersection_over_smaller(piece, large) >= MIN_COVERED
         ]
         complete = [piece for piece in same if not piece.is_cut]
         if any(piece.area >= MIN_WHOLE * large.area for piece in complete):

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
-from pycocotools import mask as mask_api
 
 from instseg_jax.crops import crop_rle, paste_mask
-from instseg_jax.masks import compress_rle, rle_area, rle_box_xyxy_px
+from instseg_jax.masks import compress_rle, mask_box_xyxy_px, rle_box_xyxy_px
 from instseg_jax.types import Instances
 from instseg_jax.windows import Window
 
@@ -38,17 +37,26 @@ class Piece:
     label: int
     score: float
     box: np.ndarray  # [4] xyxy, the network's
-    mask: dict  # RLE of the whole image, counts as bytes
-    extent: tuple[int, int, int, int]  # of the mask
-    bits: np.ndarray  # the mask inside its extent, eight pixels of a row a byte
+    extent: tuple[int, int, int, int]  # of the mask, xyxy
+    # The mask inside its extent, eight pixels of a row a byte: bytes begin where x of the image is a multiple of 8.
+    bits: np.ndarray  # [rows, bytes] uint8
     area: int
     is_cut: bool
 
     def pixels(self, box: tuple[int, int, int, int]) -> np.ndarray:
         """The mask in a rectangle inside its extent, as booleans."""
-        x1, y1, x2, _ = self.extent
-        rows = np.unpackbits(self.bits[box[1] - y1 : box[3] - y1], axis=1, count=x2 - x1)
-        return rows[:, box[0] - x1 : box[2] - x1].view(bool)
+        first = box[0] // 8
+        part = self._bytes((first * 8, box[1], box[2], box[3]))
+        rows = np.unpackbits(part, axis=1, count=box[2] - first * 8)
+        return rows[:, box[0] - first * 8 :].view(bool)
+
+    def to_rle(self, size: tuple[int, int]) -> dict:
+        """The mask as the RLE of an image of `size` (height, width)."""
+        return paste_mask(self.pixels(self.extent), self.extent[:2], size)
+
+    def _bytes(self, box: tuple[int, int, int, int]) -> np.ndarray:
+        x1, y1 = self.extent[0] // 8, self.extent[1]
+        return self.bits[box[1] - y1 : box[3] - y1, box[0] // 8 - x1 : -(-box[2] // 8) - x1]
 
 
 def window_pieces(number: int, part: WindowInstances, size: tuple[int, int]) -> Iterator[Piece]:
@@ -62,7 +70,16 @@ def window_pieces(number: int, part: WindowInstances, size: tuple[int, int]) -> 
         x1, y1, x2, y2 = rle_box_xyxy_px(rle)
         if x2 <= x1 or y2 <= y1:
             continue
-        mask = compress_rle(paste_mask(crop_rle(rle, (x1, y1, x2, y2)), (x1 + window.x, y1 + window.y), size))
+        corner = x1 + window.x, y1 + window.y
+        # A window may reach beyond the image.
+        inside = (x1, y1, min(x2, size[1] - window.x), min(y2, size[0] - window.y))
+        mask = crop_rle(rle, inside) if inside[0] < inside[2] and inside[1] < inside[3] else np.zeros((0, 0), np.uint8)
+        if inside != (x1, y1, x2, y2):
+            left = mask_box_xyxy_px(mask)
+            if left is None:
+                continue
+            mask = mask[left[1] : left[3], left[0] : left[2]]
+            corner = corner[0] + left[0], corner[1] + left[1]
         distances = (x1, y1, window.width - x2, window.height - y2)
         yield Piece(
             windows=frozenset([number]),
@@ -72,19 +89,30 @@ def window_pieces(number: int, part: WindowInstances, size: tuple[int, int]) -> 
             # A window knows nothing beyond itself: its boxes end at its sides, as those of an image do.
             box=np.clip(found.boxes_xyxy_px[i], 0, reach) + np.array([window.x, window.y] * 2, np.float32),
             is_cut=any(is_inner and d <= CUT_MARGIN for is_inner, d in zip(inner, distances, strict=True)),
-            **measured(mask),
+            **measured(mask, corner),
         )
 
 
-def measured(mask: dict) -> dict:
-    """The fields of a piece that follow from its mask."""
-    extent = rle_box_xyxy_px(mask)
+def measured(mask: np.ndarray, corner: tuple[int, int]) -> dict:
+    """The fields of a piece that follow from its mask [h, w], which touches all its sides, at `corner` (x, y)."""
+    extent = (*corner, corner[0] + mask.shape[1], corner[1] + mask.shape[0])
     return {
-        "mask": mask,
         "extent": extent,
-        "bits": np.packbits(crop_rle(mask, extent), axis=1),
-        "area": rle_area(mask),
+        "bits": np.packbits(np.pad(mask, ((0, 0), (corner[0] % 8, 0))), axis=1),
+        "area": int(np.count_nonzero(mask)),
     }
+
+
+def united(pieces: Sequence[Piece]) -> dict:
+    """The fields of a piece that follow from its mask, of the union of several."""
+    extents = np.array([piece.extent for piece in pieces])
+    (x1, y1), (x2, y2) = extents[:, :2].min(axis=0).tolist(), extents[:, 2:].max(axis=0).tolist()
+    bits = np.zeros((y2 - y1, -(-x2 // 8) - x1 // 8), np.uint8)
+    for piece in pieces:
+        left, top = piece.extent[0] // 8 - x1 // 8, piece.extent[1] - y1
+        height, width = piece.bits.shape
+        bits[top : top + height, left : left + width] |= piece.bits
+    return {"extent": (x1, y1, x2, y2), "bits": bits, "area": int(np.bitwise_count(bits).sum(dtype=np.int64))}
 
 
 def meeting_pairs(pieces: Sequence[Piece], places: np.ndarray | None) -> Iterator[tuple[int, int]]:
@@ -163,7 +191,9 @@ def agreed_part(a: Piece, b: Piece) -> tuple[float, float]:
 
 def _shared_area(a: Piece, b: Piece) -> int:
     box = _intersection(a.extent, b.extent)
-    return int(np.count_nonzero(a.pixels(box) & b.pixels(box)))
+    if not boxes_meet(a.extent, b.extent):
+        return 0
+    return int(np.bitwise_count(a._bytes(box) & b._bytes(box)).sum(dtype=np.int64))
 
 
 def _area_in(piece: Piece, zone: Sequence[int]) -> int:
@@ -173,10 +203,9 @@ def _area_in(piece: Piece, zone: Sequence[int]) -> int:
     return int(np.count_nonzero(piece.pixels(box))) if box[0] < box[2] and box[1] < box[3] else 0
 
 
-def intersection_over_smaller(a: dict, b: dict) -> float:
-    """Part of the smaller of two masks (RLEs with counts as bytes) that the other covers: 0..1."""
-    # With the crowd flag pycocotools divides by the area of the first mask alone.
-    return float(max(mask_api.iou([a], [b], [1])[0, 0], mask_api.iou([b], [a], [1])[0, 0]))
+def intersection_over_smaller(a: Piece, b: Piece) -> float:
+    """Part of the smaller of two masks that the other covers: 0..1."""
+    return _shared_area(a, b) / min(a.area, b.area)
 
 
 def lie_apart(a: Piece, b: Piece) -> bool:
