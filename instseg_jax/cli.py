@@ -28,6 +28,7 @@ VERB_FILES = {  # the file of `verbs/` that holds a verb, where it has another n
     "prepare": "data",
     "serve": "predict",
     "get_pipeline_config": "predict",
+    "status": "jobs",
     "import_weights": "weights",
     "export_weights": "weights",
 }
@@ -118,6 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help=about)
     sub.add_argument("--masks_format", choices=("rle", "crop", "polygon"), default="rle", help="in JSON (%(default)s)")
     _add_tiles(sub)
+    _add_job(sub)
+    sub = add("status", "how far the job of a `predict --workdir=JOB` is: done, failed, rate, time left", None)
+    sub.add_argument("job", metavar="JOB", help="folder of the job, as --workdir named it")
     _add_server(add("serve", "answer requests over HTTP, with a page to try it", None))
     about = "write the YAML file of a pipeline, to change it and to name it as --pipeline"
     sub = add("get_pipeline_config", about, None)
@@ -184,6 +188,17 @@ def _add_tiles(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--overlap", type=float, default=0.2, help="of neighbouring windows, part of a side (%(default)s)")
     about = "look for objects larger than the overlap in the whole image too (default: yes)"
     sub.add_argument("--whole_image", action=argparse.BooleanOptionalAction, default=True, help=about)
+
+
+def _add_job(sub: argparse.ArgumentParser) -> None:
+    """The options of predictions that are planned: --workdir names a folder that is no run."""
+    about = "do only parts I, I + N, I + 2 N, ... of the plan in --workdir, I from 0; a command without it merges"
+    sub.add_argument("--shard", metavar="I/N", help=about)
+    sub.add_argument("--compute_only", action="store_true", help="compute parts that nobody has, and don't merge")
+    sub.add_argument("--merge_only", action="store_true", help="merge what is computed, or say what is missing")
+    sub.add_argument("--retry_failed", action="store_true", help="compute again the parts in which something failed")
+    sub.add_argument("--engine", choices=("local",), help="who runs the workers: local, processes of this machine")
+    sub.add_argument("--jobs", type=int, metavar="N", help="workers of --engine")
 
 
 def _add_export(sub: argparse.ArgumentParser) -> None:
@@ -267,8 +282,9 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault(XLA_SWITCH, "3")  # its alarms at long compilations; what fails comes as an exception too
     debug = "--debug" in arguments
     try:
-        arguments, overrides = split_overrides(arguments)
-        options = parse_arguments(build_parser(), arguments)
+        rest, overrides = split_overrides(arguments)
+        options = parse_arguments(build_parser(), rest)
+        options.arguments = arguments
         _relaunch_with_huge_pages()
         return run_verb(options, overrides) or 0
     except KeyboardInterrupt:
@@ -305,7 +321,9 @@ def call(*arguments: str) -> int:
     Errors are raised, not printed. Returns the exit code of a verb that ended.
     """
     rest, overrides = split_overrides(list(arguments))
-    return run_verb(parse_arguments(build_parser(), rest), overrides) or 0
+    options = parse_arguments(build_parser(), rest)
+    options.arguments = list(arguments)
+    return run_verb(options, overrides) or 0
 
 
 def run_verb(options: argparse.Namespace, overrides: dict[str, str]) -> int | None:

@@ -5,12 +5,13 @@ A file is written aside, then moved into place. What must outlast a power cut is
 folder is read by `read_regular`: a pipe would be waited for, a device never ends.
 """
 
+import contextlib
 import json
 import os
 import secrets
 import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,22 +66,30 @@ def is_inside(folder: str | Path, name: str | Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
-def write_bytes(path: str | Path, data: bytes, *, durable: bool = False) -> Path:
-    """Write `data` to `path` whole or not at all, making its folder if need be; return the path."""
+@contextlib.contextmanager
+def written_aside(path: str | Path) -> Iterator[Path]:
+    """The path of a file to write, in a folder that is there; it becomes `path` at the end, or goes after an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since a move is only atomic within a file system; hidden, and a name of its own for
     # each writer, so that two of them never share it.
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, data: bytes, *, durable: bool = False) -> Path:
+    """Write `data` to `path` whole or not at all, making its folder if need be; return the path."""
+    path = Path(path)
+    with written_aside(path) as aside:
         aside.write_bytes(data)
         if durable:
             sync(aside)
-        aside.replace(path)
-        if durable:
-            sync(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
+    if durable:
+        sync(path.parent)
     return path
 
 

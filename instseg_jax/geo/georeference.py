@@ -6,17 +6,19 @@ on the globe (`areas.py`), not in the image's CRS, which may distort them.
 """
 
 import dataclasses
+import json
 import sqlite3
 import struct
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from instseg_jax.files import write_bytes, write_json
+from instseg_jax.files import written_aside
 from instseg_jax.geo.areas import area_measure
-from instseg_jax.outlines import Polygon, ring_area, rle_to_polygons
+from instseg_jax.outlines import Polygon, ring_area
 
 WGS84 = 4326
 GEOPACKAGE_ID, GEOPACKAGE_VERSION = 0x47504B47, 10300
@@ -24,19 +26,14 @@ UNKNOWN_SRS = -1  # GeoPackage's id for Cartesian coordinates without a CRS
 
 
 class Located(Protocol):
-    """Instances of an image that lies somewhere, as `results.result.Result` has them."""
+    """Instances of an image that lies somewhere, as results have them."""
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the image in pixels."""
+    def input_path(self) -> str:
+        """The image's file."""
 
-    @property
-    def boxes(self) -> list[dict]:
-        """A dict with label, cls_id and score for each instance."""
-
-    @property
-    def masks(self) -> list[dict]:
-        """The COCO RLE of each instance."""
+    def outlines(self) -> Iterator[tuple[dict, list[Polygon]]]:
+        """For each instance a dict with label, cls_id and score, and its parts in pixels of the image."""
 
     @property
     def georeference(self) -> "Georeference | None":
@@ -71,50 +68,59 @@ def to_geojson(result: Located) -> dict:
     In the image's CRS, which a `crs` member names where it is not WGS 84; without a georeference in pixels, y down.
     Properties: label, cls_id, score, area_px, and area_m2 where the CRS is known.
     """
-    features = [
-        {
-            "type": "Feature",
-            "geometry": {
-                "type": "MultiPolygon",
-                "coordinates": [[[*ring.tolist(), ring[0].tolist()] for ring in rings] for rings in parts],
-            },
-            "properties": properties,
-        }
-        for parts, properties in _features(result)
-    ]
-    collection: dict[str, Any] = {"type": "FeatureCollection"}
-    place = result.georeference
-    if place is not None and place.wkt is not None and place.epsg != WGS84:
-        name = f"urn:ogc:def:crs:EPSG::{place.epsg}" if place.epsg else place.wkt
-        collection["crs"] = {"type": "name", "properties": {"name": name}}
-    return collection | {"features": features}
+    return _collection(result.georeference) | {"features": [_feature(*found) for found in _features(result)]}
 
 
 def write_geojson(path: str | Path, result: Located) -> Path:
-    """Write `to_geojson` to a file; return it."""
-    return write_json(path, to_geojson(result))
+    """Write `to_geojson` to a file, a feature at a time; return it."""
+    with written_aside(path) as aside, aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(json.dumps(_collection(result.georeference) | {"features": []}, ensure_ascii=False)[:-2])
+        for number, found in enumerate(_features(result)):
+            text = json.dumps(_feature(*found), ensure_ascii=False, allow_nan=False)
+            file.write(f", {text}" if number else text)
+        file.write("]}\n")
+    return Path(path)
+
+
+def _collection(place: "Georeference | None") -> dict[str, Any]:
+    collection: dict[str, Any] = {"type": "FeatureCollection"}
+    if place is not None and place.wkt is not None and place.epsg != WGS84:
+        name = f"urn:ogc:def:crs:EPSG::{place.epsg}" if place.epsg else place.wkt
+        collection["crs"] = {"type": "name", "properties": {"name": name}}
+    return collection
+
+
+def _feature(parts: list[list[np.ndarray]], properties: dict) -> dict[str, Any]:
+    rings = [[[*ring.tolist(), ring[0].tolist()] for ring in rings] for rings in parts]
+    return {"type": "Feature", "geometry": {"type": "MultiPolygon", "coordinates": rings}, "properties": properties}
 
 
 def write_geopackage(path: str | Path, result: Located) -> Path:
-    """Write a result as a GeoPackage with one layer, `instances`, in the image's CRS; return the file."""
-    database = sqlite3.connect(":memory:")
-    try:
-        _fill_geopackage(database, result)
-        return write_bytes(path, database.serialize())
-    finally:
-        database.close()
+    """Write a result as a GeoPackage with one layer, `instances`, in the image's CRS; return the file.
+
+    It says that it changed when the image did: the same image gives the same file.
+    """
+    with written_aside(path) as aside:
+        # No locks, which shares may lack: nobody else knows the file.
+        database = sqlite3.connect(f"{aside.absolute().as_uri()}?nolock=1", uri=True)
+        try:
+            database.execute("PRAGMA journal_mode = OFF")
+            _fill_geopackage(database, result)
+        except sqlite3.Error as error:
+            raise OSError(f"{path} can't be written: {error}") from error
+        finally:
+            database.close()
+    return Path(path)
 
 
-def _features(result: Located) -> list[tuple[list[list[np.ndarray]], dict]]:
+def _features(result: Located) -> Iterator[tuple[list[list[np.ndarray]], dict]]:
     """For each instance with mask pixels: its parts, each with outer ring and holes on the ground, and properties.
 
     Outer rings run counter-clockwise and holes clockwise on the map (y up), as GeoJSON wants it.
     """
     place = result.georeference
     areas_of = area_measure(place.to_ground, place.wkt) if place is not None and place.wkt else None
-    features = []
-    for box, mask in zip(result.boxes, result.masks, strict=True):
-        polygons = rle_to_polygons(mask)
+    for box, polygons in result.outlines():
         if not polygons:
             continue
         properties = {
@@ -124,8 +130,7 @@ def _features(result: Located) -> list[tuple[list[list[np.ndarray]], dict]]:
             "area_px": round(sum(polygon.area for polygon in polygons)),
             "area_m2": None if areas_of is None else _sum(areas_of(polygon) for polygon in polygons),
         }
-        features.append(([_on_the_ground(polygon, place) for polygon in polygons], properties))
-    return features
+        yield [_on_the_ground(polygon, place) for polygon in polygons], properties
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
@@ -172,23 +177,29 @@ def _fill_geopackage(database: sqlite3.Connection, result: Located) -> None:
     if place is not None and place.wkt is not None and srs != WGS84:
         rows.append(("CRS of the image", srs, "EPSG" if place.epsg else "NONE", srs, place.wkt, None))
     database.executemany("INSERT INTO gpkg_spatial_ref_sys VALUES (?, ?, ?, ?, ?, ?)", rows)
-    features = _features(result)
-    points = np.concatenate([ring for parts, _ in features for rings in parts for ring in rings] or [np.zeros((1, 2))])
-    extent = (*points.min(axis=0).tolist(), *points.max(axis=0).tolist()) if features else (None,) * 4
     database.execute(
-        "INSERT INTO gpkg_contents (table_name, data_type, identifier, min_x, min_y, max_x, max_y, srs_id) "
-        "VALUES ('instances', 'features', 'instances', ?, ?, ?, ?, ?)",
-        (*extent, srs),
+        "INSERT INTO gpkg_contents (table_name, data_type, identifier, last_change, srs_id) "
+        "VALUES ('instances', 'features', 'instances', strftime('%Y-%m-%dT%H:%M:%fZ', ?, 'unixepoch'), ?)",
+        (_changed(result.input_path), srs),
     )
     database.execute("INSERT INTO gpkg_geometry_columns VALUES ('instances', 'geom', 'MULTIPOLYGON', ?, 0, 0)", (srs,))
-    database.executemany(
-        "INSERT INTO instances (geom, label, cls_id, score, area_px, area_m2) VALUES (?, ?, ?, ?, ?, ?)",
-        [
-            (_geometry_blob(parts, srs), *(properties[k] for k in ("label", "cls_id", "score", "area_px", "area_m2")))
-            for parts, properties in features
-        ],
-    )
+    low, high = np.full(2, np.inf), np.full(2, -np.inf)
+    for parts, properties in _features(result):
+        points = np.concatenate([ring for rings in parts for ring in rings])
+        low, high = np.minimum(low, points.min(axis=0)), np.maximum(high, points.max(axis=0))
+        database.execute(
+            "INSERT INTO instances (geom, label, cls_id, score, area_px, area_m2) VALUES (?, ?, ?, ?, ?, ?)",
+            (_geometry_blob(parts, srs), *(properties[k] for k in ("label", "cls_id", "score", "area_px", "area_m2"))),
+        )
+    if (low <= high).all():
+        database.execute("UPDATE gpkg_contents SET min_x = ?, min_y = ?, max_x = ?, max_y = ?", (*low, *high))
     database.commit()
+
+
+def _changed(name: str) -> float:
+    """When a file changed, in seconds; now, where it is none."""
+    path = Path(name)
+    return path.stat().st_mtime if path.is_file() else time.time()
 
 
 def _geometry_blob(parts: Sequence[Sequence[np.ndarray]], srs: int) -> bytes:

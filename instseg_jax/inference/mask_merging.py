@@ -8,7 +8,7 @@ that call the same pixels otherwise still show one object.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -38,7 +38,7 @@ MIN_SHARED = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class _Match:
+class Match:
     """Two pieces that show one object."""
 
     is_one_class: bool
@@ -48,6 +48,7 @@ class _Match:
 
     @property
     def order(self) -> tuple[bool, float, int, int]:
+        """What matches are sorted by: the highest goes first."""
         return self.is_one_class, self.sureness, self.first, self.second
 
 
@@ -66,7 +67,8 @@ def merge_windows(
     if _meet_far_apart(parts):
         merged = _join(merged, None)
     if whole is not None:
-        merged = _add_large(merged, whole, size, overlap_px)
+        everything = WindowInstances(Window(0, 0, size[1], size[0]), whole)
+        merged = add_large(merged, list(window_pieces(-1, everything, size)), overlap_px)
     merged.sort(key=lambda piece: -piece.score)
     return Instances(
         scores=np.array([piece.score for piece in merged], np.float32),
@@ -88,12 +90,22 @@ def _meet_far_apart(parts: Sequence[WindowInstances]) -> bool:
 
 def _join(pieces: Sequence[Piece], places: np.ndarray | None) -> list[Piece]:
     """One piece for each object that the pieces show; see `meeting_pairs` for `places`."""
-    groups, rivals = _group(pieces, places)
+    return [piece for _, piece in join_matched(pieces, _matches(pieces, places))]
+
+
+def join_matched(pieces: Sequence[Piece], matches: Iterable[Match]) -> list[tuple[int, Piece]]:
+    """One piece for each object, of pieces whose matches are all known: (index of a piece of it, that piece).
+
+    Pieces that no chain of matches links don't take part in each other's fate, and the order of the pieces counts,
+    not their indices: linked pieces may be joined by themselves.
+    """
+    groups, rivals = _group(pieces, matches)
     merged = [_resolve([pieces[i] for i in group]) for group in groups]
-    return _without_covered(merged, groups, rivals)
+    dropped = _covered_rivals(merged, groups, rivals)
+    return [(groups[number][0], piece) for number, piece in enumerate(merged) if number not in dropped]
 
 
-def _group(pieces: Sequence[Piece], places: np.ndarray | None) -> tuple[list[list[int]], list[tuple[int, int]]]:
+def _group(pieces: Sequence[Piece], matches: Iterable[Match]) -> tuple[list[list[int]], list[tuple[int, int]]]:
     """Group the pieces that are one object.
 
     Returns the groups, and the pairs of pieces that match too but could not be joined: a window shows both as objects
@@ -104,7 +116,7 @@ def _group(pieces: Sequence[Piece], places: np.ndarray | None) -> tuple[list[lis
     windows = [set(piece.windows) for piece in pieces]
     apart: set[tuple[int, int]] = set()  # groups that are known to be two objects
     rivals = []
-    for match in sorted(_matches(pieces, places), key=lambda match: match.order, reverse=True):
+    for match in sorted(matches, key=lambda match: match.order, reverse=True):
         first, second = owner[match.first], owner[match.second]
         if first == second:
             continue
@@ -138,7 +150,7 @@ def _are_parts_of_one(pieces: Sequence[Piece], first: list[int], second: list[in
     )
 
 
-def _matches(pieces: Sequence[Piece], places: np.ndarray | None) -> Iterator[_Match]:
+def _matches(pieces: Sequence[Piece], places: np.ndarray | None) -> Iterator[Match]:
     """Pairs of pieces that are one object."""
     for i, j in meeting_pairs(pieces, places):
         a, b = pieces[i], pieces[j]
@@ -148,11 +160,11 @@ def _matches(pieces: Sequence[Piece], places: np.ndarray | None) -> Iterator[_Ma
             # Of a winding object the zone may show several parts, of which the two have but one in common.
             if covered >= MIN_COVERED or (covered > 0 and a.is_cut and b.is_cut and share_a_part(a, b)):
                 # What both windows are sure of goes before what happens to cover it.
-                yield _Match(True, covered * sureness, i, j)
+                yield Match(True, covered * sureness, i, j)
         else:
             agreed, shared = agreed_part(a, b)
             if agreed >= MIN_AGREED and shared >= MIN_SHARED:
-                yield _Match(False, agreed * sureness, i, j)
+                yield Match(False, agreed * sureness, i, j)
 
 
 def _resolve(group: list[Piece]) -> Piece:
@@ -192,25 +204,27 @@ def _union(group: list[Piece]) -> Piece:
     )
 
 
-def _without_covered(merged: list[Piece], groups: list[list[int]], rivals: list[tuple[int, int]]) -> list[Piece]:
-    """Drop the lower scored of two objects that match but were kept apart, where one covers most of the other."""
+def _covered_rivals(merged: list[Piece], groups: list[list[int]], rivals: list[tuple[int, int]]) -> set[int]:
+    """Numbers of the lower scored of two objects that match but were kept apart, where one covers most of the other."""
     group_of = {i: number for number, group in enumerate(groups) for i in group}
     dropped: set[int] = set()
     looked_at: set[tuple[int, ...]] = set()
     for a, b in rivals:
-        pair = tuple(sorted({group_of[a], group_of[b]}, key=lambda number: -merged[number].score))
+        pair = tuple(sorted({group_of[a], group_of[b]}, key=lambda number: (-merged[number].score, number)))
         if len(pair) < 2 or pair in looked_at or pair[0] in dropped or pair[1] in dropped:
             continue
         looked_at.add(pair)
         if intersection_over_smaller(merged[pair[0]], merged[pair[1]]) >= MIN_COVERED:
             dropped.add(pair[1])
-    return [piece for number, piece in enumerate(merged) if number not in dropped]
+    return dropped
 
 
-def _add_large(merged: list[Piece], whole: Instances, size: tuple[int, int], overlap_px: int) -> list[Piece]:
-    """Bring in the large objects that were found in the whole image, with the fragments that windows found of them."""
-    everything = Window(0, 0, size[1], size[0])
-    for large in window_pieces(-1, WindowInstances(everything, whole), size):
+def add_large(merged: list[Piece], whole: Iterable[Piece], overlap_px: int) -> list[Piece]:
+    """Bring in the large objects that were found in the whole image, with the fragments that windows found of them.
+
+    Of `whole` those count that are longer than `overlap_px`. They come last.
+    """
+    for large in whole:
         if max(large.extent[2] - large.extent[0], large.extent[3] - large.extent[1]) <= overlap_px:
             continue
         same = [

@@ -53,6 +53,7 @@ class Pipeline:
     thresholds: np.ndarray  # [K] lowest scores by class index, where a call says none
     batch_size: int
     visualize: bool = True  # whether a server draws, where a request does not say
+    fingerprint: Callable[[], str] = str  # of the model: `predictor.fingerprint`; "" of one that is made by hand
 
     def predict(
         self,
@@ -89,8 +90,8 @@ class Pipeline:
         tiles = None if tile is None else tiling.Tiles(tile, overlap, whole_image, progress)
         sources, count = find_sources(x, channels=channels, bands=self.feeding.bands)
         if tiles is not None:
-            return self._results(tiling.stream_tiled(sources, self._stream, tiles, size, thresholds), count == 1)
-        return self._results(self._stream(sources, size, thresholds), count == 1)
+            return self._results(tiling.stream_tiled(sources, self.stream, tiles, size, thresholds), count == 1)
+        return self._results(self.stream(sources, size, thresholds), count == 1)
 
     def __call__(self, x: Any, **options: Any) -> list[Result]:
         """All results of `predict` at once."""
@@ -101,7 +102,7 @@ class Pipeline:
 
         For callers that form batches themselves, from several threads if need be.
         """
-        results = self._results(self._stream(iter(sources), self.batch_size, np.min(thresholds, axis=0)), False)
+        results = self._results(self.stream(iter(sources), self.batch_size, np.min(thresholds, axis=0)), False)
         return [
             result.filter(dict(enumerate(map(float, own)))) for result, own in zip(results, thresholds, strict=True)
         ]
@@ -112,7 +113,8 @@ class Pipeline:
             self.run(np.zeros((self.batch_size, *self.feeding.size, self.feeding.channels), np.float32))
         )
 
-    def _stream(self, sources: Iterator[Source], batch_size: int, thresholds: np.ndarray) -> Iterator[Found]:
+    def stream(self, sources: Iterator[Source], batch_size: int, thresholds: np.ndarray) -> Iterator[Found]:
+        """Find the instances of each source, in order; `thresholds` [K] by class index."""
         return stream_instances(sources, self.run, feeding=self.feeding, batch_size=batch_size, thresholds=thresholds)
 
     def _results(self, found: Iterator[Found], is_single: bool) -> Iterator[Result]:
@@ -335,4 +337,5 @@ def build_pipeline(
         thresholds=threshold,
         batch_size=batch_size,
         visualize=visualize,
+        fingerprint=functools.partial(predictor.fingerprint, model),
     )

@@ -1,6 +1,7 @@
 """Weights in, a function from images to detections out."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from instseg_jax import weights as weights_room
 from instseg_jax.config import add_missing_fields, check_sizes, load_config, override
 from instseg_jax.devices import put_batch, put_replicated, split_over_batch
+from instseg_jax.files import digest_file
 from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, abstract_variables, build_model
@@ -82,6 +84,21 @@ def bind(model: LoadedModel, mesh: Mesh, *, device: str, split: bool = False) ->
     variables = put_replicated(variables, mesh)
     predict = make_predict(network, num_detections=count, mesh=mesh if split else None)
     return lambda images: predict(variables, put_batch(images, mesh))
+
+
+def fingerprint(model: LoadedModel) -> str:
+    """16 hex digits of what a model computes with: its weights or its exported file, and how pictures are fed to it."""
+    whole = hashlib.sha256()
+    sections = {name: model.config[name].to_json_best_effort() for name in ("model", "data", "eval")}
+    whole.update(json.dumps(sections, sort_keys=True).encode())
+    if model.exported is not None:
+        whole.update(str(model.exported.backend).encode())
+        for path in sorted(path for path in model.exported.folder.iterdir() if path.is_file()):
+            whole.update(f"{path.name} {digest_file(path)}".encode())
+    for key, value in jax.tree_util.tree_leaves_with_path(model.variables):
+        whole.update(jax.tree_util.keystr(key).encode())
+        whole.update(np.ascontiguousarray(value).data)
+    return whole.hexdigest()[:16]
 
 
 def load_model(

@@ -132,11 +132,12 @@ def windows_of(size: tuple[int, int], tiles: Tiles) -> list[Window]:
     The last ones of a row or column end at the border of the image; in a direction in which the image is shorter than
     a window, they reach beyond it.
     """
-    rows, columns = (_starts(length, tiles) for length in size)
+    rows, columns = (window_starts(length, tiles) for length in size)
     return [Window(x, y, tiles.side, tiles.side) for y in rows for x in columns]
 
 
-def _starts(length: int, tiles: Tiles) -> list[int]:
+def window_starts(length: int, tiles: Tiles) -> list[int]:
+    """Where windows begin along a side of `length` pixels."""
     last = max(0, length - tiles.side)
     return [min(i * tiles.stride, last) for i in range(math.ceil(last / tiles.stride) + 1)]
 

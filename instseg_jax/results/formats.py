@@ -4,7 +4,7 @@ Every function takes results and returns plain values; files are written in `sav
 Where a format has no holes, they are opened by a cut of no width; where it has no parts, these share a group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,29 +90,31 @@ def to_yolo(result: "Result", *, tolerance: float) -> str:
     return "".join(lines)
 
 
-def to_coco_dataset(results: Sequence["Result"]) -> dict:
-    """Make a COCO data set of results: images, annotations (with score) and categories, ids from 1.
+# pycocotools 2.0.9 and 2.0.10 ask for `info`.
+COCO_HEAD: dict[str, Any] = {"info": {"description": "instances found by instseg_jax"}, "licenses": []}
 
-    Boxes are those of the masks, as in ground truth. Categories have the ids of the data that the model learned from.
-    """
-    images: list[dict] = []
-    annotations: list[dict] = []
-    categories: dict[int, str] = {}
-    for image_id, result in enumerate(results, start=1):
-        height, width = result.size
-        images.append({"id": image_id, "file_name": Path(result.input_path).name, "height": height, "width": width})
-        categories |= dict(zip(result.category_ids, result.class_names, strict=True))
-        for entry in result.to_coco(image_id):
-            x1, y1, x2, y2 = rle_box_xyxy_px(entry["segmentation"])
-            annotations.append(
-                entry
-                | {"id": len(annotations) + 1, "bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": 0}
-                | {"area": rle_area(entry["segmentation"])}
-            )
-    named = [{"id": int(id_), "name": name} for id_, name in sorted(categories.items())]
-    # pycocotools 2.0.9 and 2.0.10 ask for `info`.
-    info = {"description": "instances found by instseg_jax"}
-    return {"info": info, "licenses": [], "images": images, "annotations": annotations, "categories": named}
+
+def coco_image(result: "Result", image_id: int) -> dict:
+    """The entry of an image in a COCO data set."""
+    height, width = result.size
+    return {"id": image_id, "file_name": Path(result.input_path).name, "height": height, "width": width}
+
+
+def coco_entries(result: "Result", image_id: int) -> Iterator[dict]:
+    """The annotations of a result, without their own ids; boxes and areas are those of the masks."""
+    for entry in result.to_coco(image_id):
+        x1, y1, x2, y2 = rle_box_xyxy_px(entry["segmentation"])
+        yield entry | {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": rle_area(entry["segmentation"])}
+
+
+def coco_annotation(entry: dict, number: int) -> dict:
+    """An annotation of a COCO data set, with its id."""
+    return entry | {"id": number, "iscrowd": 0}
+
+
+def coco_categories(names: Mapping[int, str]) -> list[dict]:
+    """The categories of a COCO data set, by id."""
+    return [{"id": int(id_), "name": name} for id_, name in sorted(names.items())]
 
 
 def to_supervision(result: "Result") -> Any:

@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -21,6 +21,7 @@ from instseg_jax.crops import crop_rle, paste_mask
 from instseg_jax.files import write_bytes, write_json
 from instseg_jax.images import WRITTEN_SUFFIXES
 from instseg_jax.masks import compress_rle, decode_rle, rle_area, rle_box_xyxy_px
+from instseg_jax.outlines import Polygon, rle_to_polygons
 from instseg_jax.results import formats
 from instseg_jax.results.visualize import draw_instances
 from instseg_jax.types import Instances
@@ -217,6 +218,11 @@ class Result:
                 }
             )
         return entries
+
+    def outlines(self) -> Iterator[tuple[dict, list[Polygon]]]:
+        """For each instance its box, as in `boxes`, and the parts of its mask as polygons in pixels."""
+        for box, mask in zip(self.boxes, self.masks, strict=True):
+            yield box, rle_to_polygons(mask)
 
     def to_labelme(self, *, image_path: str | None = None, tolerance: float = 1.0) -> dict:
         """Return a LabelMe file, for correcting by hand; `image_path` as LabelMe is to find it (the file's name).

@@ -3,6 +3,7 @@
 The forms themselves are in `results.py`, `formats.py` and `geo.py`; this file names the files and keeps the count.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -17,7 +18,8 @@ import numpy as np
 from instseg_jax.files import check_seal, read_json, seal, write_json, write_text
 from instseg_jax.geo import georeference
 from instseg_jax.images import is_video
-from instseg_jax.results.formats import to_coco_dataset
+from instseg_jax.results.coco_file import CocoFile
+from instseg_jax.results.large import LargeResult
 from instseg_jax.results.result import Result
 from instseg_jax.results.video import VideoFile
 
@@ -49,7 +51,7 @@ def check_formats(formats: Iterable[str]) -> tuple[str, ...]:
 
 
 def save_results(
-    results: Iterable[Result],
+    results: Iterable[Result | LargeResult],
     folder: str | Path,
     *,
     formats: Collection[str],
@@ -68,25 +70,31 @@ def save_results(
     folder = Path(folder)
     saver = _Saver(folder, formats, masks_format, overwrite)
     summary = Summary()
-    kept: list[Result] = []
     pending: deque = deque()
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="save") as pool, saver:
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="save") as pool, contextlib.ExitStack() as open_files:
+        open_files.enter_context(saver)
+        coco = open_files.enter_context(CocoFile(folder / COCO_FILE)) if "coco" in formats else None
         for result in results:
+            if isinstance(result, LargeResult):
+                summary.images += 1
+                summary.instances += len(result)
+                saver.save_large(result, saver.stem_of(result.head))
+                if coco is not None:
+                    coco.add(result)
+                continue
             if result.error is not None:
                 summary.failed.append((result.input_path, result.error))
                 continue
             summary.images += 1
             summary.frames += result.page_index is not None
             summary.instances += len(result)
-            if "coco" in formats:
-                kept.append(dataclasses.replace(result, image=None))
+            if coco is not None:
+                coco.add(result)
             pending.append(pool.submit(saver.save, result, saver.stem_of(result)))
             while len(pending) > PENDING:
                 saver.finish(*pending.popleft().result())
         while pending:
             saver.finish(*pending.popleft().result())
-    if "coco" in formats:
-        write_json(folder / COCO_FILE, to_coco_dataset(kept))
     summary.files = saver.files + ("coco" in formats)
     summary.failed += saver.failed
     summary.renamed = saver.renamed
@@ -179,6 +187,17 @@ class _Saver:
             with self._count:
                 self.files += 1
         return result, stem, drawn
+
+    def save_large(self, result: LargeResult, stem: str) -> None:
+        """Write the files of a result that is on the disk."""
+        for name in self.formats:
+            if name == "coco":
+                continue
+            try:
+                result.save(name, self.folder, stem, self.masks_format)
+                self.files += 1
+            except (OSError, ValueError, RuntimeError) as error:
+                self.failed.append((result.input_path, f"{name}: {error}"))
 
     def finish(self, result: Result, stem: str, drawn: np.ndarray | None) -> None:
         """Add a frame to its video; called in order."""

@@ -1,6 +1,7 @@
 """The verbs that run a pipeline: `predict`, `serve`, and `get_pipeline_config`. They hold no logic of the rooms."""
 
 import argparse
+import functools
 import os
 import pathlib
 import time
@@ -15,7 +16,8 @@ from instseg_jax.export.accelerate import accelerate
 from instseg_jax.inference.pipeline import Pipeline, create_pipeline
 from instseg_jax.inference.pipeline_config import write_pipeline_config
 from instseg_jax.inference.sources import find_sources
-from instseg_jax.results.saving import check_formats, save_results
+from instseg_jax.results.saving import Summary, check_formats, save_results
+from instseg_jax.verbs import jobs
 from instseg_jax.weights import PACKAGED_WEIGHTS, PRETRAINED
 
 SHOWN_CLASSES = 15  # names told where nothing was found
@@ -26,6 +28,8 @@ def predict(options: argparse.Namespace) -> int:
     """Segment pictures, videos and rasters, and write what was found."""
     formats = check_formats(options.formats.split(","))
     given = SAMPLES if options.input == "samples" and not pathlib.Path(options.input).exists() else options.input
+    if jobs.is_job(options):
+        return jobs.predict_job(options, formats, str(given), functools.partial(_pipeline, options), _say)
     _, count = find_sources(given, channels="rgb")  # before the weights: a wrong path is told at once
     pipeline = _pipeline(options)
     folder = pathlib.Path(options.save_path or pathlib.Path(options.workdir) / "predictions")
@@ -46,22 +50,27 @@ def predict(options: argparse.Namespace) -> int:
             shown, folder, formats=formats, masks_format=options.masks_format, overwrite=options.overwrite
         )
         seconds = time.monotonic() - ready
+    pace = f"{seconds:.1f} s, {seconds / max(1, summary.images):.2f} s each, {summary.images / seconds:.1f} a second; "
+    pace += f"before that {ready - started:.1f} s to get ready"
+    _say(summary, folder, pace, pipeline.class_names, float(min(pipeline.thresholds)))
+    weights = [f"--weights={options.weights}"] if options.weights else [f"--workdir={options.workdir}"]
+    print_next("serve", *weights, comment="the same over HTTP; `export` writes the model for other programs")
+    return 1 if summary.failed else 0
+
+
+def _say(summary: Summary, folder: pathlib.Path, pace: str, class_names: Sequence[str], threshold: float) -> None:
     pictures = _count(summary.images, "frame" if summary.frames else "picture")
     instances, files = _count(summary.instances, "instance"), _count(summary.files, "file")
     print(f"{pictures}, {instances}, {files} in {folder}")
     if summary.images:
-        pace = f"{seconds / summary.images:.2f} s each, {summary.images / seconds:.1f} a second"
-        print(f"{seconds:.1f} s, {pace}; before that {ready - started:.1f} s to get ready")
+        print(pace)
     if summary.images and not summary.instances:
-        print(nothing_found(pipeline.class_names, float(min(pipeline.thresholds))))
+        print(nothing_found(class_names, threshold))
     if summary.renamed:
         kept = _count(summary.renamed, "label file")
         print(f"{kept} beside the pictures stayed as they were, ours have numbers; --overwrite replaces them")
     for name, error in summary.failed:
         print(f"failed: {name}: {error}")
-    weights = [f"--weights={options.weights}"] if options.weights else [f"--workdir={options.workdir}"]
-    print_next("serve", *weights, comment="the same over HTTP; `export` writes the model for other programs")
-    return 1 if summary.failed else 0
 
 
 def nothing_found(class_names: Sequence[str], threshold: float) -> str:

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from instseg_jax.inference.sources import read_video
 from instseg_jax.masks import decode_rle, encode_mask, rasterize_polygons
 from instseg_jax.outlines import rle_to_polygons
-from instseg_jax.results.formats import to_coco_dataset
+from instseg_jax.results.coco_file import CocoFile
 from instseg_jax.results.result import Result
 from instseg_jax.results.saving import check_formats, save_results
 from instseg_jax.results.video import VideoFile
@@ -81,7 +81,9 @@ def test_yolo_lines():
 
 def test_coco_data_set_is_read_by_pycocotools(tmp_path):
     path = tmp_path / "coco.json"
-    path.write_text(json.dumps(to_coco_dataset([make("a.jpg"), make("b.jpg")])))
+    with CocoFile(path) as file:
+        file.add(make("a.jpg"))
+        file.add(make("b.jpg"))
     coco = COCO(path)
     assert [image["file_name"] for image in coco.loadImgs(coco.getImgIds())] == ["a.jpg", "b.jpg"]
     assert {c["id"]: c["name"] for c in coco.cats.values()} == dict(zip(CATEGORY_IDS, CLASS_NAMES, strict=True))

@@ -1,0 +1,244 @@
+"""Predictions that are planned: `predict` with a folder for its job, and `status`."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.progress import Progress
+
+from instseg_jax.commands import print_next
+from instseg_jax.files import write_json
+from instseg_jax.inference.pipeline import DEFAULT_WEIGHTS, Pipeline
+from instseg_jax.inference.sources import URL_PREFIXES, find_files
+from instseg_jax.jobs.merge import merged_results
+from instseg_jax.jobs.parts import Failure, compute_part
+from instseg_jax.jobs.plan import PLAN, Plan, build_plan, difference, read_plan, write_plan
+from instseg_jax.jobs.progress import read_state
+from instseg_jax.jobs.workers import (
+    LEASES,
+    PARTS,
+    POLL_SECONDS,
+    failed_parts,
+    finished_parts,
+    lease,
+    missing_parts,
+    work,
+    work_until_done,
+)
+from instseg_jax.progress import say_duration
+from instseg_jax.results.saving import save_results
+from instseg_jax.weights.locate import is_there
+
+FAILED, MERGED = "failed.json", "merged.json"
+PROGRAM = (sys.executable, "-m", "instseg_jax.cli")
+OURS = ("shard", "compute_only", "merge_only", "retry_failed", "engine", "jobs")
+
+
+def is_job(options: argparse.Namespace) -> bool:
+    """Whether a prediction is planned: where --workdir names a folder that is no run.
+
+    Raises ValueError for options of a job without such a folder.
+    """
+    has_folder = options.workdir != DEFAULT_WEIGHTS and not is_there(options.workdir)
+    asked = [name for name in OURS if getattr(options, name)]
+    if asked and not has_folder:
+        raise ValueError(
+            f"--{asked[0]} needs a folder for the job, --workdir is {options.workdir}, which is a run or the default; "
+            "name another one, and the run as --weights"
+        )
+    return has_folder
+
+
+def predict_job(
+    options: argparse.Namespace,
+    formats: Sequence[str],
+    given: str,
+    make_pipeline: Callable[[], Pipeline],
+    say: Callable[..., None],
+) -> int:
+    """Plan what is given, compute what is missing, and merge; or what the options ask of that."""
+    job, share, started = Path(options.workdir), _parse_shard(options.shard), time.monotonic()
+    if options.jobs is not None and (options.jobs < 1 or not options.engine):
+        raise ValueError(f"--jobs is {options.jobs}, it must be at least 1, with --engine=local")
+    names = [given] if given.startswith(URL_PREFIXES) else [str(path) for path in find_files(given)]
+    if options.merge_only:
+        plan = _known_plan(job)
+        if missing := missing_parts(job, plan):
+            shown = ", ".join(str(part.number) for part in missing[:10])
+            print(f"{len(missing)} of {len(plan.parts)} parts are missing: {shown}{', ...' if missing[10:] else ''}")
+            print_next("predict", "...", comment="without --merge_only computes them")
+            return 1
+        return _merge(options, formats, plan, None, say, started)
+    pipeline = make_pipeline()
+    plan = build_plan(names, _settings(options, pipeline), use_rasters=pipeline.feeding.bands is None)
+    _agree(plan, job)
+    again = failed_parts(job, plan) if options.retry_failed else {}
+    if options.engine and (again or missing_parts(job, plan)):
+        _run_workers(options)
+        again = {}
+    with Progress(transient=False) as bars:
+        bar = bars.add_task("parts", total=len(plan.parts), completed=len(finished_parts(job)) - len(again))
+
+        def compute(part):
+            if not is_warm:
+                pipeline.warm_up()
+                is_warm.append(True)
+            return compute_part(plan, part, pipeline)
+
+        is_warm: list[bool] = []
+        do = work if share is not None or options.compute_only else work_until_done
+        computed = do(job, plan, compute, share=share, again=again, tell=lambda done: bars.update(bar, completed=done))
+    if share is not None or options.compute_only:
+        left = len(missing_parts(job, plan))
+        print(f"{computed} parts were computed here; {left} of {len(plan.parts)} are missing")
+        print_next("status", str(job), comment="the command without --shard or --compute_only merges")
+        return 0
+    return _merge(options, formats, plan, pipeline, say, started)
+
+
+def status(options: argparse.Namespace) -> int:
+    """Print how far a job is."""
+    job = Path(options.job)
+    plan = _known_plan(job)
+    state = read_state(job, plan)
+    print(f"plan {plan.digest}: {len(plan.inputs)} inputs, {state.total} parts")
+    print(f"done: {state.done}, in work: {state.in_work}, to do: {state.total - state.done - state.in_work}")
+    print(f"failed: {state.failed} pictures or windows" + ("; --retry_failed tries them again" if state.failed else ""))
+    if state.rate is not None and state.seconds_left is not None:
+        left = f", {say_duration(state.seconds_left)} left" if state.done < state.total else ""
+        print(f"rate: {60 * state.rate:.1f} parts a minute{left}")
+    print(f"merged: {'yes' if (job / MERGED).exists() else 'not yet'}")
+    return 0
+
+
+def _settings(options: argparse.Namespace, pipeline: Pipeline) -> dict:
+    return {
+        "tile": options.tile,
+        "overlap": options.overlap,
+        "whole_image": options.whole_image,
+        "model": pipeline.fingerprint(),
+        "batch_size": pipeline.batch_size,
+        "thresholds": pipeline.thresholds.tolist(),
+        "class_names": pipeline.class_names,
+        "category_ids": pipeline.category_ids,
+    }
+
+
+def _known_plan(job: Path) -> Plan:
+    plan = read_plan(job)
+    if plan is None:
+        raise FileNotFoundError(f"there is no {PLAN} in {job}; `predict --workdir={job}` makes one")
+    return plan
+
+
+def _agree(plan: Plan, job: Path) -> None:
+    """Write the plan, or see that it is the job's. A job that is merged gives way to another one."""
+    known = read_plan(job)
+    if known is not None and known.digest != plan.digest:
+        if not (job / MERGED).exists():
+            raise ValueError(
+                f"{job} holds another job that is not finished: {difference(plan, known)}. "
+                "Finish it with the command it was begun with, or name another --workdir"
+            )
+        for name in (PARTS, LEASES):
+            shutil.rmtree(job / name, ignore_errors=True)
+        (job / PLAN).unlink()
+        known = None
+    if known is None:
+        (job / MERGED).unlink(missing_ok=True)
+        write_plan(plan, job)
+
+
+def _merge(
+    options: argparse.Namespace,
+    formats: Sequence[str],
+    plan: Plan,
+    pipeline: Pipeline | None,
+    say: Callable[..., None],
+    started: float,
+) -> int:
+    """Write the results; one process at a time does."""
+    job = Path(options.workdir)
+    folder = Path(options.save_path or job / "predictions")
+    failed: list[Failure] = []
+    while True:
+        with lease(job, "merge") as is_mine:
+            if is_mine:
+                results = merged_results(
+                    plan,
+                    job,
+                    failed,
+                    with_images="img" in formats,
+                    bands=None if pipeline is None else pipeline.feeding.bands,
+                )
+                summary = save_results(
+                    results, folder, formats=formats, masks_format=options.masks_format, overwrite=options.overwrite
+                )
+                _note(job, folder, plan, failed)
+                break
+        time.sleep(POLL_SECONDS)
+    seen = {name for name, _ in summary.failed}
+    summary.failed += [(one.input, f"window {one.window}: {one.error}") for one in failed if one.input not in seen]
+    seconds = time.monotonic() - started
+    pace = f"{seconds:.1f} s, {len(plan.parts)} parts"
+    say(summary, folder, pace, plan.settings["class_names"], min(plan.settings["thresholds"]))
+    print_next("status", str(job), comment="the same command again computes nothing, and merges")
+    return 1 if summary.failed else 0
+
+
+def _note(job: Path, folder: Path, plan: Plan, failed: list[Failure]) -> None:
+    """Say that the job is merged, and list what failed beside the results."""
+    if failed:
+        write_json(folder / FAILED, [one._asdict() for one in failed], indent=1)
+    else:
+        (folder / FAILED).unlink(missing_ok=True)
+    write_json(job / MERGED, {"plan": plan.digest, "failed": len(failed)})
+
+
+def _parse_shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise ValueError(f"--shard is {text}, it must be I/N with I from 0 to N - 1")
+    return int(number), int(count)
+
+
+def _run_workers(options: argparse.Namespace) -> None:
+    """Run workers as processes of this machine until they find nothing more to do; each has a share of the cores."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    count = options.jobs or 1
+    arguments = _without(options.arguments, ("--engine", "--jobs"))
+    workers = []
+    try:
+        for i in range(count):
+            share = cores[i * len(cores) // count : (i + 1) * len(cores) // count]
+            if share:
+                os.sched_setaffinity(0, share)  # which the process inherits
+            command = [*PROGRAM, *arguments, "--compute_only"]
+            workers.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
+            if share:
+                os.sched_setaffinity(0, cores)
+        codes = [worker.wait() for worker in workers]
+    except BaseException:
+        for worker in workers:
+            worker.terminate()
+        raise
+    if any(codes):
+        print(f"{sum(map(bool, codes))} of {count} workers ended with an error; what they left is computed here")
+
+
+def _without(arguments: list[str], names: Sequence[str]) -> list[str]:
+    """Command line arguments without some options that have values."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument in names:
+            next(rest, None)
+        elif not argument.startswith(tuple(f"{name}=" for name in names)):
+            kept.append(argument)
+    return kept
