@@ -1,6 +1,6 @@
 """The command line: one verb, one function.
 
-A verb's options are declared here and nowhere else; `--config.section.field=value` sets a field of the config.
+A verb's options are declared here, groups of them in `options.py`; `--config.section.field=value` sets a field.
 Errors that a user can mend are one sentence and exit code 1; `--debug` shows where they come from.
 """
 
@@ -15,6 +15,15 @@ from typing import NoReturn
 
 import instseg_jax
 from instseg_jax.commands import program
+from instseg_jax.options import (
+    add_export,
+    add_job,
+    add_pipeline,
+    add_processes,
+    add_server,
+    add_sweep,
+    add_tiles,
+)
 
 DEFAULT_CONFIG = "configs/mask_rtdetr.py:l"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -91,25 +100,25 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add("prepare", about, DEFAULT_CONFIG)
     sub.add_argument("--save_path", metavar="DIR", required=True, help="folder of the prepared data set")
     sub = add("train", "train a model; the same command again resumes", DEFAULT_CONFIG)
-    _add_processes(sub)
+    add_processes(sub)
     about = "train variants of a config, each a run of its own, and compare them; the same command again resumes"
-    _add_sweep(add("sweep", about, "configs/finetune.py:l"))
+    add_sweep(add("sweep", about, "configs/finetune.py:l"))
     sub = add("evaluate", "COCO metrics and a report of a model on the validation images, or of a results file", None)
     sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint, export or .pdparams")
     sub.add_argument("--save_thresholds", action="store_true", help="store the scores with the best F1 in the weights")
     sub.add_argument("--tta", metavar="flip,scales", help="look at each picture mirrored, at several sizes, or both")
-    _add_tiles(sub)
+    add_tiles(sub)
     sub.add_argument("--predictions", metavar="FILE", help="score this COCO results file; needs no model and no config")
     sub.add_argument("--annotations", metavar="FILE", help="with --predictions: the COCO ground truth")
     sub.add_argument("--images", metavar="DIR", help="with --predictions: the pictures, for the report's galleries")
-    _add_processes(sub)
+    add_processes(sub)
     sub = add("compare", "metrics of several runs side by side, with bootstrap intervals over the images", None)
     sub.add_argument("runs", nargs="+", metavar="RUN", help="workdir of an evaluated run, or a COCO results file")
     sub.add_argument("--annotations", metavar="FILE", help="the COCO ground truth (default: what the runs say)")
     sub.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the images (%(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="of the resamples (%(default)s)")
     sub = add("predict", "segment pictures, videos and maps: drawings, JSON and other formats", None)
-    _add_pipeline(sub)
+    add_pipeline(sub)
     inputs = "a picture, folder, pattern like 'a/**/*.jpg', URL or video; samples: pictures that come with the package"
     sub.add_argument("--input", metavar="PATH|URL", required=True, help=inputs)
     sub.add_argument("--save_path", metavar="DIR", help="where the results go (default: WORKDIR/predictions)")
@@ -118,11 +127,11 @@ def build_parser() -> argparse.ArgumentParser:
     about = "replace LabelMe and YOLO files beside the pictures that were made by hand"
     sub.add_argument("--overwrite", action="store_true", help=about)
     sub.add_argument("--masks_format", choices=("rle", "crop", "polygon"), default="rle", help="in JSON (%(default)s)")
-    _add_tiles(sub)
-    _add_job(sub)
+    add_tiles(sub)
+    add_job(sub)
     sub = add("status", "how far the job of a `predict --workdir=JOB` is: done, failed, rate, time left", None)
     sub.add_argument("job", metavar="JOB", help="folder of the job, as --workdir named it")
-    _add_server(add("serve", "answer requests over HTTP, with a page to try it", None))
+    add_server(add("serve", "answer requests over HTTP, with a page to try it", None))
     about = "write the YAML file of a pipeline, to change it and to name it as --pipeline"
     sub = add("get_pipeline_config", about, None)
     sub.add_argument("--pipeline", metavar="NAME", default="instance_segmentation", help="(%(default)s)")
@@ -136,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--runtimes", metavar="xla,onnxruntime,openvino", help="time the network alone, in each of these")
     sub.add_argument("--peer", metavar="SIZE=FILE", help="other networks beside it, ONNX files: s=a.onnx,l=b.onnx")
     sub.add_argument("--weights", metavar="PATH", help="of inference: a trained model's masks encode faster than fresh")
-    _add_export(add("export", "write the model for other runtimes, with proof that it finds the same", None))
+    add_export(add("export", "write the model for other runtimes, with proof that it finds the same", None))
     sub = add("import_weights", "turn official weights into a checkpoint", DEFAULT_CONFIG)
     sub.add_argument("--weights", metavar="FILE|URL|NAME", required=True, help="e.g. mask_rtdetr_l_coco")
     sub = add("export_weights", "write a checkpoint's weights for the official tools", None)
@@ -144,96 +153,6 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--format", choices=("pdparams", "safetensors"), default="pdparams", help="(%(default)s)")
     sub.add_argument("--half", action="store_true", help="of safetensors: store float16, half the size")
     return parser
-
-
-def _add_processes(sub: argparse.ArgumentParser) -> None:
-    """The options of verbs that several processes can run together."""
-    about = "be one of several processes, found by JAX (SLURM, Open MPI, Kubernetes)"
-    sub.add_argument("--distributed", action="store_true", help=about)
-    sub.add_argument("--coordinator", metavar="HOST:PORT", help="elsewhere: where the first process listens")
-    sub.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
-    sub.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
-
-
-def _add_sweep(sub: argparse.ArgumentParser) -> None:
-    about = "a field and its values (default: the variants of the config's function sweep(add))"
-    sub.add_argument("--axis", action="append", metavar="FIELD=A,B,C", default=[], help=about)
-    about = "vary one axis while the other fields stay as they are, or take all combinations (%(default)s)"
-    sub.add_argument("--mode", choices=("one_at_a_time", "grid"), default="one_at_a_time", help=about)
-    about = "runs of each variant, with the config's seed and the ones after it (%(default)s)"
-    sub.add_argument("--seeds", type=int, metavar="N", default=1, help=about)
-    about = "runs at the same time, on a device each (%(default)s)"
-    sub.add_argument("--jobs", type=int, metavar="N", default=1, help=about)
-    sub.add_argument("--sweep_list", action="store_true", help="list the runs, how far they are, and their commands")
-    sub.add_argument("--sweep_index", type=int, metavar="I", help="only run number I of the list, for array jobs")
-    sub.add_argument("--sweep_table", action="store_true", help="only write the tables of what is there so far")
-
-
-def _add_pipeline(sub: argparse.ArgumentParser) -> None:
-    """The options of verbs that run a pipeline."""
-    default = "instance_segmentation"
-    sub.add_argument("--pipeline", metavar="NAME|FILE", default=default, help="name or YAML file (%(default)s)")
-    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint, export or .pdparams")
-    about = "lowest score that counts (default: as stored with the weights, else 0.5)"
-    sub.add_argument("--threshold", type=float, help=about)
-    sub.add_argument("--batch_size", type=int, metavar="N", help="images a call of the network (default: 1)")
-    sub.add_argument("--device", metavar="NAME", help="auto, cpu, gpu, gpu:0,1 or tpu (default: auto)")
-    about = "take the quickest runtime that is installed; a checkpoint is exported once"
-    sub.add_argument("--use_hpip", action="store_true", help=about)
-
-
-def _add_tiles(sub: argparse.ArgumentParser) -> None:
-    """The options of verbs that work on large images in windows."""
-    sub.add_argument("--tile", type=int, metavar="PIXELS", help="side of the windows for large images (default: none)")
-    sub.add_argument("--overlap", type=float, default=0.2, help="of neighbouring windows, part of a side (%(default)s)")
-    about = "look for objects larger than the overlap in the whole image too (default: yes)"
-    sub.add_argument("--whole_image", action=argparse.BooleanOptionalAction, default=True, help=about)
-
-
-def _add_job(sub: argparse.ArgumentParser) -> None:
-    """The options of predictions that are planned: --workdir names a folder that is no run."""
-    about = "do only parts I, I + N, I + 2 N, ... of the plan in --workdir, I from 0; a command without it merges"
-    sub.add_argument("--shard", metavar="I/N", help=about)
-    sub.add_argument("--compute_only", action="store_true", help="compute parts that nobody has, and don't merge")
-    sub.add_argument("--merge_only", action="store_true", help="merge what is computed, or say what is missing")
-    sub.add_argument("--retry_failed", action="store_true", help="compute again the parts in which something failed")
-    sub.add_argument("--engine", choices=("local",), help="who runs the workers: local, processes of this machine")
-    sub.add_argument("--jobs", type=int, metavar="N", help="workers of --engine")
-
-
-def _add_export(sub: argparse.ArgumentParser) -> None:
-    """The options of an export."""
-    sub.add_argument("--weights", metavar="PATH", help="workdir of a run or checkpoint (default: workdir)")
-    sub.add_argument("--format", metavar="NAME", default="onnx", help="onnx (the default), stablehlo, openvino, ...")
-    sub.add_argument("--batch", type=int, metavar="N", default=1, help="images a call (%(default)s)")
-    sub.add_argument("--size", type=int, metavar="PIXELS", help="of the square input (default: as trained)")
-    sub.add_argument("--dynamic_batch", action="store_true", help="any number of images a call")
-    sub.add_argument("--half", action="store_true", help="16-bit numbers (of what, says the README)")
-    sub.add_argument("--int8", action="store_true", help="8-bit convolutions, calibrated on pictures")
-    about = "folder of pictures or data set to calibrate --int8 on (default: the training images of the run)"
-    sub.add_argument("--calibration", metavar="DIR", help=about)
-    sub.add_argument("--data", metavar="DIR", help="data set on whose validation images AP is told before and after")
-
-
-def _add_server(sub: argparse.ArgumentParser) -> None:
-    """The options of the server."""
-    _add_pipeline(sub)
-    sub.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (%(default)s)")
-    sub.add_argument("--port", type=int, default=8080, help="(%(default)s)")
-    about = "how long a request waits for others to fill its batch (%(default)s)"
-    sub.add_argument("--max_wait_ms", type=float, metavar="MS", default=10.0, help=about)
-    about = "requests at a time; more are refused with 429 (%(default)s)"
-    sub.add_argument("--queue_size", type=int, metavar="N", default=64, help=about)
-    about = "for an answer, then 504; also for a body to arrive (%(default)s)"
-    sub.add_argument("--timeout", type=float, metavar="SECONDS", default=60.0, help=about)
-    about = "largest body of a request; larger ones are refused with 413 (%(default)s)"
-    sub.add_argument("--max_body_mb", type=float, metavar="MB", default=32.0, help=about)
-    about = "largest image; larger ones are refused with 413 (%(default)s)"
-    sub.add_argument("--max_megapixels", type=float, metavar="MP", default=64.0, help=about)
-    about = "hosts whose URLs are fetched, with commas between (default: none)"
-    sub.add_argument("--allow_urls", metavar="HOSTS", default="", help=about)
-    about = "requests must bear this token (default: $INSTSEG_TOKEN, which other users of the machine do not see)"
-    sub.add_argument("--token", metavar="TOKEN", help=about)
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:

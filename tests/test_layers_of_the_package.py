@@ -23,6 +23,7 @@ GROUND = {
     "config",
     "devices",
     "memory",
+    "options",
     "progress",
 }
 ALLOWED = {
@@ -33,6 +34,7 @@ ALLOWED = {
     "geo": {"geo"},
     "results": {"results", "geo"},
     "inference": {"inference", "models", "weights", "runtimes", "geo", "results"},
+    "jobs": {"jobs", "inference", "results", "geo"},
     "evaluation": {"evaluation", "inference.postprocess"},
     "scoring": {"scoring", "data", "evaluation", "inference", "results"},
     "training": {"training", "models", "data", "weights", "evaluation", "inference", "scoring"},

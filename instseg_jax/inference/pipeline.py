@@ -5,6 +5,7 @@ file in `pipeline_config.py`. Files of results are written in `results.py` and `
 """
 
 import dataclasses
+import functools
 import logging
 import numbers
 import os

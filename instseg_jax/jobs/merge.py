@@ -12,7 +12,7 @@ from typing import IO
 
 import numpy as np
 
-from instseg_jax.bands import Bands, show_bands
+from instseg_jax.bands import show_bands
 from instseg_jax.crops import paste_mask
 from instseg_jax.geo.rasters import open_raster
 from instseg_jax.inference.mask_merging import add_large
@@ -25,7 +25,7 @@ from instseg_jax.inference.piece_tables import (
     covered_by,
     table_of,
 )
-from instseg_jax.inference.sources import find_sources, read_video, with_bands
+from instseg_jax.inference.sources import find_sources
 from instseg_jax.inference.streamed_merging import join_rows, nothing_pending
 from instseg_jax.inference.tiling import MAX_PIXELS
 from instseg_jax.jobs.parts import Failure, read_part
@@ -40,7 +40,7 @@ READ_AHEAD = 4096  # instances
 
 
 def merged_results(
-    plan: Plan, job: Path, failed: list[Failure], *, with_images: bool, bands: Bands | None
+    plan: Plan, job: Path, failed: list[Failure], *, with_images: bool
 ) -> Iterator[Result | LargeResult]:
     """The results of all inputs in order; of a raster that has many instances, one that lies on the disk.
 
@@ -56,33 +56,28 @@ def merged_results(
                 continue
             content = read_part(part_file(job, parts[0].number), plan)
             failed += content.failed
-            yield from _with_images(plan, parts[0], content.results, with_images, bands)
+            yield from _with_images(plan, parts[0], content.results, with_images)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _with_images(
-    plan: Plan, part: Part, results: list[Result], with_images: bool, bands: Bands | None
-) -> Iterator[Result]:
+def _with_images(plan: Plan, part: Part, results: list[Result], with_images: bool) -> Iterator[Result]:
     """Results of pictures or a video with their places on the ground, and the pictures where they are drawn."""
-    if part.kind == "video":
-        frames = read_video(plan.inputs[part.first].name) if with_images else itertools.repeat(None)
-        for result in results:
-            yield result if result.error else dataclasses.replace(result, image=next(frames))
+    names = [one.name for one in plan.inputs[part.first : part.last]]
+    if part.kind == "video" and not with_images:
+        yield from results
         return
-    for source, result in zip(plan.inputs[part.first : part.last], results, strict=True):
+    found, _ = find_sources(names, channels="rgb", bands=plan.bands)
+    for source, result in zip(found, results, strict=True):
         if result.error is not None:
             yield result
             continue
-        (found,), _ = find_sources(source.name, channels="rgb")
-        if bands is not None:
-            found = with_bands(found, bands)
         image = None
         if with_images:
-            is_cut = plan.tiles is not None and found.raster is not None
-            image = _picture(found.raster.picture if is_cut and found.raster is not None else found.read)
-            image = image if bands is None or image is None else show_bands(image)
-        yield dataclasses.replace(result, image=image, georeference=found.georeference)
+            is_cut = plan.tiles is not None and source.raster is not None
+            image = _picture(source.raster.picture if is_cut and source.raster is not None else source.read)
+            image = image if plan.bands is None or image is None else show_bands(image)
+        yield dataclasses.replace(result, image=image, georeference=source.georeference)
 
 
 def _merge_raster(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from instseg_jax.bands import Bands
 from instseg_jax.files import check_seal, read_json, seal, write_json
 from instseg_jax.geo.rasters import open_raster
 from instseg_jax.images import is_video
@@ -83,6 +84,15 @@ class Plan:
             return None
         return Tiles(self.settings["tile"], self.settings["overlap"], self.settings["whole_image"])
 
+    @property
+    def bands(self) -> Bands | None:
+        """How pixels are read; None: as 8-bit colour."""
+        bands = self.settings["bands"]
+        if bands is None:
+            return None
+        ranges = bands["ranges"]
+        return Bands(bands["channels"], None if ranges is None else tuple((low, high) for low, high in ranges))
+
     def grid(self, source: Input) -> Grid:
         """The windows of a raster."""
         assert source.size is not None and self.tiles is not None
@@ -113,15 +123,15 @@ def is_viewed(source: Input) -> bool:
     return source.size is not None and source.size[0] * source.size[1] <= MAX_PIXELS
 
 
-def build_plan(names: Sequence[str], settings: Mapping[str, Any], *, use_rasters: bool) -> Plan:
-    """Plan the segmentation of files and addresses, in their order.
+def build_plan(names: Sequence[str], settings: Mapping[str, Any]) -> Plan:
+    """Plan the segmentation of files and addresses, in their order. Models of other bands read files whole.
 
-    `use_rasters` is False for models that read all bands of a file, whole. Raises ValueError for a raster whose windows
+    Raises ValueError for a raster whose windows
     overlap too much to be merged in rows, where it is too large to be merged at once.
     """
     plan = Plan(json.loads(json.dumps(dict(settings))), ())
     return dataclasses.replace(
-        plan, inputs=tuple(_describe(name, plan.tiles if use_rasters else None) for name in names)
+        plan, inputs=tuple(_describe(name, plan.tiles if plan.bands is None else None) for name in names)
     )
 
 

@@ -1,6 +1,7 @@
 """Predictions that are planned: `predict` with a folder for its job, and `status`."""
 
 import argparse
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -73,9 +74,9 @@ def predict_job(
             print(f"{len(missing)} of {len(plan.parts)} parts are missing: {shown}{', ...' if missing[10:] else ''}")
             print_next("predict", "...", comment="without --merge_only computes them")
             return 1
-        return _merge(options, formats, plan, None, say, started)
+        return _merge(options, formats, plan, say, started)
     pipeline = make_pipeline()
-    plan = build_plan(names, _settings(options, pipeline), use_rasters=pipeline.feeding.bands is None)
+    plan = build_plan(names, _settings(options, pipeline))
     _agree(plan, job)
     again = failed_parts(job, plan) if options.retry_failed else {}
     if options.engine and (again or missing_parts(job, plan)):
@@ -98,7 +99,7 @@ def predict_job(
         print(f"{computed} parts were computed here; {left} of {len(plan.parts)} are missing")
         print_next("status", str(job), comment="the command without --shard or --compute_only merges")
         return 0
-    return _merge(options, formats, plan, pipeline, say, started)
+    return _merge(options, formats, plan, say, started)
 
 
 def status(options: argparse.Namespace) -> int:
@@ -122,6 +123,7 @@ def _settings(options: argparse.Namespace, pipeline: Pipeline) -> dict:
         "overlap": options.overlap,
         "whole_image": options.whole_image,
         "model": pipeline.fingerprint(),
+        "bands": None if pipeline.feeding.bands is None else dataclasses.asdict(pipeline.feeding.bands),
         "batch_size": pipeline.batch_size,
         "thresholds": pipeline.thresholds.tolist(),
         "class_names": pipeline.class_names,
@@ -158,7 +160,6 @@ def _merge(
     options: argparse.Namespace,
     formats: Sequence[str],
     plan: Plan,
-    pipeline: Pipeline | None,
     say: Callable[..., None],
     started: float,
 ) -> int:
@@ -169,13 +170,7 @@ def _merge(
     while True:
         with lease(job, "merge") as is_mine:
             if is_mine:
-                results = merged_results(
-                    plan,
-                    job,
-                    failed,
-                    with_images="img" in formats,
-                    bands=None if pipeline is None else pipeline.feeding.bands,
-                )
+                results = merged_results(plan, job, failed, with_images="img" in formats)
                 summary = save_results(
                     results, folder, formats=formats, masks_format=options.masks_format, overwrite=options.overwrite
                 )

@@ -32,7 +32,7 @@ def pipe():
 
 def settings(pipe, **options) -> dict:
     named = {"tile": 64, "overlap": 0.25, "whole_image": False} | options
-    model = {"model": "fake", "thresholds": pipe.thresholds.tolist(), "batch_size": pipe.batch_size}
+    model = {"model": "fake", "bands": None, "thresholds": pipe.thresholds.tolist(), "batch_size": pipe.batch_size}
     return named | model | {"class_names": pipe.class_names, "category_ids": pipe.category_ids}
 
 
@@ -66,13 +66,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def merged(plan: Plan, job: Path, folder: Path) -> dict[str, bytes]:
     failed: list = []
-    results = merged_results(plan, job, failed, with_images=True, bands=None)
+    results = merged_results(plan, job, failed, with_images=True)
     save_results(results, folder, formats=FORMATS)
     return contents(folder) | {"failed": repr(failed).encode()}
 
 
 def planned(pipe, inputs, job: Path, **options) -> Plan:
-    plan = build_plan(inputs, settings(pipe, **options), use_rasters=True)
+    plan = build_plan(inputs, settings(pipe, **options))
     write_plan(plan, job)
     assert read_plan(job) == plan and read_plan(job).digest == plan.digest
     return plan
@@ -108,7 +108,7 @@ def test_a_result_on_the_disk_is_written_as_one_in_memory(pipe, inputs, tmp_path
 @pytest.fixture(scope="module")
 def computed(pipe, inputs) -> dict[int, bytes]:
     """The files of all parts."""
-    plan = build_plan(inputs, settings(pipe), use_rasters=True)
+    plan = build_plan(inputs, settings(pipe))
     return {part.number: compute_part(plan, part, pipe) for part in plan.parts}
 
 
@@ -121,7 +121,7 @@ def undisturbed(pipe, inputs, computed, tmp_path_factory) -> dict[str, bytes]:
 
 
 def test_a_part_is_the_same_file_every_time(pipe, inputs, computed):
-    plan = build_plan(inputs, settings(pipe), use_rasters=True)
+    plan = build_plan(inputs, settings(pipe))
     assert len(set(computed.values())) == len(plan.parts) == 6
     for part in reversed(plan.parts):
         assert compute_part(plan, part, make_pipeline(batch_size=4)) == computed[part.number]

@@ -1,0 +1,94 @@
+"""Groups of options of the command line, of verbs that share them or have many."""
+
+import argparse
+
+
+def add_processes(sub: argparse.ArgumentParser) -> None:
+    """The options of verbs that several processes can run together."""
+    about = "be one of several processes, found by JAX (SLURM, Open MPI, Kubernetes)"
+    sub.add_argument("--distributed", action="store_true", help=about)
+    sub.add_argument("--coordinator", metavar="HOST:PORT", help="elsewhere: where the first process listens")
+    sub.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
+    sub.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
+
+
+def add_sweep(sub: argparse.ArgumentParser) -> None:
+    """The options of a sweep."""
+    about = "a field and its values (default: the variants of the config's function sweep(add))"
+    sub.add_argument("--axis", action="append", metavar="FIELD=A,B,C", default=[], help=about)
+    about = "vary one axis while the other fields stay as they are, or take all combinations (%(default)s)"
+    sub.add_argument("--mode", choices=("one_at_a_time", "grid"), default="one_at_a_time", help=about)
+    about = "runs of each variant, with the config's seed and the ones after it (%(default)s)"
+    sub.add_argument("--seeds", type=int, metavar="N", default=1, help=about)
+    about = "runs at the same time, on a device each (%(default)s)"
+    sub.add_argument("--jobs", type=int, metavar="N", default=1, help=about)
+    sub.add_argument("--sweep_list", action="store_true", help="list the runs, how far they are, and their commands")
+    sub.add_argument("--sweep_index", type=int, metavar="I", help="only run number I of the list, for array jobs")
+    sub.add_argument("--sweep_table", action="store_true", help="only write the tables of what is there so far")
+
+
+def add_pipeline(sub: argparse.ArgumentParser) -> None:
+    """The options of verbs that run a pipeline."""
+    default = "instance_segmentation"
+    sub.add_argument("--pipeline", metavar="NAME|FILE", default=default, help="name or YAML file (%(default)s)")
+    sub.add_argument("--weights", metavar="PATH", help="workdir of a run, checkpoint, export or .pdparams")
+    about = "lowest score that counts (default: as stored with the weights, else 0.5)"
+    sub.add_argument("--threshold", type=float, help=about)
+    sub.add_argument("--batch_size", type=int, metavar="N", help="images a call of the network (default: 1)")
+    sub.add_argument("--device", metavar="NAME", help="auto, cpu, gpu, gpu:0,1 or tpu (default: auto)")
+    about = "take the quickest runtime that is installed; a checkpoint is exported once"
+    sub.add_argument("--use_hpip", action="store_true", help=about)
+
+
+def add_tiles(sub: argparse.ArgumentParser) -> None:
+    """The options of verbs that work on large images in windows."""
+    sub.add_argument("--tile", type=int, metavar="PIXELS", help="side of the windows for large images (default: none)")
+    sub.add_argument("--overlap", type=float, default=0.2, help="of neighbouring windows, part of a side (%(default)s)")
+    about = "look for objects larger than the overlap in the whole image too (default: yes)"
+    sub.add_argument("--whole_image", action=argparse.BooleanOptionalAction, default=True, help=about)
+
+
+def add_job(sub: argparse.ArgumentParser) -> None:
+    """The options of predictions that are planned: --workdir names a folder that is no run."""
+    about = "do only parts I, I + N, I + 2 N, ... of the plan in --workdir, I from 0; a command without it merges"
+    sub.add_argument("--shard", metavar="I/N", help=about)
+    sub.add_argument("--compute_only", action="store_true", help="compute parts that nobody has, and don't merge")
+    sub.add_argument("--merge_only", action="store_true", help="merge what is computed, or say what is missing")
+    sub.add_argument("--retry_failed", action="store_true", help="compute again the parts in which something failed")
+    sub.add_argument("--engine", choices=("local",), help="who runs the workers: local, processes of this machine")
+    sub.add_argument("--jobs", type=int, metavar="N", help="workers of --engine")
+
+
+def add_export(sub: argparse.ArgumentParser) -> None:
+    """The options of an export."""
+    sub.add_argument("--weights", metavar="PATH", help="workdir of a run or checkpoint (default: workdir)")
+    sub.add_argument("--format", metavar="NAME", default="onnx", help="onnx (the default), stablehlo, openvino, ...")
+    sub.add_argument("--batch", type=int, metavar="N", default=1, help="images a call (%(default)s)")
+    sub.add_argument("--size", type=int, metavar="PIXELS", help="of the square input (default: as trained)")
+    sub.add_argument("--dynamic_batch", action="store_true", help="any number of images a call")
+    sub.add_argument("--half", action="store_true", help="16-bit numbers (of what, says the README)")
+    sub.add_argument("--int8", action="store_true", help="8-bit convolutions, calibrated on pictures")
+    about = "folder of pictures or data set to calibrate --int8 on (default: the training images of the run)"
+    sub.add_argument("--calibration", metavar="DIR", help=about)
+    sub.add_argument("--data", metavar="DIR", help="data set on whose validation images AP is told before and after")
+
+
+def add_server(sub: argparse.ArgumentParser) -> None:
+    """The options of the server."""
+    add_pipeline(sub)
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (%(default)s)")
+    sub.add_argument("--port", type=int, default=8080, help="(%(default)s)")
+    about = "how long a request waits for others to fill its batch (%(default)s)"
+    sub.add_argument("--max_wait_ms", type=float, metavar="MS", default=10.0, help=about)
+    about = "requests at a time; more are refused with 429 (%(default)s)"
+    sub.add_argument("--queue_size", type=int, metavar="N", default=64, help=about)
+    about = "for an answer, then 504; also for a body to arrive (%(default)s)"
+    sub.add_argument("--timeout", type=float, metavar="SECONDS", default=60.0, help=about)
+    about = "largest body of a request; larger ones are refused with 413 (%(default)s)"
+    sub.add_argument("--max_body_mb", type=float, metavar="MB", default=32.0, help=about)
+    about = "largest image; larger ones are refused with 413 (%(default)s)"
+    sub.add_argument("--max_megapixels", type=float, metavar="MP", default=64.0, help=about)
+    about = "hosts whose URLs are fetched, with commas between (default: none)"
+    sub.add_argument("--allow_urls", metavar="HOSTS", default="", help=about)
+    about = "requests must bear this token (default: $INSTSEG_TOKEN, which other users of the machine do not see)"
+    sub.add_argument("--token", metavar="TOKEN", help=about)
