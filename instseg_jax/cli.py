@@ -14,6 +14,7 @@ import sys
 from typing import NoReturn
 
 import instseg_jax
+from instseg_jax import peers
 from instseg_jax.commands import program
 from instseg_jax.options import (
     add_export,
@@ -226,7 +227,12 @@ def run() -> NoReturn:
 
     A program that XLA still compiles when a signal ends a training is not waited for.
     """
+    if peers.is_wanted(sys.argv[1:]):
+        raise SystemExit(peers.stand_by(sys.argv[1:]))
     code = main()
+    if code in (1, 130) and peers.SWITCH in os.environ:  # JAX would wait for the others, who see that this one is gone
+        sys.stdout.flush()
+        os._exit(code)
     busy = sys.modules.get("instseg_jax.training.signals")
     if busy is not None and busy.is_still_working():
         sys.stdout.flush()
@@ -247,16 +253,23 @@ def call(*arguments: str) -> int:
 
 def run_verb(options: argparse.Namespace, overrides: dict[str, str]) -> int | None:
     """Call the verb's function, in the file of `verbs/` that has its name or stands in VERB_FILES."""
-    from instseg_jax.devices import join_processes, keep_compiled_programs
+    from instseg_jax import devices
 
     processes = [getattr(options, name, None) for name in ("coordinator", "num_processes", "process_id")]
-    if getattr(options, "distributed", False) or processes != [None] * 3:
-        join_processes(*processes)
+    is_one_of_several = getattr(options, "distributed", False) or processes != [None] * 3
+    if is_one_of_several:
+        devices.join_processes(*processes, timeout=options.initialization_timeout)
     options.overrides = overrides
     if options.verb != "sweep":  # which starts processes that do this each for itself
-        keep_compiled_programs(pathlib.Path(options.workdir) / "compiled")
+        devices.keep_compiled_programs(pathlib.Path(options.workdir) / "compiled")
     file = importlib.import_module(f"instseg_jax.verbs.{VERB_FILES.get(options.verb, options.verb)}")
-    return getattr(file, options.verb)(options)
+    function = getattr(file, options.verb)
+    if not is_one_of_several:
+        return function(options)
+    import jax
+
+    with peers.watch(devices.coordination_client(), jax.process_index(), jax.process_count()):
+        return function(options)
 
 
 def _one_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,11 +42,13 @@ def select_devices(device: str) -> list[jax.Device]:
     return [by_id[index] for index in wanted]
 
 
-def join_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+def join_processes(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, *, timeout: int = 300
+) -> None:
     """Make this process one of several that work as one; call it before anything else asks for a device.
 
     Give all three on hosts that know nothing of each other, none of them under SLURM, Open MPI, Kubernetes or on
-    Cloud TPUs, where JAX finds them out.
+    Cloud TPUs, where JAX finds them out. The others may take `timeout` seconds to come.
 
     Raises: ValueError when only some are given, or the processes can't be found or reached.
     """
@@ -56,9 +59,16 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ValueError(f"--process_id is {process_id}; it must be between 0 and {num_processes - 1}")
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the other processes were not found ({' '.join(str(error).split())})") from error
+
+
+def coordination_client() -> Any:
+    """The client of JAX's coordination service, None for a process that is alone."""
+    from jax._src import distributed  # it has no public name
+
+    return distributed.global_state.client
 
 
 def keep_compiled_programs(folder: str | os.PathLike[str]) -> None:

@@ -2,6 +2,8 @@
 
 import argparse
 
+from instseg_jax.peers import TRIES
+
 
 def add_processes(sub: argparse.ArgumentParser) -> None:
     """The options of verbs that several processes can run together."""
@@ -10,6 +12,10 @@ def add_processes(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--coordinator", metavar="HOST:PORT", help="elsewhere: where the first process listens")
     sub.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
     sub.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
+    about = "how long the others may take to come (%(default)s)"
+    sub.add_argument("--initialization_timeout", type=int, metavar="SECONDS", default=300, help=about)
+    about = "how often to wait that long for them (%(default)s)"
+    sub.add_argument("--initialization_tries", type=int, metavar="N", default=TRIES, help=about)
 
 
 def add_sweep(sub: argparse.ArgumentParser) -> None:

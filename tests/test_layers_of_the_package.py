@@ -20,6 +20,7 @@ GROUND = {
     "files",
     "commands",
     "messages",
+    "peers",
     "config",
     "devices",
     "memory",

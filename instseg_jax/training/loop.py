@@ -26,6 +26,7 @@ from instseg_jax.data.source import build_dataset, with_channel_ranges
 from instseg_jax.devices import check_batch_size, make_mesh, put_micro_batches, put_replicated, select_devices
 from instseg_jax.files import write_json
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, build_model, count_parameters, initial_variables
+from instseg_jax.peers import write_here_if_lost
 from instseg_jax.training.curves import draw_training
 from instseg_jax.training.metrics import MetricsFile, TrainingProgress, check_tensorboard, open_log
 from instseg_jax.training.optimizer import build_optimizer, build_schedule, say_longer
@@ -114,6 +115,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     is_first = jax.process_index() == 0
     try:
         with lock_workdir(workdir):
+            write_here_if_lost(workdir / RESULT)
             result = _train(config, workdir)
     except BusyError:
         raise
@@ -152,7 +154,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict:
         manager.wait_until_finished()
         manager.close()
     return {
-        "done_flag": end != "stopped",
+        "done_flag": end not in ("stopped", "requeue"),
         "model_name": config.model.name,
         "config": CONFIG,
         "train_log": LOG,
@@ -251,7 +253,7 @@ def _run_steps(run: Training, step_function, state: TrainState, manager, history
     end is made when the run resumes.
 
     Returns: the number of steps that are done, and why no more are: "finished", "stopped early" (no better score for
-      long) or "stopped" (by a signal).
+      long), "stopped" (by a signal) or "requeue" (by SIGUSR1: it is to be started again).
     """
     config, done = run.config, int(state.step)
     metrics_file = MetricsFile(run.workdir, done, use_tensorboard=config.log.tensorboard)
@@ -336,7 +338,7 @@ def _run_steps(run: Training, step_function, state: TrainState, manager, history
         except Interrupted:
             what = f"stopped by a signal at step {done}" if done else "stopped by a signal before the first step"
             run.logger.info("%s; the same command goes on from there", what)
-            end = "stopped"
+            end = "requeue" if stop.is_to_be_requeued() else "stopped"
         if pending is not None:
             fetch(*pending)
     return done, end

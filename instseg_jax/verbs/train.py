@@ -6,6 +6,7 @@ import jax
 
 from instseg_jax.commands import changed, print_next
 from instseg_jax.config import load_config
+from instseg_jax.peers import REQUEUE
 from instseg_jax.training import loop
 from instseg_jax.verbs.export import check_best_export, export_best
 
@@ -15,8 +16,9 @@ def train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     check_best_export(config)
     result = loop.train(config, options.workdir)
+    code = REQUEUE if result["end"] == "requeue" else 0
     if jax.process_index() != 0:
-        return 0
+        return code
     best = result["best_score"]
     print(f"{result['steps']} of {result['total_steps']} steps in {options.workdir}")
     has_weights = "best" in result["models"]
@@ -24,7 +26,7 @@ def train(options: argparse.Namespace) -> int:
     print(f"best {result['best_metric']}: {nothing if best is None else f'{best:.3f}'}")
     if not result["done_flag"]:
         print(f"next: {changed('train', {})}")
-        return 0
+        return code
     if config.checkpoint.export:
         export_best(options.workdir, config.checkpoint.export)
     verb = ("evaluate",) if best is not None else ("predict", "--input=YOUR_PICTURES")
