@@ -1,20 +1,51 @@
 """instseg_jax: instance segmentation in JAX with Mask-RT-DETR.
 
-The public face: `create_model`, `create_pipeline`, `train`, `evaluate`. The verbs of the command line do the same.
+The public face, for Python. Nothing heavy is imported before it is used. The verbs of the command line do the same.
 """
 
+import functools
+import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+    from instseg_jax.config import load_config
+    from instseg_jax.data.coco import CocoDataset
+    from instseg_jax.data.own import dense_masks, make_example, own_data
+    from instseg_jax.data.transforms import Transform
     from instseg_jax.inference.pipeline import Pipeline
+    from instseg_jax.inference.predictor import LoadedModel
+    from instseg_jax.models.anatomy import features, look_inside
     from instseg_jax.models.mask_rtdetr import MaskRTDETR
+    from instseg_jax.results.result import Result
+    from instseg_jax.training.functional import Assign, ExtraLoss, Init, Losses, Step
+    from instseg_jax.training.optimizer import Optimizer
+    from instseg_jax.types import Batch
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "create_model", "create_pipeline", "evaluate", "train"]
+_ELSEWHERE = {  # public names that are defined in a room: they are imported when they are asked for
+    "dense_masks": "data.own",
+    "features": "models.anatomy",
+    "load_config": "config",
+    "look_inside": "models.anatomy",
+    "make_example": "data.own",
+    "own_data": "data.own",
+}
+# fmt: off
+__all__ = [
+    "__version__", "batches", "create_model", "create_pipeline", "dense_masks", "evaluate", "features", "load",
+    "load_config", "look_inside", "losses", "make_example", "make_train_step", "own_data", "predict", "train",
+]
+# fmt: on
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module 'instseg_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"instseg_jax.{_ELSEWHERE[name]}"), name)
 
 
 def create_model(
@@ -23,6 +54,7 @@ def create_model(
     num_classes: int | None = None,
     weights: str | os.PathLike[str] | None = None,
     num_queries: int | None = None,
+    dtype: str = "float32",
     seed: int = 0,
 ) -> tuple["MaskRTDETR", dict]:
     """Create a network and its variables.
@@ -35,10 +67,11 @@ def create_model(
         name such as mask_rtdetr_l_coco. A run or checkpoint describes its network whole: name, classes, queries,
         layers, prototypes, `mask_enhanced` and dtype come from it.
       num_queries: Q; any number, no parameter depends on it. None: as the weights have it, else 300.
+      dtype: float32 or bfloat16, in which a network without a config of its own computes; parameters stay float32.
       seed: of fresh values.
 
     Returns: (model, variables); `variables` is {"params": every parameter, "batch_stats": ...} in numpy, and
-      `model.apply(variables, images)` with images [B, H, W, 3] float32 RGB in 0..1, sides multiples of 32, gives
+      model.apply(variables, images) with images [B, H, W, 3] float32 RGB in 0..1, sides multiples of 32, gives
       class_logits [B, Q, K], boxes [B, Q, 4] (normalised cxcywh) and mask_logits [B, Q, H/4, W/4].
 
     Raises: ValueError for an unknown name (lists the names), weights that do not fit, or a value that differs from what
@@ -68,7 +101,8 @@ def create_model(
         raise ValueError("name is None; name a size such as mask_rtdetr_l, or weights that say it themselves")
     if num_classes is None:
         num_classes = 80 if found is None or found.num_classes is None else found.num_classes
-    model = make_model(name, num_classes=num_classes, num_queries=300 if num_queries is None else num_queries)
+    num_queries = 300 if num_queries is None else num_queries
+    model = make_model(name, num_classes=num_classes, num_queries=num_queries, dtype=dtype)
     variables = initial_variables(model, seed=seed)
     if found is not None:
         variables, _ = merge_weights(variables, found)
@@ -125,20 +159,167 @@ def create_pipeline(
     )
 
 
-def train(config: "ConfigDict | str", workdir: str | os.PathLike[str]) -> dict:
+def load(
+    weights: str | os.PathLike[str], *, config: "ConfigDict | str | None" = None, dtype: str | None = None
+) -> tuple["MaskRTDETR", dict, "LoadedModel"]:
+    """Load weights of any kind with what is known about them.
+
+    Args:
+      weights: workdir of a run, checkpoint, official file, or a known name such as mask_rtdetr_n_pretrained.
+      config: how the network is built, for files that don't say: a config or the name of one.
+      dtype: float32 or bfloat16, in which the network computes; None: as it was trained.
+
+    Returns: (model, variables, info); `info` has class_names, category_ids, config, metadata, thresholds and summary.
+
+    Raises: FileNotFoundError or ValueError in one sentence when there are no weights or they do not fit.
+    """
+    from instseg_jax.inference.predictor import load_model
+
+    overrides = {} if dtype is None else {"model.dtype": dtype}
+    loaded = load_model(weights, None if config is None else _config_of(config), overrides)
+    return loaded.network, loaded.variables, loaded
+
+
+def predict(
+    image: Any, weights: str | os.PathLike[str] = "mask_rtdetr_n_pretrained", *, threshold: float | None = None
+) -> "Result":
+    """Find the instances in one picture; the pipeline of the last weights is kept for the next call.
+
+    Args:
+      image: a path, a URL, an array [h, w, 3] RGB uint8, or a PIL image.
+      weights: as of `create_pipeline`; without any, the small ones that come with the package.
+      threshold: lowest score that is kept; None: that of the weights, else 0.5.
+
+    Returns: the result, which notebooks show as a picture.
+
+    Raises: FileNotFoundError or ValueError in one sentence for weights or a picture that can't be read.
+    """
+    return next(iter(_pipeline_of(os.fspath(weights)).predict(image, threshold)))
+
+
+@functools.lru_cache(maxsize=1)
+def _pipeline_of(weights: str) -> "Pipeline":
+    return create_pipeline(weights=weights)
+
+
+def losses(
+    model: "MaskRTDETR",
+    settings: "ConfigDict | str",
+    *,
+    extra: "ExtraLoss | None" = None,
+    assign: "str | Assign" = "callback",
+) -> "Losses":
+    """The whole training loss as one pure function, for `jax.jit`, `jax.grad` and training loops of one's own.
+
+    Args:
+      model: from `create_model` or `load`.
+      settings: config, or the name of one, whose sections `loss` and `denoising` are read.
+      extra: (outputs, batch) -> terms of one's own {name: [] weighted}, which are added; `outputs` is a
+        `types.TrainingOutputs`.
+      assign: who solves the matching: "callback" (SciPy on the host, from inside the program; quickest on a CPU),
+        "program" (without the host: such a program is kept compiled from run to run), or a function
+        (costs [S, B, Q, N], valid [B, N]) -> query_index [S, B, N] int32, -1 for none.
+
+    Returns: (params, batch_stats, batch, key) -> loss, (terms, batch_stats): the sum [], its terms by name, and the
+      running statistics after the batch. Equal keys give equal losses.
+
+    Raises: ValueError for settings or an assignment that are not allowed.
+    """
+    from instseg_jax.training.functional import build_losses
+
+    return build_losses(model, _config_of(settings), extra=extra, assign=assign)
+
+
+def make_train_step(
+    model: "MaskRTDETR",
+    optimizer: "Optimizer",
+    settings: "ConfigDict | str",
+    *,
+    extra: "ExtraLoss | None" = None,
+    frozen: Sequence[str] | None = None,
+    assign: "str | Assign" = "callback",
+) -> "tuple[Init, Step]":
+    """A training step as one pure function, with an optimizer, loss terms and frozen parts of one's own.
+
+    Args:
+      model: from `create_model` or `load`.
+      optimizer: any of Optax.
+      settings: config, or the name of one: its loss, denoising and moving average.
+      extra: as of `losses`.
+      frozen: patterns; parameters in whose path one is found stay as they are. None: those of the config.
+      assign: as of `losses`.
+
+    Returns: `init(variables) -> state` and `step(state, batch, key) -> (state, metrics)`, for `jax.jit`. One key does
+      for a whole run: the number of the step is folded into it. `state.ema_variables` are the averaged weights. A step
+      whose loss or gradient is not finite changes nothing, and has `skipped` in its metrics.
+
+    Raises: ValueError for settings that are not allowed; `init`, for a pattern that is found in no parameter's path.
+    """
+    from instseg_jax.training.functional import build_train_step
+
+    return build_train_step(model, optimizer, _config_of(settings), extra=extra, frozen=frozen, assign=assign)
+
+
+def batches(
+    items: Iterable[Mapping[str, Any]],
+    settings: "ConfigDict | str",
+    *,
+    num_classes: int,
+    transforms: "Sequence[Transform]" = (),
+    seed: int = 0,
+) -> "Iterator[Batch]":
+    """Batches for `losses` and `make_train_step` from any iterable of items; no work is done ahead.
+
+    Args:
+      items: mappings with image, labels, and masks or segmentations, as `own_data` takes them: a list, a generator,
+        `tf_dataset.as_numpy_iterator()`, or a PyTorch DataLoader with batch_size=None.
+      settings: config, or the name of one: batch size, layout and slots; the size is data.image_size.
+      num_classes: K; labels are below it.
+      transforms: functions (example, rng) -> example, applied in this order.
+      seed: of what the transforms draw.
+
+    Returns: an iterator, as long as `items`; a last part that fills no batch is left out.
+
+    Raises: ValueError that names the item, for one that lacks something or does not fit together.
+    """
+    from instseg_jax.data.loader import build_stream
+
+    return build_stream(_config_of(settings), items, num_classes=num_classes, own_transforms=transforms, seed=seed)
+
+
+def train(
+    config: "ConfigDict | str",
+    workdir: str | os.PathLike[str],
+    *,
+    dataset: "CocoDataset | None" = None,
+    val_dataset: "CocoDataset | None" = None,
+    optimizer: "Optimizer | None" = None,
+    transforms: "Sequence[Transform]" = (),
+) -> dict:
     """Train as the verb `train` does; the same call on the same workdir goes on where it stopped.
 
     Args:
-      config: from `instseg_jax.config.load_config`, or the name of one: "quickstart", "finetune:n".
+      config: from `load_config`, or the name of one: "quickstart", "finetune:n".
       workdir: folder of the run; `instseg_jax.training.loop.train` lists what is written there.
+      dataset: from `own_data`, in place of what the config names.
+      val_dataset: to validate on, where `dataset` is given; None: no validation, the last weights count as the best.
+      optimizer: any of Optax, in place of AdamW and schedule of the config, whose frozen parts stay frozen.
+      transforms: functions (example, rng) -> example for training pictures, before the augmentation of the config.
 
     Returns: what train_result.json holds: done_flag, steps, best_score (0..1), models, seconds, and so on.
 
     Raises: ValueError or OSError in one sentence for anything that is wrong with config, data or workdir.
     """
+    from instseg_jax.data.coco import CocoDataset
+    from instseg_jax.training.loop import Own
     from instseg_jax.training.loop import train as run
 
-    return run(_config_of(config), os.fspath(workdir))
+    for name, given in (("dataset", dataset), ("val_dataset", val_dataset)):
+        if not isinstance(given, CocoDataset | None):
+            raise ValueError(f"{name} is a {type(given).__name__}; make it one with own_data(items, class_names)")
+    if val_dataset is not None and dataset is None:
+        raise ValueError("val_dataset is given without dataset; give both, or name both in the config")
+    return run(_config_of(config), os.fspath(workdir), Own(dataset, val_dataset, optimizer, tuple(transforms)))
 
 
 def evaluate(config: "ConfigDict | str", weights: str | os.PathLike[str]) -> dict:

@@ -12,6 +12,7 @@ import numpy as np
 
 from instseg_jax.data import coco, copy_paste, examples, transforms
 from instseg_jax.data.epochs import Pool, batch_entries
+from instseg_jax.messages import quote
 from instseg_jax.types import Batch, Targets
 
 Size = tuple[int, int]
@@ -30,6 +31,7 @@ class Recipe:
     interpolations: tuple[str, ...]  # likewise
     augmentation: transforms.Augmentation
     layout: examples.Layout
+    own_transforms: tuple[transforms.Transform, ...] = ()  # applied to the decoded picture, before the augmentation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,10 @@ def train_parts(
     samples = []
     for (index, repeat), place in zip(entries[own], pixels, strict=True):
         sample_rng = np.random.default_rng([seed, SAMPLE_STREAM, epoch, index, repeat])
-        samples.append(make_sample(dataset, index, sample_rng, augmentation, size, interpolation, layout, place))
+        sample = make_sample(
+            dataset, index, sample_rng, augmentation, size, interpolation, layout, place, recipe.own_transforms
+        )
+        samples.append(sample)
     return Parts(pixels, tuple(samples), tuple(index for index, _ in entries[own]))
 
 
@@ -94,6 +99,7 @@ def make_sample(
     interpolation: str,
     layout: examples.Layout,
     out: np.ndarray | None = None,
+    own_transforms: Sequence[transforms.Transform] = (),
 ) -> examples.Sample:
     """Decode, augment (unless for evaluation) and resize the image at a position of the data set.
 
@@ -101,7 +107,7 @@ def make_sample(
     the image file.
     """
     try:
-        example = examples.load_example(dataset, index)
+        example = apply_transforms(examples.load_example(dataset, index), rng, own_transforms)
         if augmentation is not None:
             example = _paste_from_another(example, dataset, rng, augmentation)
             example = transforms.augment(example, rng, augmentation)
@@ -113,6 +119,17 @@ def make_sample(
         if path in str(error):
             raise
         raise RuntimeError(f"{path!r} can't be made a sample: {error}") from error
+
+
+def apply_transforms(
+    example: examples.Example, rng: np.random.Generator, own_transforms: Sequence[transforms.Transform]
+) -> examples.Example:
+    """Put an example through transforms of one's own. Raises ValueError where one returns something else."""
+    for transform in own_transforms:
+        example = transform(example, rng)
+        if not isinstance(example, examples.Example):
+            raise ValueError(f"the transform {quote(transform)} returned {type(example).__name__}, not an Example")
+    return example
 
 
 def _paste_from_another(

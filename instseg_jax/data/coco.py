@@ -41,7 +41,7 @@ class CocoDataset:
     categories: tuple[str, ...]
     category_ids: tuple[int, ...]
     skipped: tuple[tuple[int, str], ...] = ()
-    pictures: Callable[[int], bytes] | None = None  # encoded pictures by image id, where they are no files
+    pictures: Callable[[int], bytes | np.ndarray] | None = None  # by image id, encoded or not, where they are no files
     bands: Bands | None = None  # how to read them, where they are not 8-bit colour
     allow_outside: bool = False  # pictures that a name or a link leads to from out of the folder
 
@@ -63,6 +63,8 @@ class CocoDataset:
         path = self.image_path(index)
         if self.pictures is not None:
             data = self.pictures(self.images[index].id)
+            if isinstance(data, np.ndarray):
+                return images.to_pixels(data, self.bands, repr(str(path)))
             return images.decode_image(data, str(path), self.bands)
         return images.read_image(path, self.bands)
 
@@ -156,7 +158,7 @@ def read_coco(
     image_folder: str | Path,
     *,
     skip_invalid: bool = False,
-    pictures: Callable[[int], bytes] | None = None,
+    pictures: Callable[[int], bytes | np.ndarray] | None = None,
 ) -> CocoDataset:
     """Read a COCO instance file with everything in it: crowds, images without objects, tiny objects.
 

@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import cv2
 from ml_collections import ConfigDict
@@ -19,6 +20,7 @@ from instseg_jax import images
 from instseg_jax.data import coco, examples, transforms
 from instseg_jax.data.batches import Parts, Recipe, Size, collate, count, eval_parts, train_parts
 from instseg_jax.data.epochs import Pool, make_pool, steps_per_epoch
+from instseg_jax.data.own import stream_batches
 from instseg_jax.data.prefetch import prefetch_map
 from instseg_jax.messages import quote
 from instseg_jax.types import Batch
@@ -59,9 +61,16 @@ class Loader:
 
 
 def build_train_loader(
-    config: ConfigDict, dataset: coco.CocoDataset, *, process_index: int = 0, process_count: int = 1
+    config: ConfigDict,
+    dataset: coco.CocoDataset,
+    *,
+    own_transforms: Sequence[transforms.Transform] = (),
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Loader:
     """Build the training loader of a config; objects and images that can't be trained on are left out.
+
+    `own_transforms` are applied to every decoded picture with its objects, before the augmentation of the config.
 
     Raises ValueError when no image is left or a field of the config is out of range.
     """
@@ -81,6 +90,7 @@ def build_train_loader(
         interpolations=tuple(data.interpolations),
         augmentation=transforms.Augmentation(**data.augment),
         layout=build_layout(config, data.max_instances),
+        own_transforms=tuple(own_transforms),
     )
 
     def batches(start_step: int = 0) -> Batches:
@@ -134,6 +144,28 @@ def build_eval_loader(
 
     batches()
     return Loader(dataset, math.ceil(len(dataset) / batch_size), counters, batches)
+
+
+def build_stream(
+    config: ConfigDict,
+    items: Iterable[Mapping[str, Any]],
+    *,
+    num_classes: int,
+    own_transforms: Sequence[transforms.Transform],
+    seed: int,
+) -> Iterator[Batch]:
+    """Batches of data.image_size from a stream of items; see `own.stream_batches`."""
+    data = config.data
+    return stream_batches(
+        items,
+        batch_size=config.train.batch_size,
+        num_classes=num_classes,
+        size=_as_size(data.image_size, data.mask_stride),
+        interpolation=data.eval_interpolation,
+        layout=build_layout(config, data.max_instances),
+        own_transforms=own_transforms,
+        seed=seed,
+    )
 
 
 def train_batches(

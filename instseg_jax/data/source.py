@@ -66,6 +66,6 @@ def with_channel_ranges(config: ConfigDict) -> ConfigDict:
 def _read_raw(dataset: coco.CocoDataset, index: int, channels: int) -> np.ndarray:
     path = dataset.image_path(index)
     data = files.read_regular(path) if dataset.pictures is None else dataset.pictures(dataset.images[index].id)
-    array = decode(data, str(path))
+    array = data if isinstance(data, np.ndarray) else decode(data, str(path))
     expect_channels(array, repr(str(path)), channels)
     return array

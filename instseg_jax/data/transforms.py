@@ -7,7 +7,7 @@ resizing after, both in `data/examples.py`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageStat
@@ -58,6 +58,9 @@ class Augmentation:
             raise ValueError(
                 f"data.augment.copy_paste_max_objects must be at least 1, got {quote(self.copy_paste_max_objects)}."
             )
+
+
+Transform = Callable[[Example, np.random.Generator], Example]  # of one's own
 
 
 def augment(example: Example, rng: np.random.Generator, augmentation: Augmentation) -> Example:

@@ -5,13 +5,16 @@ at and for research. Prediction and training do not come past here. Drawing is i
 """
 
 import dataclasses
+import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from instseg_jax.messages import quote
 from instseg_jax.models.mask_rtdetr import MaskRTDETR
-from instseg_jax.types import Outputs
+from instseg_jax.types import Array, Outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,33 @@ def look_inside(model: MaskRTDETR, variables: dict, images: np.ndarray) -> Anato
         mask_queries=inner["mask_queries"][0],
         outputs=outputs,
     )
+
+
+def features(model: MaskRTDETR, variables: dict, images: Array, patterns: Sequence[str]) -> dict[str, Array]:
+    """What the modules return in whose path a pattern is found, by path: {"backbone/stem": [B, h, w, C], ...}.
+
+    A pure function of variables and images [B, H, W, 3] (RGB 0..1, sides multiples of 32): it may be compiled,
+    differentiated and mapped. The pattern "" finds every module. Of several values a module returns, each has a number:
+    "neck/0", "neck/1".
+
+    Raises: ValueError for a pattern that is found in no module's path.
+    """
+
+    def is_wanted(module, method: str) -> bool:
+        return method == "__call__" and any(re.search(pattern, "/".join(module.path)) for pattern in patterns)
+
+    _, state = model.apply(variables, images, capture_intermediates=is_wanted, mutable=["intermediates"])
+    found, paths = {}, set()
+    for key_path, value in jax.tree_util.tree_leaves_with_path(state.get("intermediates", {})):
+        keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in key_path]
+        if "__call__" in keys:  # what modules note of themselves has other names
+            at = keys.index("__call__")
+            found["/".join([*keys[:at], *keys[at + 2 :]])] = value
+            paths.add("/".join(keys[:at]))
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in paths):
+            raise ValueError(f"no module's path contains {quote(pattern)}")
+    return found
 
 
 def explain_mask(anatomy: Anatomy, image: int, query: int) -> tuple[np.ndarray, np.ndarray]:

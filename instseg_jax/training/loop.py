@@ -18,18 +18,20 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from instseg_jax.config import check_sizes
 from instseg_jax.data import coco, loader
 from instseg_jax.data.source import build_dataset, with_channel_ranges
+from instseg_jax.data.transforms import Transform
 from instseg_jax.devices import check_batch_size, make_mesh, put_micro_batches, put_replicated, select_devices
 from instseg_jax.files import write_json
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, build_model, count_parameters, initial_variables
 from instseg_jax.peers import write_here_if_lost
 from instseg_jax.training.curves import draw_training
 from instseg_jax.training.metrics import MetricsFile, TrainingProgress, check_tensorboard, open_log
-from instseg_jax.training.optimizer import build_optimizer, build_schedule, say_longer
+from instseg_jax.training.optimizer import build_optimizer, build_schedule, say_longer, train_alone
 from instseg_jax.training.signals import Interrupted, StopSignals
 from instseg_jax.training.state import TrainState, initial_state, start_from_weights
 from instseg_jax.training.step import build_train_step
@@ -99,7 +101,17 @@ class Training:
         }
 
 
-def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """What a caller from Python brings in place of what the config says; None and () leave it to the config."""
+
+    dataset: coco.CocoDataset | None = None  # to train on; without `val_dataset` there is no validation
+    val_dataset: coco.CocoDataset | None = None
+    optimizer: optax.GradientTransformation | None = None  # in place of AdamW and the schedule
+    transforms: tuple[Transform, ...] = ()
+
+
+def train(config: ConfigDict, workdir: str | pathlib.Path, own: Own | None = None) -> dict:
     """Train as `config` says; the same call on the same workdir goes on where it stopped.
 
     Writes below `workdir`: checkpoints/ (the last few training states), best_model/ (averaged weights of the
@@ -116,7 +128,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     try:
         with lock_workdir(workdir):
             write_here_if_lost(workdir / RESULT)
-            result = _train(config, workdir)
+            result = _train(config, workdir, own or Own())
     except BusyError:
         raise
     except Exception as error:
@@ -134,8 +146,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     return result
 
 
-def _train(config: ConfigDict, workdir: pathlib.Path) -> dict:
-    run, state, step_function = _set_up(config, workdir)
+def _train(config: ConfigDict, workdir: pathlib.Path, own: Own) -> dict:
+    run, state, step_function = _set_up(config, workdir, own)
     manager = checkpoint.make_manager(workdir / checkpoint.CHECKPOINTS, max_to_keep=config.checkpoint.keep)
     if manager.latest_step() is not None:
         state, metadata, damaged = checkpoint.restore_newest(manager, state)
@@ -171,13 +183,13 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict:
     }
 
 
-def _set_up(config: ConfigDict, workdir: pathlib.Path):
+def _set_up(config: ConfigDict, workdir: pathlib.Path, own: Own):
     """Read the data, describe the model, open the workdir: all that can fail before the first step.
 
     Returns: the run, the state before the first step, the step function.
     """
     check_sizes(config.data)
-    config = with_channel_ranges(config)
+    config = with_channel_ranges(config) if own.dataset is None else config
     devices = select_devices(config.device)
     mesh = make_mesh(devices)
     check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.micro_batches)
@@ -187,7 +199,11 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
         raise ValueError(f"train.epochs is {config.train.epochs}, it must not be negative")
     if config.eval.every_epochs <= 0:
         raise ValueError(f"eval.every_epochs is {config.eval.every_epochs}, it must be above 0")
-    train_set, (val_set, lack) = build_dataset(config.data, "train"), open_validation(config.data)
+    if own.dataset is None:
+        train_set, (val_set, lack) = build_dataset(config.data, "train"), open_validation(config.data)
+    else:
+        train_set, val_set = own.dataset, own.val_dataset
+        lack = "there is no val_dataset" if val_set is None else ""
     splits = {"train": train_set} | ({} if val_set is None else {"val": val_set})
     for dataset in splits.values():
         coco.check_images(dataset)
@@ -195,7 +211,7 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
         coco.check_same_categories(train_set, val_set)
     model = build_model(config.model, len(train_set.categories))
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    train_loader = loader.build_train_loader(config, train_set, **process)
+    train_loader = loader.build_train_loader(config, train_set, own_transforms=own.transforms, **process)
     score = None if val_set is None else build_score(config, model, val_set, mesh)
     variables, summary = initial_variables(model, seed=config.seed, channels=config.data.channels), None
     if config.model.weights:
@@ -203,6 +219,8 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     total_steps = config.train.epochs * train_loader.num_batches
     schedule = build_schedule(config.optimizer, total_steps, config.train.batch_size)
     optimizer, multipliers = build_optimizer(config.optimizer, variables["params"], schedule)
+    if own.optimizer is not None:
+        optimizer = train_alone(own.optimizer, multipliers)
     state = initial_state(variables, optimizer)
 
     epochs_before = open_workdir(workdir, config, sum(x.nbytes for x in jax.tree.leaves(state)), total_steps)
@@ -229,13 +247,14 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path):
     )
     if lack:
         logger.warning("%s; training goes without validation: its last weights count as the best ones", lack)
-    if epochs_before != config.train.epochs:
+    if epochs_before != config.train.epochs and own.optimizer is None:
         before = build_schedule(config.optimizer, epochs_before * train_loader.num_batches, config.train.batch_size)
         logger.info("%s", say_longer(config, epochs_before, max(saved_steps(workdir)), before, schedule))
     if "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""):
         logger.info("memory comes in huge pages (GLIBC_TUNABLES is set; INSTSEG_HUGE_PAGES=0 leaves it alone)")
     run = Training(config, workdir, mesh, model, train_loader, score, total_steps, logger, describe_data(splits))
-    step_function = build_train_step(config, model, optimizer, schedule, multipliers, mesh)
+    shown = schedule if own.optimizer is None else None
+    step_function = build_train_step(config, model, optimizer, shown, multipliers, mesh)
     return run, put_replicated(state, mesh), step_function
 
 

@@ -134,7 +134,7 @@ def assign(cost: Array, valid: HostOrDeviceArray) -> Array:
     for array in (cost, valid):
         array.copy_to_host_async()
     solved = [
-        jax.device_put(_assign_on_host(np.asarray(shard.data), np.asarray(rows[shard.device])), shard.device)
+        jax.device_put(_assign_on_host(shard.data, rows[shard.device]), shard.device)
         for shard in cost.addressable_shards
     ]
     shape = (*cost.shape[:2], cost.shape[3])
@@ -144,7 +144,14 @@ def assign(cost: Array, valid: HostOrDeviceArray) -> Array:
     return jax.make_array_from_single_device_arrays(shape, sharding, solved)
 
 
-def _assign_on_host(cost: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def assign_by_callback(cost: Array, valid: Array) -> Array:
+    """What `assign` does, called by a compiled program, which waits for the host: [S, B, Q, N], [B, N] -> [S, B, N]."""
+    shape = jax.ShapeDtypeStruct((*cost.shape[:2], cost.shape[3]), jnp.int32)
+    return jax.pure_callback(_assign_on_host, shape, cost, valid, vmap_method="sequential")
+
+
+def _assign_on_host(cost: HostOrDeviceArray, valid: HostOrDeviceArray) -> np.ndarray:
+    cost, valid = np.asarray(cost), np.asarray(valid)
     cost = np.nan_to_num(cost, nan=LARGEST_COST, posinf=LARGEST_COST, neginf=-LARGEST_COST)
     columns = [np.flatnonzero(row) for row in valid]
     query_index = np.full((*cost.shape[:2], cost.shape[3]), -1, np.int32)

@@ -12,6 +12,7 @@ from instseg_jax.training.packing import pack, unpack
 from instseg_jax.types import Array, HostOrDeviceArray
 
 SCHEDULES = ("constant", "cosine", "step")
+Optimizer = optax.GradientTransformation
 
 
 def make_schedule(
@@ -175,6 +176,11 @@ def make_optimizer(
         return unpack(vectors, groups, params), state
 
     return optax.GradientTransformation(init, update)
+
+
+def train_alone(optimizer: optax.GradientTransformation, multipliers: dict) -> optax.GradientTransformation:
+    """An optimizer that sees those parameters alone whose factor is above 0; the others have no moments and stay."""
+    return optax.masked(optimizer, jax.tree.map(lambda factor: factor > 0, multipliers))
 
 
 def parameter_groups(multipliers: dict, decayed: dict) -> tuple[dict, dict[str, tuple[float, bool]]]:

@@ -57,7 +57,7 @@ def build_train_step(
     config: ConfigDict,
     model: MaskRTDETR,
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    schedule: optax.Schedule | None,
     multipliers: dict,
     mesh: Mesh,
     *,
@@ -227,7 +227,7 @@ def update_state(
     terms: dict[str, Array],
     *,
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    schedule: optax.Schedule | None,
     multipliers: dict,
     decay: float,
     ramp_steps: int,
@@ -235,7 +235,7 @@ def update_state(
     """Take the optimizer's step; a batch whose loss or gradient is not finite changes nothing but `step`.
 
     Returns: the state, and metrics: `loss`, every loss term, `grad_norm` (before clipping, without learning rate
-      factors), `learning_rate`, `skipped` (1 for a step that changed nothing).
+      factors), `learning_rate` (where there is a schedule), `skipped` (1 for a step that changed nothing).
     """
     grad_norm = gradient_norm(gradients, multipliers)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -257,7 +257,7 @@ def update_state(
         "loss": loss,
         **terms,
         "grad_norm": grad_norm,
-        "learning_rate": schedule(state.num_updates),
+        **({} if schedule is None else {"learning_rate": schedule(state.num_updates)}),
         "skipped": ~is_finite,
     }
     return dataclasses.replace(kept, step=state.step + 1), metrics

@@ -72,3 +72,21 @@ def test_encoder_attention_is_a_distribution_over_its_map(seen):
     assert anatomy.encoder_attention.shape == (2, model.variant.num_heads, height * width, height * width)
     np.testing.assert_allclose(anatomy.encoder_attention.sum(axis=-1), 1, atol=1e-5)
     assert np.abs(anatomy.encoder_attention[0] - anatomy.encoder_attention[1]).max() > 1e-6
+
+
+def test_features_are_found_by_the_paths_of_their_modules():
+    """Traced alone; where a module returns several values, each has a number."""
+    model, variables = instseg_jax.create_model("mask_rtdetr_n", num_classes=2, num_queries=8)
+    images = np.zeros((1, 64, 96, 3), np.float32)
+
+    def shapes(*patterns) -> dict:
+        def find(variables, images):
+            return instseg_jax.features(model, variables, images, patterns)
+
+        return {path: value.shape for path, value in jax.eval_shape(find, variables, images).items()}
+
+    found = shapes("^backbone$", "decoder/layers_0$")
+    assert [found[f"backbone/{i}"][1:3] for i in range(4)] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    assert found["transformer/decoder/layers_0"][:2] == (1, 8) and len(found) == 5
+    with pytest.raises(ValueError, match="no module's path contains 'backbon3'"):
+        shapes("^backbone$", "backbon3")
