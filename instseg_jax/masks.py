@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int, Int64, Shaped, UInt8
 from pycocotools import mask as coco_mask
 
 from instseg_jax.messages import quote
@@ -27,7 +28,7 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     return {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
-def decode_rle(rle: dict[str, Any]) -> np.ndarray:
+def decode_rle(rle: dict[str, Any]) -> UInt8[np.ndarray, "H W"]:
     """Decode a COCO RLE (counts as str, bytes or a list of run lengths) to a uint8 0/1 mask [H, W]."""
     return coco_mask.decode(compress_rle(rle))
 
@@ -62,7 +63,7 @@ def check_rle(rle: dict[str, Any]) -> None:
         raise ValueError(f"An RLE's counts must add up to its {total} pixels, got {int(runs.sum())}.")
 
 
-def rle_runs(rle: dict[str, Any]) -> np.ndarray:
+def rle_runs(rle: dict[str, Any]) -> Int64[np.ndarray, " r"]:
     """Decode an RLE's compressed counts (bytes) to run lengths [r] int64, down the columns, background first.
 
     Raises ValueError for counts that no encoder makes; whether they fit the size is for `check_rle` to say.
@@ -84,7 +85,7 @@ def rle_runs(rle: dict[str, Any]) -> np.ndarray:
     return runs
 
 
-def edges_to_rle(edges: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
+def edges_to_rle(edges: Int[np.ndarray, " n"], size: tuple[int, int]) -> dict[str, Any]:
     """Compress the positions where the runs of a mask of `size` (height, width) begin and end, down its columns.
 
     Positions do not fall; equal ones cancel each other. Returns {"size": [height, width], "counts": str}.
@@ -98,12 +99,16 @@ def edges_to_rle(edges: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
 
-def rasterize_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
+def rasterize_polygons(
+    polygons: Sequence[np.ndarray], height: int, width: int
+) -> UInt8[np.ndarray, "{height} {width}"]:
     """Draw the union of polygons [P, 2] (x, y) on a uint8 0/1 canvas [height, width], as pycocotools does."""
     return coco_mask.decode(_polygons_to_rle(polygons, height, width))
 
 
-def rasterize_columns(polygons: list[np.ndarray], height: int, first: int, last: int) -> np.ndarray:
+def rasterize_columns(
+    polygons: list[np.ndarray], height: int, first: int, last: int
+) -> UInt8[np.ndarray, "{height} {last-first}"]:
     """Draw columns `first` to `last` (exclusive) of what `rasterize_polygons` draws, left of which nothing may lie.
 
     `polygons`: one or more, flat [2 P] float64, of at least three points each. Nothing is checked or converted:
@@ -129,7 +134,7 @@ def segmentation_to_rle(segmentation: Segmentation, height: int, width: int) -> 
     return rle
 
 
-def segmentation_to_mask(segmentation: Segmentation, height: int, width: int) -> np.ndarray:
+def segmentation_to_mask(segmentation: Segmentation, height: int, width: int) -> UInt8[np.ndarray, "{height} {width}"]:
     """Draw a segmentation as a uint8 0/1 mask [height, width]."""
     return coco_mask.decode(segmentation_to_rle(segmentation, height, width))
 
@@ -145,7 +150,7 @@ def rle_box_xyxy_px(rle: dict[str, Any]) -> tuple[int, int, int, int]:
     return x, y, x + w, y + h
 
 
-def mask_box_xyxy_px(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+def mask_box_xyxy_px(mask: Shaped[np.ndarray, "H W"]) -> tuple[int, int, int, int] | None:
     """Return the extents (x1, y1, x2, y2) of a mask [H, W], x2 and y2 exclusive; None for an empty one."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):

@@ -1,7 +1,10 @@
-"""Prints what the parity tests measured, as a table, at the end of the run."""
+"""What holds for all tests, and the table of what the parity tests measured at the end of the run."""
 
+import jax
 import pytest
 from reference import REPORT
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_sessionfinish(session):

@@ -15,6 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float
 
 from instseg_jax import boxes
 from instseg_jax.masks import edges_to_rle
@@ -60,13 +61,13 @@ def select_detections(outputs: Outputs | FactoredOutputs, *, num_detections: int
 
 
 def upsample_masks(
-    mask_logits: np.ndarray,
+    mask_logits: Float[np.ndarray, "T h w"],
     *,
     input_size: tuple[int, int],
     content_size: tuple[int, int],
     original_size: tuple[int, int],
     threshold: float = 0.5,
-) -> np.ndarray:
+) -> Bool[np.ndarray, "T height width"]:
     """Resize mask logits [T, h, w] to binary masks [T, height, width] bool of the original image.
 
     The grid spans the network input of `input_size`; the image fills `content_size` of it from the top left
@@ -84,7 +85,7 @@ def upsample_masks(
 
 
 def encode_masks(
-    mask_logits: np.ndarray,
+    mask_logits: Float[np.ndarray, "T h w"],
     *,
     input_size: tuple[int, int],
     content_size: tuple[int, int],

@@ -8,13 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float
 
 from instseg_jax.models.initial_values import (
     constant,
     declare,
     xavier_uniform,
 )
-from instseg_jax.models.linear import NORM_EPS, Dense, zero_bias
+from instseg_jax.models.linear import NORM_EPS, Dense, with_rank, zero_bias
 
 MANY_TOKENS = 1024  # from which attention takes its heads one after the other
 
@@ -23,28 +24,30 @@ MANY_TOKENS = 1024  # from which attention takes its heads one after the other
 
 
 @jax.jit
-def layer_norm(x: Array, scale: Array, bias: Array) -> Array:
+def layer_norm(x: Float[Array, "*n C"], scale: Float[Array, " C"], bias: Float[Array, " C"]) -> Float[Array, "*n C"]:
     """Over the last axis, statistics in at least float32."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - wide.mean(axis=-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + NORM_EPS)
-    return (centred * inverse).astype(x.dtype) * scale + bias
+    return (centred * inverse).astype(x.dtype) * with_rank(scale, x.ndim) + with_rank(bias, x.ndim)
 
 
 @jax.jit
-def softmax(x: Array) -> Array:
+def softmax(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """Over the last axis."""
     return jax.nn.softmax(x, axis=-1)
 
 
 @jax.jit
-def gelu(x: Array) -> Array:
+def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """x times the normal distribution function of x, exact."""
     return jax.nn.gelu(x, approximate=False)
 
 
 @jax.jit
-def attend(q: Array, k: Array, v: Array) -> Array:
+def attend(
+    q: Float[Array, "B T h d"], k: Float[Array, "B S h d"], v: Float[Array, "B S h d"]
+) -> Float[Array, "B T h d"]:
     """Softmax attention of [B, T, heads, D] without a gradient in mind: the scores are divided after the sum.
 
     Many tokens are worked through head by head: the scores of one stay in a core's cache (1600 tokens: 19 ms of CPU
@@ -69,7 +72,7 @@ class LayerNorm(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
         channels = (x.shape[-1],)
         scale = declare(self, "scale", constant(1.0), channels)
         bias = declare(self, "bias", constant(0.0), channels)
@@ -88,14 +91,20 @@ class MultiHeadAttention(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, query: Array, key: Array, value: Array, attention_mask: Array | None = None) -> Array:
+    def __call__(
+        self,
+        query: Float[Array, "B T C"],
+        key: Float[Array, "B S C"],
+        value: Float[Array, "B S C"],
+        attention_mask: Bool[Array, "T S"] | None = None,
+    ) -> Float[Array, "B T C"]:
         channels = query.shape[-1]
         kernel = declare(self, "in_proj_weight", xavier_uniform(channels, 3 * channels), (channels, 3 * channels))
         bias = declare(self, "in_proj_bias", constant(0.0), (3 * channels,))
         query, key, value, kernel, bias = nn.dtypes.promote_dtype(query, key, value, kernel, bias, dtype=self.dtype)
         kernels, biases = jnp.split(kernel, 3, axis=1), jnp.split(bias, 3)
         q, k, v = (
-            (x @ w + b).reshape(*x.shape[:-1], self.num_heads, channels // self.num_heads)
+            (x @ w + with_rank(b, x.ndim)).reshape(*x.shape[:-1], self.num_heads, channels // self.num_heads)
             for x, w, b in zip((query, key, value), kernels, biases, strict=True)
         )
         if self.folded and attention_mask is None:

@@ -12,15 +12,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from instseg_jax.models.initial_values import Initializer, constant, declare, kaiming_normal
-from instseg_jax.models.linear import NORM_EPS, Activation
+from instseg_jax.models.linear import NORM_EPS, Activation, with_rank
 
 BATCH_NORM_MOMENTUM = 0.9  # part of the old running value that is kept
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def depthwise_conv(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
+def depthwise_conv(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "k k 1 C"], stride: int, padding: tuple[int, int]
+) -> Float[Array, "B _ _ C"]:
     """Depthwise convolution as a sum of shifted products: x [B, H, W, C], kernel [k, k, 1, C]."""
     return _depthwise(x, kernel, stride, padding)
 
@@ -37,8 +40,8 @@ def _depthwise(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -
 
 
 def _taps(kernel: Array) -> list[Array]:
-    """[k, k, 1, C] -> k * k of [C]."""
-    return [kernel[dy, dx, 0] for dy in range(kernel.shape[0]) for dx in range(kernel.shape[0])]
+    """[k, k, 1, C] -> k * k of [1, 1, 1, C]."""
+    return [kernel[dy, dx][None, None] for dy in range(kernel.shape[0]) for dx in range(kernel.shape[0])]
 
 
 def _shifted_windows(x: Array, size: int, stride: int, padding: tuple[int, int]) -> list[Array]:
@@ -68,7 +71,9 @@ def _depthwise_backward(stride: int, padding: tuple[int, int], kept: tuple[Array
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
-def convolve(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
+def convolve(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "k k _ O"], stride: int, padding: tuple[int, int]
+) -> Float[Array, "B _ _ O"]:
     """2-D convolution, NHWC x HWIO; a kernel with one input channel and as many outputs as x is depthwise."""
     size, channels = kernel.shape[0], x.shape[-1]
     if size == 1:
@@ -93,7 +98,7 @@ class Conv(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B _ _ O"]:
         k = self.kernel_size
         in_channels = 1 if self.depthwise else x.shape[-1]
         fan_in = k * k * in_channels
@@ -103,7 +108,7 @@ class Conv(nn.Module):
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         before = (k - 1) // 2
         y = convolve(x, kernel, self.stride, self.padding or (before, k - 1 - before))
-        return y if bias is None else y + bias
+        return y if bias is None else y + with_rank(bias, y.ndim)
 
 
 class BatchNorm(nn.Module):
@@ -117,7 +122,7 @@ class BatchNorm(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
+    def __call__(self, x: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B H W C"]:
         channels = (x.shape[-1],)
         scale = declare(self, "scale", constant(1.0), channels)
         bias = declare(self, "bias", constant(0.0), channels)
@@ -126,7 +131,7 @@ class BatchNorm(nn.Module):
         if train and not self.frozen:
             wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # statistics in at least float32
             batch_mean = wide.mean(axis=(0, 1, 2))
-            batch_var = jnp.square(wide - batch_mean).mean(axis=(0, 1, 2))
+            batch_var = jnp.square(wide - with_rank(batch_mean, x.ndim)).mean(axis=(0, 1, 2))
             if not self.is_initializing():
                 keep = BATCH_NORM_MOMENTUM
                 mean.value = keep * mean.value + (1 - keep) * batch_mean.astype(mean.value.dtype)
@@ -136,7 +141,7 @@ class BatchNorm(nn.Module):
         factor = scale * jax.lax.rsqrt(batch_var + NORM_EPS)
         offset = bias - batch_mean * factor
         x, factor, offset = nn.dtypes.promote_dtype(x, factor, offset, dtype=self.dtype)
-        return x * factor + offset
+        return x * with_rank(factor, x.ndim) + with_rank(offset, x.ndim)
 
 
 class ConvNorm(nn.Module):
@@ -157,7 +162,7 @@ class ConvNorm(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
+    def __call__(self, x: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B _ _ O"]:
         x = Conv(
             self.features,
             self.kernel_size,

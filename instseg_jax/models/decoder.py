@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Integer
 
 from instseg_jax import boxes as box_ops
 from instseg_jax.models.attention import LayerNorm, MultiHeadAttention
@@ -46,13 +47,13 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        queries: Array,
-        position: Array,
-        reference_boxes: Array,
-        memory: Array,
+        queries: Float[Array, "B Q C"],
+        position: Float[Array, "B Q C"],
+        reference_boxes: Float[Array, "B Q 4"],
+        memory: Float[Array, "B tokens C"],
         spatial_shapes: tuple[tuple[int, int], ...],
-        attention_mask: Array | None,
-    ) -> Array:
+        attention_mask: Bool[Array, "Q Q"] | None,
+    ) -> Float[Array, "B Q C"]:
         x = queries
         q = x + position
         attention = MultiHeadAttention(self.num_heads, self.folded, dtype=self.dtype, name="self_attn")
@@ -128,12 +129,12 @@ class MaskRTDETRTransformer(nn.Module):
     def __call__(
         self,
         maps: list[Array],
-        mask_features: Array,
+        mask_features: Float[Array, "B h w P"],
         *,
         train: bool,
         denoising: DenoisingQueries | None,
-        selected_index: Array | None,
-        reference_boxes: Array | None,
+        selected_index: Integer[Array, "B Q"] | None,
+        reference_boxes: Float[Array, "B Q 4"] | None,
     ) -> Outputs | FactoredOutputs | TrainingOutputs:
         mask_features = _wide(mask_features)
         memory, spatial_shapes = self._memory(maps, train)
@@ -244,7 +245,7 @@ class ClassEmbedding(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, labels: Array) -> Array:
+    def __call__(self, labels: Integer[Array, "B D"]) -> Float[Array, "B D C"]:
         embedding = declare(self, "embedding", normal(1.0), (self.num_classes, self.features))
         (embedding,) = nn.dtypes.promote_dtype(embedding, dtype=self.dtype)
         return jnp.concatenate([embedding, jnp.zeros_like(embedding[:1])])[labels]
@@ -258,7 +259,7 @@ class LevelProjection(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
+    def __call__(self, x: Float[Array, "B H W _"], *, train: bool) -> Float[Array, "B H W C"]:
         conv = Conv(self.features, 1, use_bias=self.folded, kernel_init=xavier_uniform, dtype=self.dtype, name="conv")
         x = conv(x)
         if self.folded:

@@ -7,6 +7,7 @@ Positive queries only, as the reference has them. What the decoder makes of them
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Int32, Integer
 
 from instseg_jax.boxes import inverse_sigmoid
 from instseg_jax.types import DenoisingQueries, Targets
@@ -55,9 +56,9 @@ def make_denoising_queries(
 def noise_targets(
     targets: Targets,
     *,
-    u_flip: Array,
-    random_labels: Array,
-    u_box: Array,
+    u_flip: Float[Array, "B D"],
+    random_labels: Integer[Array, "B D"],
+    u_box: Float[Array, "B D 4"],
     num_denoising: int,
     num_classes: int,
     num_queries: int,
@@ -80,7 +81,7 @@ def noise_targets(
     object_index = jnp.where(used, slot % jnp.maximum(objects, 1), 0)
     group = slot // jnp.maximum(objects, 1)
 
-    real = used & valid[:, object_index]
+    real = used[None] & valid[:, object_index]
     labels = jnp.asarray(targets.labels)[:, object_index]
     labels = jnp.where(u_flip < label_noise_ratio * 0.5, random_labels, labels)
     boxes = jnp.where(real[..., None], jnp.asarray(targets.boxes)[:, object_index], 0)
@@ -97,7 +98,7 @@ def noise_targets(
     )
 
 
-def count_slots(valid: Array) -> Array:
+def count_slots(valid: Bool[Array, "B N"]) -> Int32[Array, ""]:
     """Slots that a batch occupies: one more than the last valid one of any image. [B, N] -> [] int32."""
     ends = jnp.where(valid, jnp.arange(1, valid.shape[1] + 1, dtype=jnp.int32), 0)
     return jnp.max(ends, initial=0)

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from instseg_jax.models.attention import LayerNorm, MultiHeadAttention, gelu
 from instseg_jax.models.convolution import BatchNorm, Conv, ConvNorm
@@ -61,8 +62,8 @@ class EncoderLayer(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Array, position: Array) -> Array:
-        q = x + position
+    def __call__(self, x: Float[Array, "B T C"], position: Float[Array, "T C"]) -> Float[Array, "B T C"]:
+        q = x + position[None]
         attention = MultiHeadAttention(self.num_heads, self.folded, dtype=self.dtype, name="self_attn")
         x = LayerNorm(dtype=self.dtype, name="norm1")(x + attention(q, q, x))
         y = Dense(self.ffn_dim, linear_default, dtype=self.dtype, name="linear1")(x)

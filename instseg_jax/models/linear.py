@@ -5,11 +5,17 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Shaped
 
 from instseg_jax.models.initial_values import Initializer, constant, declare, fan_in_uniform, xavier_uniform
 
 NORM_EPS = 1e-5  # batch norm and layer norm of the reference
 Activation = Callable[[Array], Array] | None
+
+
+def with_rank(x: Shaped[Array, "..."], ndim: int) -> Shaped[Array, "..."]:
+    """Put axes of one before those of x until there are `ndim`: nothing here is broadcast by rank unsaid."""
+    return jnp.expand_dims(x, tuple(range(ndim - x.ndim)))
 
 
 class Dense(nn.Module):
@@ -21,12 +27,12 @@ class Dense(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
         fan_in = x.shape[-1]
         kernel = declare(self, "kernel", self.kernel_init(fan_in, self.features), (fan_in, self.features))
         bias = declare(self, "bias", self.bias_init(fan_in), (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return x @ kernel + bias
+        return x @ kernel + with_rank(bias, x.ndim)
 
 
 def linear_default(fan_in: int, fan_out: int) -> Initializer:
@@ -57,7 +63,7 @@ class MLP(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
         last = len(self.features) - 1
         for i, features in enumerate(self.features):
             is_last = i == last

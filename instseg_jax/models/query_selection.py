@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Integer
 
 from instseg_jax import boxes as box_ops
 
@@ -29,12 +30,12 @@ def make_anchors(spatial_shapes: tuple[tuple[int, int], ...], rectangular: str) 
     return np.where(valid[:, None], np.log(inside / (1 - inside)), np.inf), valid
 
 
-def take_rows(x: Array, index: Array) -> Array:
+def take_rows(x: Float[Array, "B T C"], index: Integer[Array, "B Q"]) -> Float[Array, "B Q C"]:
     """x [B, T, C], index [B, Q] -> [B, Q, C]."""
     return jnp.take_along_axis(x, index[..., None], axis=1)
 
 
-def masks_to_boxes(mask_logits: Array) -> Array:
+def masks_to_boxes(mask_logits: Float[Array, "B Q h w"]) -> Float[Array, "B Q 4"]:
     """Tight boxes of the positive area: [B, Q, h, w] -> [B, Q, 4] normalised cxcywh, zeros for an empty mask.
 
     A box reaches to the far edge of its last pixel. No gradient flows through.

@@ -9,30 +9,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Int32
+
+from instseg_jax.models.linear import with_rank
 
 CORNERS = np.array([(0, 0), (1, 0), (0, 1), (1, 1)])  # (x, y) steps to the four pixels around a point
 
 
-def bilinear_corners(points: Array, height: int, width: int) -> tuple[Array, Array]:
+def bilinear_corners(
+    points: Float[Array, "*n 2"], height: int, width: int
+) -> tuple[Int32[Array, "*n 4"], Float[Array, "*n 4"]]:
     """The four pixels around each point and their shares.
 
     points [..., 2] are (x, y), 0..1 across the map, pixel centres at (column + 0.5) / width.
     Returns: flat index row * width + column [..., 4] int32, always inside the map; share [..., 4], 0 for a
     pixel outside it.
     """
-    pixel = points * jnp.array([width, height], points.dtype) - 0.5
+    pixel = points * with_rank(jnp.array([width, height], points.dtype), points.ndim) - 0.5
     low = jnp.floor(pixel)
     fraction = (pixel - low)[..., None, :]
-    corner = low[..., None, :] + jnp.asarray(CORNERS, points.dtype)
+    corner = low[..., None, :] + with_rank(jnp.asarray(CORNERS, points.dtype), points.ndim + 1)
     share = jnp.where(CORNERS == 1, fraction, 1 - fraction).prod(axis=-1)
-    limit = jnp.array([width - 1, height - 1], points.dtype)
+    limit = with_rank(jnp.array([width - 1, height - 1], points.dtype), corner.ndim)
     inside = ((corner >= 0) & (corner <= limit)).all(axis=-1)
     corner = jnp.clip(corner, 0, limit).astype(jnp.int32)  # before the cast: tames points far outside
     return corner[..., 1] * width + corner[..., 0], jnp.where(inside, share, 0)
 
 
 @jax.custom_vjp
-def sample_map(feature_map: Array, points: Array) -> Array:
+def sample_map(feature_map: Float[Array, "B h w C"], points: Float[Array, "B *n 2"]) -> Float[Array, "B *n C"]:
     """Read a map at points: [B, h, w, C], [B, ..., 2] (x, y) in 0..1 -> [B, ..., C]. No gradient to the points.
 
     The corners are added one by one: XLA fuses this into one loop that keeps no [..., 4, C] tensor.
@@ -69,7 +74,7 @@ sample_map.defvjp(_sample_map_forward, _sample_map_backward)
 
 
 @jax.jit
-def upsample_nearest_2x(x: Array) -> Array:
+def upsample_nearest_2x(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
     """[B, H, W, C] -> [B, 2H, 2W, C], every value repeated."""
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
@@ -86,6 +91,6 @@ def _double_axis(x: Array, axis: int) -> Array:
 
 
 @jax.jit
-def upsample_bilinear_2x(x: Array) -> Array:
+def upsample_bilinear_2x(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
     """[B, H, W, C] -> [B, 2H, 2W, C], bilinear with half-pixel centres, by slices: the weights are 1/4, 3/4."""
     return _double_axis(_double_axis(x, 1), 2)

@@ -127,7 +127,7 @@ def sample_levels(
     queries, levels, points = sampling_locations.shape[1], sampling_locations.shape[3], sampling_locations.shape[4]
     sizes = [height * width for height, width in spatial_shapes]
     heights, widths, starts = (
-        np.repeat(np.array(numbers), points)  # [levels * points]
+        np.repeat(np.array(numbers), points)[None]  # [1, levels * points]
         for numbers in (*zip(*spatial_shapes, strict=True), np.cumsum([0, *sizes[:-1]]))
     )
     rows = batch * queries * heads

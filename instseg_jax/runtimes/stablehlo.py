@@ -21,7 +21,7 @@ def write_stablehlo(
     path: Path, make_detect: Any, shape: Shape, precision: str, calibration: Sequence[np.ndarray]
 ) -> dict[str, Any]:
     """Write the file; `precision` "half": weights and network in bfloat16."""
-    detect = make_detect(jnp.bfloat16 if precision == "half" else None)
+    detect = make_detect(jnp.dtype(jnp.bfloat16) if precision == "half" else None)
     batch = jax.export.symbolic_shape("b")[0] if shape.dynamic_batch else shape.batch
     images = jax.ShapeDtypeStruct((batch, *shape.images[1:]), jnp.float32)
     exported = jax.export.export(jax.jit(detect), platforms=PLATFORMS)(images)

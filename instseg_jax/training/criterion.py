@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float, Int32, Integer
 from ml_collections import ConfigDict
 
 from instseg_jax.messages import quote
@@ -25,7 +26,7 @@ from instseg_jax.training.losses import box_losses, box_quality, varifocal_loss
 from instseg_jax.training.mask_planes import pack_masks, resize_planes
 from instseg_jax.training.matching import TermWeights, match_cost
 from instseg_jax.training.point_losses import PairedSets, PointTerms, mask_iou_targets, point_losses
-from instseg_jax.types import DATA_AXIS, DenoisingQueries, Predictions, Targets, TrainingOutputs
+from instseg_jax.types import DATA_AXIS, DenoisingQueries, HostOrDeviceArray, Predictions, Targets, TrainingOutputs
 
 TERMS = ("class", "box_l1", "box_giou", "mask_bce", "mask_dice")
 IOU_TARGETS = ("mask", "box", "none")
@@ -55,8 +56,8 @@ class PointDraws:
     points of a set) or the larger number of target and denoising slots (each row has its own).
     """
 
-    candidates: Array  # [T, B, 1 or R, num_candidates, 2]
-    extra: Array  # [T, B, 1 or R, num_points - num_important, 2]
+    candidates: HostOrDeviceArray  # [T, B, 1 or R, num_candidates, 2]
+    extra: HostOrDeviceArray  # [T, B, 1 or R, num_points - num_important, 2]
 
 
 def build_loss_settings(config: ConfigDict) -> LossSettings:
@@ -87,7 +88,7 @@ def build_loss_settings(config: ConfigDict) -> LossSettings:
     )
 
 
-def draw_match_points(rng: Array, settings: LossSettings, outputs: TrainingOutputs) -> Array:
+def draw_match_points(rng: Array, settings: LossSettings, outputs: TrainingOutputs) -> Float[Array, "S B M 2"]:
     """Draw the points [S, B, num_points, 2] in 0..1 at which queries and objects are compared for matching."""
     sets, batch = outputs.matching.boxes.shape[:2]
     return _sorted_points(jax.random.bits(rng, (sets, batch, settings.num_points + 1), jnp.uint32))
@@ -119,8 +120,13 @@ def _sorted_points(bits: Array) -> Array:
 
 
 def compute_match_costs(
-    outputs: TrainingOutputs, targets: Targets, points: Array, settings: LossSettings, *, mesh: Mesh | None = None
-) -> Array:
+    outputs: TrainingOutputs,
+    targets: Targets,
+    points: Float[Array, "S B M 2"],
+    settings: LossSettings,
+    *,
+    mesh: Mesh | None = None,
+) -> Float[Array, "S B Q N"]:
     """Cost of every pair of a query and a target slot in every matching set, [S, B, Q, N], for `matching.assign`.
 
     points come from `draw_match_points`; over a mesh each device computes its own images. No gradient flows through.
@@ -145,13 +151,13 @@ def compute_losses(
     outputs: TrainingOutputs,
     targets: Targets,
     denoising: DenoisingQueries | None,
-    query_index: Array,
+    query_index: Int32[Array, "S B N"],
     draws: PointDraws,
     settings: LossSettings,
     *,
-    num_objects: Array | None = None,
+    num_objects: Integer[Array, ""] | None = None,
     mesh: Mesh | None = None,
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Loss of a step.
 
     Args:
@@ -340,7 +346,7 @@ def _score_groups(
         mask_features,
         planes,
         num_slots,
-        PairedSets(object_index, row_valid, num_rows, scale, draws.candidates, draws.extra),
+        PairedSets(object_index, row_valid, num_rows, scale, *map(jnp.asarray, (draws.candidates, draws.extra))),
         PointTerms(settings.num_important, weights.mask_bce, weights.mask_dice),
     )
     return mask_total + sum(jnp.sum(terms[name]) for name in ("class", "box_l1", "box_giou")), terms

@@ -8,14 +8,23 @@ Source: PaddleDetection at 666f597fd0, ppdet/modeling/losses/detr_loss.py (MaskD
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Int
 
 from instseg_jax.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
+from instseg_jax.models.linear import with_rank
 
 DICE_SMOOTHING = 1.0
 MASK_IOU_SMOOTHING = 0.01
 
 
-def varifocal_loss(class_logits: Array, labels: Array, quality: Array, *, alpha: float, gamma: float) -> Array:
+def varifocal_loss(
+    class_logits: Float[Array, "*n Q K"],
+    labels: Int[Array, "*n Q"],
+    quality: Float[Array, "*n Q"],
+    *,
+    alpha: float,
+    gamma: float,
+) -> Float[Array, "*n Q"]:
     """Varifocal loss (Zhang et al. 2021) summed over classes: [..., Q, K] -> [..., Q].
 
     Args:
@@ -25,27 +34,30 @@ def varifocal_loss(class_logits: Array, labels: Array, quality: Array, *, alpha:
 
     Scores of all other classes are pushed to 0 with the weight alpha * score^gamma, whose gradient counts.
     """
-    is_label = labels[..., None] == jnp.arange(class_logits.shape[-1])
+    classes = with_rank(jnp.arange(class_logits.shape[-1]), class_logits.ndim)
+    is_label = labels[..., None] == classes
     target = jnp.where(is_label, quality[..., None], 0)
     weight = jnp.where(is_label, target, alpha * jax.nn.sigmoid(class_logits) ** gamma)
     return jnp.sum(weight * sigmoid_cross_entropy(class_logits, target), axis=-1)
 
 
-def box_losses(boxes: Array, target_boxes: Array) -> tuple[Array, Array]:
+def box_losses(
+    boxes: Float[Array, "*n 4"], target_boxes: Float[Array, "*n 4"]
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
     """L1 distance and 1 - GIoU of paired normalised cxcywh boxes: [..., 4], [..., 4] -> [...], [...]."""
     l1 = jnp.sum(jnp.abs(boxes - target_boxes), axis=-1)
     giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
     return l1, 1 - giou
 
 
-def box_quality(boxes: Array, target_boxes: Array) -> Array:
+def box_quality(boxes: Float[Array, "*n 4"], target_boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
     """IoU of paired normalised cxcywh boxes, without gradient: [..., 4], [..., 4] -> [...]."""
     boxes = lax.stop_gradient(boxes)
     return box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
 
 
 @jax.custom_jvp
-def sigmoid_cross_entropy(logits: Array, targets: Array) -> Array:
+def sigmoid_cross_entropy(logits: Float[Array, "*n"], targets: Float[Array, "*#n"]) -> Float[Array, "*n"]:
     """Binary cross-entropy with logits, element by element; its derivative is sigmoid(logits) - targets.
 
     log(1 + exp(-|x|)) is taken from the sigmoid, which is needed anyway: half the cost, and still exact to the
@@ -65,7 +77,9 @@ def _sigmoid_cross_entropy_jvp(primals, tangents):
     return sigmoid_cross_entropy(logits, targets), slope * d_logits - logits * d_targets
 
 
-def mask_losses(logits: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+def mask_losses(
+    logits: Float[Array, "*n P"], targets: Float[Array, "*n P"], weights: Float[Array, "*n P"]
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
     """Cross-entropy and dice loss of masks read at points: three times [..., P] -> [...], [...].
 
     weights count how often a point is taken; the cross-entropy is their weighted mean.
@@ -80,7 +94,9 @@ def mask_losses(logits: Array, targets: Array, weights: Array) -> tuple[Array, A
     return cross_entropy, 1 - (2 * overlap + DICE_SMOOTHING) / (area + DICE_SMOOTHING)
 
 
-def uncertain_point_weights(logits: Array, num_candidates: int, num_important: int) -> Array:
+def uncertain_point_weights(
+    logits: Float[Array, "*n P"], num_candidates: int, num_important: int
+) -> Float[Array, "*n P"]:
     """How often to take each point: [..., P] -> [..., P], without gradient.
 
     Of the first num_candidates points the num_important ones with the logits nearest to zero are taken, and
@@ -90,12 +106,12 @@ def uncertain_point_weights(logits: Array, num_candidates: int, num_important: i
     uncertainty = lax.stop_gradient(jnp.abs(logits))
     limit, tied_share = smallest_limit(uncertainty[..., :num_candidates], num_important)
     limit, tied_share = limit[..., None], tied_share[..., None]
-    is_extra = jnp.arange(logits.shape[-1]) >= num_candidates
+    is_extra = with_rank(jnp.arange(logits.shape[-1]), logits.ndim) >= num_candidates
     tied = jnp.where(uncertainty == limit, tied_share, 0)
     return jnp.where(is_extra | (uncertainty < limit), 1, tied).astype(logits.dtype)
 
 
-def smallest_limit(values: Array, count: int) -> tuple[Array, Array]:
+def smallest_limit(values: Float[Array, "*n M"], count: int) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
     """A limit that divides the `count` smallest of non-negative values from the rest.
 
     [..., M] -> limit [...], tied_share [...]: take all values below the limit, and tied_share of each value equal
@@ -129,7 +145,9 @@ def smallest_limit(values: Array, count: int) -> tuple[Array, Array]:
     return lax.bitcast_convert_type(high, values.dtype), tied_share.astype(values.dtype)
 
 
-def mask_quality(mask_logits: Array, target_masks: tuple[tuple[Array, Array], tuple[Array, Array]]) -> Array:
+def mask_quality(
+    mask_logits: Float[Array, "*n h w"], target_masks: tuple[tuple[Array, Array], tuple[Array, Array]]
+) -> Float[Array, "*n"]:
     """IoU of masks at twice the resolution of their logits, without gradient: [..., h, w] -> [...].
 
     The logits are doubled bilinearly (half-pixel) and cut at 0. `target_masks[i][j]` [..., h, w] of 0 and 1 are
@@ -146,7 +164,7 @@ def mask_quality(mask_logits: Array, target_masks: tuple[tuple[Array, Array], tu
     return (overlap + smooth) / (union + smooth)
 
 
-def double_axis(x: Array, axis: int) -> tuple[Array, Array]:
+def double_axis(x: Float[Array, "*n"], axis: int) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
     """Even and odd positions of x after doubling one axis bilinearly (half-pixel, edges repeated)."""
     size = x.shape[axis]
     first, last = lax.slice_in_dim(x, 0, 1, axis=axis), lax.slice_in_dim(x, size - 1, size, axis=axis)

@@ -42,7 +42,7 @@ def count_blocks(count: Array, size: int) -> Array:
 
 def read_bits(planes: Array, slots: Array) -> Array:
     """Whole masks of some slots: planes [B, V, H, W], slots [R] -> [B, R, H, W] of 0 and 1."""
-    shift = (slots & (BITS - 1)).astype(planes.dtype)[:, None, None]
+    shift = (slots & (BITS - 1)).astype(planes.dtype)[None, :, None, None]
     return (jnp.take(planes, slots >> SHIFT, axis=1, mode="clip") >> shift) & 1
 
 
@@ -70,7 +70,7 @@ def read_points(words: Array, share: Array, slots: Array) -> Array:
     words and shares come from `gather_words`; with 1 row of points all slots are read at the same points,
     with R rows each slot at its own.
     """
-    bit = (jnp.uint16(1) << (slots & (BITS - 1)).astype(jnp.uint16))[:, None]
+    bit = (jnp.uint16(1) << (slots & (BITS - 1)).astype(jnp.uint16))[None, :, None]
     plane = slots >> SHIFT
     if words.shape[2] == 1:  # choosing among planes is vectorised where fetching a plane by its index is not
         chosen = jnp.zeros((), words.dtype)
@@ -98,7 +98,7 @@ def resize_planes(planes: Array, height: int, width: int, num_slots: Array) -> A
         corners = [upper[:, :, left], upper[:, :, right], lower[:, :, left], lower[:, :, right]]
 
         def add_bit(bit: Array, total: Array) -> Array:
-            value = sum(((c >> bit) & 1).astype(jnp.float32) * s for c, s in zip(corners, shares, strict=True))
+            value = sum(((c >> bit) & 1).astype(jnp.float32) * s[None] for c, s in zip(corners, shares, strict=True))
             return total | ((value > 0.5).astype(planes.dtype) << bit)
 
         used = jnp.clip(num_slots - word * BITS, 0, BITS).astype(planes.dtype)

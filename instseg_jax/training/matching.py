@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float, Int32, Shaped, UInt16
 from scipy.optimize import linear_sum_assignment
 
 from instseg_jax.boxes import cxcywh_to_xyxy, generalized_box_iou
@@ -38,13 +39,13 @@ class TermWeights:
 
 def match_cost(
     predictions: Predictions,
-    mask_features: Array,
+    mask_features: Float[Array, "B h w P"],
     targets: Targets,
-    mask_planes: Array,
-    num_slots: Array,
-    points: Array,
+    mask_planes: UInt16[Array, "B V Hm Wm"],
+    num_slots: Int32[Array, ""],
+    points: Float[Array, "S B M 2"],
     weights: TermWeights,
-) -> Array:
+) -> Float[Array, "S B Q N"]:
     """Cost of every pair of a query and a target slot in every prediction set, [S, B, Q, N].
 
     Args:
@@ -56,7 +57,7 @@ def match_cost(
       points: [S, B, M, 2] in 0..1, where masks are compared: the same for all queries and objects of an image.
       weights: of the five costs.
     """
-    boxes, target_boxes = predictions.boxes[..., :, None, :], jnp.asarray(targets.boxes)[:, None, :, :]
+    boxes, target_boxes = predictions.boxes[..., :, None, :], jnp.asarray(targets.boxes)[None, :, None, :, :]
     giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
     cost = (
         weights.class_ * class_cost(predictions.class_logits, jnp.asarray(targets.labels))
@@ -72,7 +73,7 @@ def match_cost(
     return cost + lax.map(mask_cost, (predictions.mask_queries, points))
 
 
-def class_cost(class_logits: Array, labels: Array) -> Array:
+def class_cost(class_logits: Float[Array, "*s B Q K"], labels: Int32[Array, "B N"]) -> Float[Array, "*s B Q N"]:
     """Focal cost of predicting the class of each slot: [..., B, Q, K], [B, N] -> [..., B, Q, N]."""
     p = jax.nn.sigmoid(class_logits)
     hit = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -jnp.log(p + FOCAL_EPS)
@@ -82,8 +83,13 @@ def class_cost(class_logits: Array, labels: Array) -> Array:
 
 
 def mask_costs(
-    mask_queries: Array, mask_features: Array, mask_planes: Array, num_slots: Array, points: Array, slots: int
-) -> tuple[Array, Array]:
+    mask_queries: Float[Array, "B Q P"],
+    mask_features: Float[Array, "B h w P"],
+    mask_planes: UInt16[Array, "B V Hm Wm"],
+    num_slots: Int32[Array, ""],
+    points: Float[Array, "B M 2"],
+    slots: int,
+) -> tuple[Float[Array, "B Q {slots}"], Float[Array, "B Q {slots}"]]:
     """Mean cross-entropy and dice cost of one prediction set at points [B, M, 2]: two of [B, Q, N].
 
     Features are read at the points before the queries are multiplied in, so no query's whole mask is ever made.
@@ -119,7 +125,7 @@ def mask_costs(
     return lax.fori_loop(0, count_blocks(num_slots, block), fill, (zeros, zeros))
 
 
-def assign(cost: Array, valid: HostOrDeviceArray) -> Array:
+def assign(cost: Float[HostOrDeviceArray, "S B Q N"], valid: Shaped[HostOrDeviceArray, "B N"]) -> Int32[Array, "S B N"]:
     """Give a query to every object of every image in every prediction set, at the least total cost, on the host.
 
     Args:

@@ -129,7 +129,7 @@ def test_stablehlo_runs_with_jax_alone(run, exported, tmp_path):
 
 def test_half_is_smaller_and_near(run, exported, tmp_path):
     model = load_model(run)
-    images = comparison_images(model, SIZE)[:2]
+    images = comparison_images(model, SIZE)
     request = Request("stablehlo", 1, SIZE, precision="half")
     half = export_model(model, tmp_path / "half", request, source="", images=images)
     assert half["precision"] == "bfloat16" and half["megabytes"] < 0.6 * exported[1]["megabytes"]

@@ -42,7 +42,7 @@ def test_outputs_are_equal_in_float32_and_near_in_bfloat16():
     plain, folded = both(model, variables, images)
     for name in OUTPUTS:
         np.testing.assert_allclose(folded[name], plain[name], rtol=0, atol=2e-4, err_msg=name)
-    network, weights = optimize_for_inference(model.clone(dtype=jnp.bfloat16), variables)
+    network, weights = optimize_for_inference(model.clone(dtype=jnp.dtype(jnp.bfloat16)), variables)
     rough = jax.jit(network.apply)(weights, images)
     assert np.abs(np.asarray(rough.class_logits) - plain["class_logits"]).mean() < 0.1
 

@@ -23,7 +23,7 @@ SPARE_QUERIES = 40  # tokens after the last selected one that a near-tie may bri
 
 def tight_boxes(masks: np.ndarray) -> np.ndarray:
     """Start boxes [B, Q, 4] of logits [B, Q, h, w] of any type; only their signs count."""
-    return np.asarray(masks_to_boxes(np.sign(masks).astype(np.float32)))
+    return np.asarray(masks_to_boxes(jnp.asarray(np.sign(masks), jnp.float32)))
 
 
 def check_selection(scores: np.ndarray, ours: np.ndarray, theirs: np.ndarray, noise: float) -> None:

@@ -254,7 +254,7 @@ def run(name: str):
     denoising = load_denoising(info, z, targets)
     outputs = load_outputs(z, 0 if denoising is None else denoising.valid.shape[1])
     match_points, draws = load_draws(info, z, targets, denoising, outputs)
-    costs = compute_match_costs(outputs, targets, match_points, settings(info["P"]))
+    costs = compute_match_costs(outputs, targets, jnp.asarray(match_points), settings(info["P"]))
     query_index = assign(costs, targets.valid)
 
     def loss(outputs):

@@ -65,7 +65,7 @@ def test_the_graph_is_made_of_operators_that_runtimes_know_whole():
 
 FUNCTIONS = {
     "axes": lambda x: jnp.transpose(x, (2, 0, 1)).reshape(-1, 6) @ jnp.arange(12.0).reshape(6, 2),
-    "broadcast": lambda x: x * jnp.arange(4.0) + x.mean(axis=2, keepdims=True) - x[:, :1],
+    "broadcast": lambda x: x * jnp.arange(4.0)[None, None] + x.mean(axis=2, keepdims=True) - x[:, :1],
     "pad and slice": lambda x: jnp.pad(x, ((0, 0), (1, 2), (0, 0)), constant_values=3.0)[:, 1:5, 2],
     "reverse and join": lambda x: jnp.concatenate([x[..., ::-1], 2 * x], axis=1),
     "stack and split": lambda x: jnp.stack(jnp.split(x, 2, axis=2), axis=1),
