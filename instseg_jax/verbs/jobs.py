@@ -113,7 +113,12 @@ def status(options: argparse.Namespace) -> int:
     if state.rate is not None and state.seconds_left is not None:
         left = f", {say_duration(state.seconds_left)} left" if state.done < state.total else ""
         print(f"rate: {60 * state.rate:.1f} parts a minute{left}")
-    print(f"merged: {'yes' if (job / MERGED).exists() else 'not yet'}")
+    is_merged = (job / MERGED).exists()
+    print(f"merged: {'yes' if is_merged else 'not yet'}")
+    if not is_merged:
+        print_next(
+            "predict", "...", f"--workdir={job}", comment="the command that began it does the rest"
+        )
     return 0
 
 

@@ -252,7 +252,7 @@ def run(name: str):
     info, z = load(name)
     targets = load_targets(z)
     denoising = load_denoising(info, z, targets)
-    outputs = load_outputs(z, 0 if denoising is None else denoising.valid.shape[1])
+    outputs = jax.tree.map(jnp.asarray, load_outputs(z, 0 if denoising is None else denoising.valid.shape[1]))
     match_points, draws = load_draws(info, z, targets, denoising, outputs)
     costs = compute_match_costs(outputs, targets, jnp.asarray(match_points), settings(info["P"]))
     query_index = assign(costs, targets.valid)
