@@ -116,9 +116,7 @@ def status(options: argparse.Namespace) -> int:
     is_merged = (job / MERGED).exists()
     print(f"merged: {'yes' if is_merged else 'not yet'}")
     if not is_merged:
-        print_next(
-            "predict", "...", f"--workdir={job}", comment="the command that began it does the rest"
-        )
+        print_next("predict", "...", f"--workdir={job}", comment="the command that began it does the rest")
     return 0
 
 
