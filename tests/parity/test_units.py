@@ -41,15 +41,16 @@ def close(mine, reference, rtol: float = 1e-5) -> None:
 
 def apply(module: nn.Module, prefix: str, *args, **kwargs):
     """Run a layer with the synthetic weights of that prefix."""
+    args = tuple(jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in args)
     shapes = _shapes(prefix, module, *args, **kwargs)
     state = {name: synth.synth_tensor(prefix + name, shape) for name, shape in shapes.items()}
     variables = official_to_flax({f"layer.{name}": tensor for name, tensor in state.items()})
     variables = {key: tree["layer"] for key, tree in variables.items() if tree}
-    return module.apply(variables, *args, **kwargs)
+    return module.apply(jax.tree.map(jnp.asarray, variables), *args, **kwargs)
 
 
-def nhwc(x: np.ndarray) -> np.ndarray:
-    return np.moveaxis(x, 1, -1)
+def nhwc(x: np.ndarray) -> jax.Array:
+    return jnp.moveaxis(jnp.asarray(x), 1, -1)
 
 
 def test_resizing(numbers):

@@ -53,7 +53,7 @@ class Trial:
         monkeypatch.setattr(loop, "_set_up", self.set_up)
         monkeypatch.setattr(loop, "draw_training", lambda workdir: None)
 
-    def set_up(self, config, workdir):
+    def set_up(self, config, workdir, own):
         workdir.mkdir(exist_ok=True)
         dataset = SimpleNamespace(categories=("building",), category_ids=(1,))
 
