@@ -28,7 +28,7 @@ EVERY = {"stride4": 9, "stride8": 4, "stride16": 4, "stride32": 3}  # recorded r
 def maps_of(variables: dict, stages: tuple, names: tuple[str, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
     """(found, recorded) of each map, at the recorded rows and columns."""
     pixels = np.asarray(Image.open(FOLDER / "coffee.png"), np.float32)
-    network = EfficientNetLite((32,), stages, frozen_norm=True)
+    network, variables = EfficientNetLite((32,), stages, frozen_norm=True), jax.tree.map(jax.numpy.asarray, variables)
     maps = jax.jit(lambda images: network.apply(variables, images, train=False))(pixels[None] / 255)
     recorded = np.load(FOLDER / "maps.npz")
     return [(np.asarray(m)[0, :: EVERY[n], :: EVERY[n]], recorded[n]) for m, n in zip(maps, names, strict=True)]
