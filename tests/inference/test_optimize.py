@@ -85,7 +85,7 @@ def test_masks_are_made_of_the_kept_queries():
 
 @pytest.mark.parametrize("tokens", [40, MANY_TOKENS + 6])
 def test_attention_without_gradients_is_attention(tokens):
-    x = np.random.default_rng(0).standard_normal((2, tokens, 16)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, tokens, 16)), jnp.float32)
     plain, quick = MultiHeadAttention(2), MultiHeadAttention(2, folded=True)
     variables = plain.init(jax.random.key(0), x[:, :3], x[:, :3], x[:, :3])
     one, two = (np.asarray(layer.apply(variables, x, 2 * x, x - 1)) for layer in (plain, quick))
@@ -96,9 +96,9 @@ def test_attention_without_gradients_is_attention(tokens):
 def test_rows_added_one_by_one_are_the_same_samples():
     rng = np.random.default_rng(0)
     shapes = ((8, 12), (4, 6), (2, 3))
-    value = rng.standard_normal((2, 126, 4, 8)).astype(np.float32)
-    locations = rng.uniform(-0.3, 1.3, (2, 5, 4, 3, 4, 2)).astype(np.float32)
-    weights = rng.random((2, 5, 4, 3, 4)).astype(np.float32)
+    value = jnp.asarray(rng.standard_normal((2, 126, 4, 8)), jnp.float32)
+    locations = jnp.asarray(rng.uniform(-0.3, 1.3, (2, 5, 4, 3, 4, 2)), jnp.float32)
+    weights = jnp.asarray(rng.random((2, 5, 4, 3, 4)), jnp.float32)
     one, two = (np.asarray(sample_levels(value, shapes, locations, weights, fused=f)) for f in (False, True))
     assert one.std() > 0.1
     np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
@@ -108,7 +108,7 @@ def test_masks_to_boxes_by_hand():
     logits = np.full((1, 3, 4, 5), -1.0, np.float32)
     logits[0, 0, 1, 2] = logits[0, 0, 3, 1] = 0.5  # rows 1..3, columns 1..2
     logits[0, 1, 0, 4] = 1e-3
-    boxes = np.asarray(masks_to_boxes(logits))[0]
+    boxes = np.asarray(masks_to_boxes(jnp.asarray(logits)))[0]
     np.testing.assert_allclose(boxes[0], [0.4, 0.625, 0.4, 0.75], atol=1e-6)
     np.testing.assert_allclose(boxes[1], [0.9, 0.125, 0.2, 0.25], atol=1e-6)
     np.testing.assert_array_equal(boxes[2], 0)

@@ -43,8 +43,8 @@ def check_start_boxes(masks: np.ndarray, theirs: np.ndarray, noise: float) -> np
     Returns: which boxes differ, [B, Q].
     """
     sides = np.array([masks.shape[-1], masks.shape[-2]] * 2)
-    ours = np.asarray(cxcywh_to_xyxy(tight_boxes(masks)))
-    theirs = np.asarray(cxcywh_to_xyxy(theirs))
+    ours = np.asarray(cxcywh_to_xyxy(jnp.asarray(tight_boxes(masks))))
+    theirs = np.asarray(cxcywh_to_xyxy(jnp.asarray(theirs)))
     differs = (np.abs(ours - theirs) > SAME_EDGE).any(axis=-1)
     for b, q in np.argwhere(differs):
         first, last = np.round(theirs[b, q] * sides).astype(int).reshape(2, 2)
@@ -103,7 +103,8 @@ def decisions(name: str) -> tuple[np.ndarray, np.ndarray]:
     if starts is None or boxes is None:
         return tokens, tight_boxes(masks)
     sides = np.array([masks.shape[-1], masks.shape[-2]] * 2)
-    starts = np.asarray(xyxy_to_cxcywh(np.round(cxcywh_to_xyxy(starts[:, used:]) * sides) / sides))
+    corners = np.round(np.asarray(cxcywh_to_xyxy(jnp.asarray(starts[:, used:]))) * sides) / sides
+    starts = np.asarray(xyxy_to_cxcywh(jnp.asarray(corners)))
     check_start_boxes(masks, starts, NOISE_FACTOR * mask_noise(single, double))
     return tokens, starts
 

@@ -257,7 +257,12 @@ def reference_mask_noise(case: Case) -> float:
 
 def scores_and_boxes_px(class_logits, boxes, original_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     height, width = original_size
-    return np.asarray(jax.nn.sigmoid(class_logits)), np.asarray(cxcywh_to_xyxy(boxes)) * (width, height, width, height)
+    return np.asarray(jax.nn.sigmoid(class_logits)), np.asarray(cxcywh_to_xyxy(jnp.asarray(boxes))) * (
+        width,
+        height,
+        width,
+        height,
+    )
 
 
 def nearest_query(rows: np.ndarray, scores: np.ndarray, boxes_px: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -303,7 +308,7 @@ def check_post_processed(case: Case, b: int, mine: dict, selected: np.ndarray, o
     found = Detections(
         scores=scores[query, labels][None],
         labels=labels[None],
-        boxes_xyxy=np.asarray(cxcywh_to_xyxy(outputs.boxes[:, query])),
+        boxes_xyxy=np.asarray(cxcywh_to_xyxy(jnp.asarray(outputs.boxes[:, query]))),
         mask_logits=outputs.mask_logits[:, query],
     )
     instances = detections_to_instances(found, 0, **frame)
