@@ -150,7 +150,7 @@ def assign(cost: Float[HostOrDeviceArray, "S B Q N"], valid: Shaped[HostOrDevice
     return jax.make_array_from_single_device_arrays(shape, sharding, solved)
 
 
-def assign_by_callback(cost: Array, valid: Array) -> Array:
+def assign_by_callback(cost: Array, valid: HostOrDeviceArray) -> Array:
     """What `assign` does, called by a compiled program, which waits for the host: [S, B, Q, N], [B, N] -> [S, B, N]."""
     shape = jax.ShapeDtypeStruct((*cost.shape[:2], cost.shape[3]), jnp.int32)
     return jax.pure_callback(_assign_on_host, shape, cost, valid, vmap_method="sequential")

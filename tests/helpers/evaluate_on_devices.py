@@ -19,7 +19,7 @@ class Network:
 
         count, height, width, _ = images.shape
         cells = images.reshape(count, height // 4, 4, width // 4, 4, 3).mean(axis=(2, 4))
-        cells *= jnp.linspace(0.8, 1.2, width // 4)[:, None]  # so that a mirrored picture has other scores
+        cells *= jnp.linspace(0.8, 1.2, width // 4)[None, None, :, None]  # so that a mirrored picture has other scores
         logits = jnp.einsum("bhwc,cq->bqhw", cells - cells.mean(axis=(1, 2), keepdims=True), variables["params"]["w"])
         strength = jnp.abs(logits).max(axis=(2, 3))
         # Boxes side by side, wider where something is found: no two of a picture are alike.

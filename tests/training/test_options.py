@@ -119,7 +119,7 @@ def test_a_disk_that_fills_up_on_the_way_is_told(tmp_path, monkeypatch, error):
     checkpoint.save(manager, 7, {"params": {"a": np.ones(3)}, "batch_stats": {}}, {"step": 7}, wait=True)
     manager.close()
 
-    def fill_up(config, workdir):
+    def fill_up(config, workdir, own):
         raise error
 
     monkeypatch.setattr(loop, "_train", fill_up)
