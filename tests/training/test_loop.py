@@ -119,8 +119,8 @@ def test_predict_and_evaluate_from_the_shell(data, finished, tmp_path, monkeypat
     said = capsys.readouterr().out
     assert code == 1 and "broken.jpg" in said and "4 pictures" in said
     drawn = sorted(p.name for p in (tmp_path / "predictions").iterdir())
-    assert len(drawn) == 8
-    result = json.loads(next((tmp_path / "predictions").glob("*.json")).read_text())
+    assert len(drawn) == 9 and "failed.json" in drawn  # a folder that is no run is a job, which lists what failed
+    result = json.loads(next((tmp_path / "predictions").glob("*_res.json")).read_text())
     assert len(result["boxes"]) == len(result["masks"]) == 8  # queries times the one class
     assert result["boxes"][0]["label"] == "building"
 
