@@ -153,18 +153,23 @@ def _are_parts_of_one(pieces: Sequence[Piece], first: list[int], second: list[in
 def _matches(pieces: Sequence[Piece], places: np.ndarray | None) -> Iterator[Match]:
     """Pairs of pieces that are one object."""
     for i, j in meeting_pairs(pieces, places):
-        a, b = pieces[i], pieces[j]
-        sureness = min(a.score, b.score)
-        if a.label == b.label:
-            covered = covered_part(a, b)
-            # Of a winding object the zone may show several parts, of which the two have but one in common.
-            if covered >= MIN_COVERED or (covered > 0 and a.is_cut and b.is_cut and share_a_part(a, b)):
-                # What both windows are sure of goes before what happens to cover it.
-                yield Match(True, covered * sureness, i, j)
-        else:
-            agreed, shared = agreed_part(a, b)
-            if agreed >= MIN_AGREED and shared >= MIN_SHARED:
-                yield Match(False, agreed * sureness, i, j)
+        if match := match_of(pieces, i, j):
+            yield match
+
+
+def match_of(pieces: Sequence[Piece], i: int, j: int) -> Match | None:
+    """How sure it is that two pieces of different windows, whose extents meet, are one object; None: they are not."""
+    a, b = pieces[i], pieces[j]
+    sureness = min(a.score, b.score)
+    if a.label == b.label:
+        covered = covered_part(a, b)
+        # Of a winding object the zone may show several parts, of which the two have but one in common.
+        if covered >= MIN_COVERED or (covered > 0 and a.is_cut and b.is_cut and share_a_part(a, b)):
+            # What both windows are sure of goes before what happens to cover it.
+            return Match(True, covered * sureness, i, j)
+        return None
+    agreed, shared = agreed_part(a, b)
+    return Match(False, agreed * sureness, i, j) if agreed >= MIN_AGREED and shared >= MIN_SHARED else None
 
 
 def _resolve(group: list[Piece]) -> Piece:

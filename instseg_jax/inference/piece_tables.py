@@ -12,7 +12,7 @@ import numpy as np
 from instseg_jax.inference.mask_merging import MIN_AGREED, MIN_COVERED, MIN_SHARED
 from instseg_jax.inference.pieces import NEAR, Piece, share_a_part
 
-CHUNK = 1 << 22  # pairs, or bytes of masks, that are looked at together
+CHUNK = 1 << 17  # pairs, or bytes of masks, that are looked at together
 LARGE = 1 << 62  # from here on pieces are of the view of a whole image
 IN_WINDOW = 20  # bits of a piece's number that count the pieces of its window
 
@@ -75,10 +75,11 @@ class PieceTable:
     def piece(self, i: int, grid: Grid) -> Piece:
         """Row `i` as a piece."""
         x1, y1, x2, y2 = self.extents[i].tolist()
-        window = int(self.windows[i])
+        row, column = divmod(int(self.windows[i]), len(grid.xs))
+        x, y = int(grid.xs[column]), int(grid.ys[row])
         return Piece(
-            windows=frozenset([window]),
-            seen=tuple(grid.boxes(self.windows[i]).tolist()),
+            windows=frozenset([int(self.windows[i])]),
+            seen=(x, y, x + grid.side, y + grid.side),
             label=int(self.labels[i]),
             score=float(self.scores[i]),
             box=self.boxes[i],
