@@ -26,6 +26,7 @@ def test_agreement_by_hand():
     assert agreement(nowhere, expected) == {"score": 0, "kept": 0, "box_iou": 0}
 
 
+@pytest.mark.slow
 def test_runtimes_are_timed_beside_another_network(tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")

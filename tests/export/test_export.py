@@ -111,6 +111,7 @@ ALONE = """
 """
 
 
+@pytest.mark.slow
 def test_stablehlo_runs_with_jax_alone(run, exported, tmp_path):
     model = load_model(run)
     images = np.stack(comparison_images(model, SIZE)[:2])
@@ -127,6 +128,7 @@ def test_stablehlo_runs_with_jax_alone(run, exported, tmp_path):
     assert len(json.loads(done.stdout)["boxes"]) == DETECTIONS
 
 
+@pytest.mark.slow
 def test_half_is_smaller_and_near(run, exported, tmp_path):
     model = load_model(run)
     images = comparison_images(model, SIZE)
@@ -139,6 +141,7 @@ def test_half_is_smaller_and_near(run, exported, tmp_path):
 # --- the verb -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_verb_tells_ap_before_and_after(run, tmp_path, capsys):
     arguments = ["--format=stablehlo", "--dynamic_batch", "--data=embedded_copy"]
     data = tmp_path / "embedded_copy"

@@ -101,7 +101,7 @@ def no_second_start(monkeypatch):
     monkeypatch.setenv("INSTSEG_HUGE_PAGES", "0")
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [pytest.param("stablehlo", marks=pytest.mark.slow), *FORMATS[1:]])
 def test_the_pipeline_finds_the_same(format, exports, wanted, pictures):
     pipeline = instseg_jax.create_pipeline(weights=exports(format), device="cpu", batch_size=2)
     assert (pipeline.class_names, pipeline.category_ids) == (CLASS_NAMES, CATEGORY_IDS)

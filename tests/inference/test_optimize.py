@@ -25,7 +25,7 @@ def both(model, variables, images):
     return found
 
 
-@pytest.mark.parametrize("like", ["n", "s", "l"])
+@pytest.mark.parametrize("like", ["n", *(pytest.param(size, marks=pytest.mark.slow) for size in "sl")])
 def test_outputs_are_equal_in_float64(like):
     model = small_model(like=like)
     with jax.enable_x64(True):
@@ -36,6 +36,7 @@ def test_outputs_are_equal_in_float64(like):
         np.testing.assert_allclose(folded[name], plain[name], rtol=0, atol=1e-10, err_msg=name)
 
 
+@pytest.mark.slow
 def test_outputs_are_equal_in_float32_and_near_in_bfloat16():
     model, images = small_model(), random_images(1, 64, 64, 3)
     variables = random_variables(model)

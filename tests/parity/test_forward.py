@@ -31,6 +31,9 @@ from instseg_jax.types import Detections, Outputs
 from instseg_jax.weights.names import official_to_flax
 
 EVAL_CASES = find_cases("*/eval_*.json")
+# A small and a large picture through two sizes in the quick suite; the rest takes minutes.
+QUICK = ("s/eval_small", "l/eval_640")
+QUICK_FIRST = [name if name in QUICK else pytest.param(name, marks=HEAVY) for name in EVAL_CASES]
 VARIANTS = {load_case(name).variant for name in EVAL_CASES} | {
     name.split("/")[0] for name in find_cases("*/train_*.json")
 }
@@ -135,7 +138,7 @@ def tolerance(name: str, stage: str) -> tuple[float, float]:
     return NOISE_FACTOR * stated["max_abs"], max(NOISE_FACTOR * stated["rel"], RELATIVE_FLOOR)
 
 
-@pytest.mark.parametrize("name", EVAL_CASES)
+@pytest.mark.parametrize("name", QUICK_FIRST)
 def test_float64_agrees_with_the_reference_in_float64(name):
     case = load_case(name)
     start = recorded_start(case)
@@ -191,7 +194,7 @@ def compare_with_reference(case: Case, mine: dict[str, np.ndarray]) -> dict[str,
     return ratios
 
 
-@pytest.mark.parametrize("name", EVAL_CASES)
+@pytest.mark.parametrize("name", QUICK_FIRST)
 def test_float32_is_within_five_times_the_noise_of_the_reference(name):
     case = load_case(name)
     mine, _ = run_case(case, inject=True)
@@ -218,7 +221,7 @@ def test_float32_is_within_five_times_the_noise_of_the_reference(name):
         np.testing.assert_array_equal(pair[0].astype(bool), pair[1])
 
 
-@pytest.mark.parametrize("name", EVAL_CASES)
+@pytest.mark.parametrize("name", QUICK_FIRST)
 def test_end_to_end_selects_and_segments_the_same(name):
     """From the picture to its instances; from the reference's queries on where rounding made ours others."""
     case = load_case(name)
@@ -329,6 +332,7 @@ def check_post_processed(case: Case, b: int, mine: dict, selected: np.ndarray, o
     return agreement
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in EVAL_CASES if "small" in name][-1:])
 def test_corrected_positions_differ_for_rectangles_alone(name):
     case = load_case(name)
@@ -361,6 +365,7 @@ def test_a_batch_of_four_equals_four_batches_of_one(variant):
                 assert np.abs(one - all_four).max() <= 1e-11 * np.abs(all_four).max(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in EVAL_CASES if name.startswith("s/")][-1:])
 def test_bfloat16_stays_near(name):
     """Reports how far inference in bfloat16 is: 0.009 in scores on average, 96.5 % of mask pixels on these weights."""

@@ -325,7 +325,7 @@ def test_denoising_queries(name):
     assert not mask[:, used:slots].any()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "loss_b")) for name in NAMES])
 def test_loss_terms(name):
     _, z = load(name)
     total, sums, _ = run(name)

@@ -31,7 +31,10 @@ def detections(model, variables, images, count):
     return [np.asarray(getattr(found, name)) for name in OUTPUTS]
 
 
-@pytest.mark.parametrize(("like", "batch", "images"), [("s", None, 2), ("n", 1, 1), ("l", 2, 2)])
+@pytest.mark.parametrize(
+    ("like", "batch", "images"),
+    [("n", None, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("s", None, 2), ("l", 2, 2)))],
+)
 def test_the_graph_finds_what_the_network_finds(like, batch, images):
     model = small_model(like=like)
     variables, pictures = random_variables(model), random_images(images, 64, 96, 3)

@@ -187,6 +187,7 @@ def test_devices_are_looked_for_in_another_process(monkeypatch):
         launch.list_devices("cpu:7")
 
 
+@pytest.mark.slow
 def test_an_interruption_saves_the_runs_and_the_next_call_goes_on(tmp_path):
     """SIGINT to the sweep alone: it hands SIGTERM on, starts nothing more, and tells how far it got."""
     code = (
