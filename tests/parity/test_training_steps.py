@@ -35,6 +35,7 @@ FALL = 0.95  # a total that the reference brings below this share of the last st
 RATE_ROUNDING = 2e-11  # float32 near the full learning rate of 1e-4
 # In float32 as well: our float64 run above is checked first, and is what these are held against.
 parametrized = pytest.mark.parametrize("name", [pytest.param(name, marks=HEAVY) for name in TRAIN_CASES])
+parametrized_in_float64 = pytest.mark.parametrize("name", [pytest.param(name, marks=HEAVY) for name in DOUBLE_CASES])
 
 
 def test_there_is_a_case():
@@ -48,7 +49,7 @@ def term_names() -> dict[str, str]:
     return names | {"total": "loss"}
 
 
-@pytest.mark.parametrize("name", DOUBLE_CASES)
+@parametrized_in_float64
 def test_loss_terms_in_float64(name):
     theirs, run = prepare(name).case.tensors_f64, train(name, "float64")
     listed, compared = list(theirs["term_names"]), 0
@@ -66,7 +67,7 @@ def test_loss_terms_in_float64(name):
     assert compared
 
 
-@pytest.mark.parametrize("name", DOUBLE_CASES)
+@parametrized_in_float64
 def test_gradients_and_weights_in_float64(name):
     case, run = prepare(name).case, train(name, "float64")
     floor = ZERO_GRADIENT * run.grad_norm

@@ -105,10 +105,12 @@ def one_and_eight(tmp_path_factory) -> list[dict]:
     return runs
 
 
+@pytest.mark.slow
 def test_the_batch_is_split_and_the_weights_are_everywhere(one_and_eight):
     assert [run["placed"] for run in one_and_eight] == [[1, 1], [8, 8]]
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_one_device(one_and_eight):
     one, eight = (run["rows"] for run in one_and_eight)
     for step, limit in ((0, 1e-5), (STEPS - 1, 1e-4)):
@@ -119,6 +121,7 @@ def test_losses_are_those_of_one_device(one_and_eight):
         np.testing.assert_allclose(eight[0][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_update_is_that_of_one_device(one_and_eight):
     one, eight = one_and_eight
     for when in ("first", "last"):
@@ -158,3 +161,43 @@ def test_two_processes_train_like_one(tmp_path):
     assert [json.loads((tmp_path / n / "train_result.json").read_text())["done_flag"] for n in ("one", "two")] == [
         True
     ] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("goes_on_with", ["2 devices", "2 processes"])
+def test_a_run_goes_on_with_another_number(tmp_path, goes_on_with):
+    """What was before is kept to the bit, what comes is as with one device to float rounding."""
+    data = write_subset(tmp_path / "data", 4)
+    overrides = TRAINED | {"data.dir": data, "optimizer.warmup_steps": 100, "train.epochs": 3}
+    arguments = ["train", "--config=configs/quickstart.py", *(f"--config.{k}={v}" for k, v in overrides.items())]
+
+    def launch(workdir: str, num_devices: int, *more: str, until: int = 99) -> subprocess.Popen:
+        whole = [*arguments, f"--workdir={tmp_path / workdir}", *more]
+        stop = f"signals.StopSignals.asked = lambda self, step: step >= {until}" if until < 99 else "pass"
+        code = f"import sys; from instseg_jax.training import signals; {stop}\n"
+        code += f"from instseg_jax.cli import main; sys.exit(main({whole}))"
+        return start(code, num_devices, INSTSEG_HUGE_PAGES="0")
+
+    finish(launch("one", 1))
+    finish(launch("other", 1, until=2))
+    before = read_rows(tmp_path / "other" / "metrics.jsonl")
+    if goes_on_with == "2 devices":
+        finish(launch("other", 2))
+    else:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        several = [
+            launch("other", 1, f"--coordinator={address}", "--num_processes=2", f"--process_id={i}") for i in (0, 1)
+        ]
+        for process in several:
+            finish(process)
+    one, other = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "other"))
+    assert [row["step"] for row in other] == [row["step"] for row in one] == list(range(6)) and len(before) == 2
+    for k in range(2):
+        assert other[k]["loss"] == before[k]["loss"] == one[k]["loss"]
+    for k in range(2, 6):
+        np.testing.assert_allclose(other[k]["loss"], one[k]["loss"], rtol=1e-3)
+    weights = [checkpoint.load_inference_checkpoint(tmp_path / name)[0]["params"] for name in ("one", "other")]
+    for a, b in zip(*map(jax.tree.leaves, weights), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
