@@ -1,0 +1,184 @@
+"""Layers of polygons as people draw them on maps, as shapes in pixels of a raster (extra `geo`).
+
+Coordinates are (x, y) everywhere, longitude before latitude, whatever order a CRS is defined in.
+"""
+
+import collections
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instseg_jax.files import read_regular_text
+from instseg_jax.geo.georeference import WGS84, Georeference
+from instseg_jax.messages import quote, shorten
+
+GEOJSON_SUFFIXES = (".geojson", ".json")
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Polygons with their class names, in coordinates of their CRS."""
+
+    path: Path
+    shapes: np.ndarray  # [n] of shapely, Polygon or MultiPolygon, valid and not empty
+    names: tuple[str, ...]
+    crs: Any  # of pyproj; None: the file says none
+    is_assumed: bool  # GeoJSON without a word on its CRS, which then should be WGS 84
+
+
+def read_layer(
+    source: str, *, class_field: str | None, class_name: str | None, crs: str | None, notes: collections.Counter[str]
+) -> Layer:
+    """Read a layer of polygons: `FILE` or `FILE:LAYER` of any vector format that GDAL knows.
+
+    Classes are the values of `class_field`, or `class_name` for all. `crs` overrules what the file says. Invalid rings
+    are mended; what is mended or left out is counted in `notes`. Raises ValueError or FileNotFoundError, naming the file.
+    """
+    import pyogrio
+    import pyproj
+    import shapely
+
+    path, layer_name = _split_source(source)
+    try:
+        meta, _, geometry, columns = pyogrio.raw.read(path, layer=layer_name, columns=[class_field] if class_field else [])
+    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as a layer of polygons ({shorten(error)}).") from error
+    if class_field and class_field not in meta["fields"]:
+        known = ", ".join(map(str, pyogrio.read_info(path, layer=layer_name)["fields"]))
+        raise ValueError(f"The layer {path} has no field {quote(class_field)}; it has {shorten(known) or 'none'}.")
+    if not class_field and not class_name:
+        raise ValueError(f"Classes of {path} are unknown: --class_field names a field, --class_name is for all objects.")
+    values = columns[0] if class_field else [class_name] * len(geometry)
+    is_assumed = path.suffix.lower() in GEOJSON_SUFFIXES and crs is None and not _has_crs(path)
+    try:
+        found = pyproj.CRS.from_user_input(crs or meta["crs"]) if crs or meta["crs"] else None
+    except pyproj.exceptions.CRSError as error:
+        raise ValueError(f"The CRS {quote(crs or meta['crs'])} of {path} is unknown ({shorten(error)}).") from error
+    shapes, names = [], []
+    seen: set[tuple[bytes, str]] = set()
+    for blob, value in zip(geometry, values, strict=True):
+        shape = None if blob is None else shapely.force_2d(shapely.from_wkb(blob))
+        if shape is None or shape.is_empty:
+            notes["features without a geometry, left out"] += 1
+            continue
+        if not shape.is_valid:
+            shape = shapely.make_valid(shape)
+            notes["invalid rings, mended"] += 1
+        shape = _polygons_of(shape)
+        if shape.is_empty:
+            notes["features without an area (points, lines), left out"] += 1
+        elif value is None or value != value or not str(value).strip():
+            notes[f"features without a value of {class_field}, left out"] += 1
+        elif (key := (shapely.normalize(shape).wkb, str(value))) in seen:
+            notes["features that are there twice, left out once"] += 1
+        else:
+            seen.add(key)
+            shapes.append(shape)
+            names.append(str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip())
+    if not shapes:
+        raise ValueError(f"The layer {path} has no polygon.")
+    collected = np.empty(len(shapes), object)
+    collected[:] = shapes
+    return Layer(path, collected, tuple(names), found, is_assumed)
+
+
+def shapes_in_pixels(layer: Layer, place: Georeference, raster: str, size: tuple[int, int]) -> np.ndarray:
+    """The layer's shapes [n] in pixels (x, y) of a raster of `size` (height, width) that lies at `place`.
+
+    A layer that says no CRS lies in the raster's where its coordinates meet the raster. Raises ValueError for one that
+    must be told, or has no way to the raster's CRS.
+    """
+    import pyproj
+    import shapely
+
+    a, b, c, d, e, f = place.transform
+    inverse = np.linalg.inv(np.array([[a, b], [d, e]]))
+
+    def to_pixels(ground: np.ndarray) -> np.ndarray:
+        return (ground - [c, f]) @ inverse.T
+
+    as_they_are = shapely.transform(layer.shapes, to_pixels)
+    if place.wkt is None or layer.crs is None or layer.is_assumed:
+        raw = shapely.total_bounds(layer.shapes)
+        is_globe = raw[0] >= -180.5 and raw[2] <= 180.5 and raw[1] >= -90.5 and raw[3] <= 90.5
+        if _meets(as_they_are, size) and not (layer.is_assumed and place.epsg == WGS84):
+            if layer.is_assumed:
+                log.warning("%s says no CRS and is not in WGS 84: its coordinates are those of %s", layer.path, raster)
+            return as_they_are
+        if place.wkt is None or layer.crs is None or not is_globe:
+            raise ValueError(
+                f"The layer {layer.path} says no CRS that fits, and its coordinates ({_say_bounds(raw)}) don't lie on "
+                f"{raster}: name its CRS with --labels_crs=EPSG:NUMBER."
+            )
+    try:
+        transformer = pyproj.Transformer.from_crs(layer.crs, pyproj.CRS.from_wkt(place.wkt), always_xy=True)
+        return shapely.transform(
+            layer.shapes, lambda xy: to_pixels(np.stack(transformer.transform(xy[:, 0], xy[:, 1], errcheck=True), axis=1))
+        )
+    except pyproj.exceptions.ProjError as error:
+        raise ValueError(f"There is no way from the CRS of {layer.path} to that of {raster} ({shorten(error)}).") from error
+
+
+def pixel_sides(place: Georeference, size: tuple[int, int]) -> tuple[float, float] | None:
+    """Width and height on the ground, in metres, of the pixel in the middle of a raster of `size` (height, width).
+
+    None where the CRS is unknown or has no way to the globe. True lengths: degrees, feet and the stretched metres of a
+    Mercator map are measured on the ellipsoid.
+    """
+    import pyproj
+
+    if place.wkt is None:
+        return None
+    x, y = size[1] / 2, size[0] / 2
+    corners = place.to_ground(np.array([[x - 0.5, y], [x + 0.5, y], [x, y - 0.5], [x, y + 0.5]]))
+    try:
+        transformer = pyproj.Transformer.from_crs(pyproj.CRS.from_wkt(place.wkt), WGS84, always_xy=True)
+        lon, lat = transformer.transform(corners[:, 0], corners[:, 1], errcheck=True)
+    except pyproj.exceptions.ProjError:
+        return None
+    _, _, lengths = pyproj.Geod(ellps="WGS84").inv(lon[::2], lat[::2], lon[1::2], lat[1::2])
+    return float(lengths[0]), float(lengths[1])
+
+
+def _split_source(source: str) -> tuple[Path, str | None]:
+    path, layer_name = Path(source), None
+    if not path.exists() and ":" in source:
+        head, _, layer_name = source.rpartition(":")
+        path = Path(head)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no layer {source!r}.")
+    return path, layer_name
+
+
+def _has_crs(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(read_regular_text(path)).get("crs"), dict)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no GeoJSON ({shorten(error)}).") from error
+
+
+def _polygons_of(shape: Any) -> Any:
+    """The polygons of a shape: one, several as a MultiPolygon, or an empty one."""
+    import shapely
+
+    parts = [part for part in shapely.get_parts(shape, return_index=False).tolist() if part.geom_type == "Polygon"]
+    for inner in (part for part in shapely.get_parts(shape).tolist() if part.geom_type == "MultiPolygon"):
+        parts += inner.geoms
+    parts = [part for part in parts if part.area > 0]
+    return parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
+
+
+def _meets(shapes: np.ndarray, size: tuple[int, int]) -> bool:
+    import shapely
+
+    left, top, right, bottom = shapely.total_bounds(shapes)
+    return bool(left < size[1] and right > 0 and top < size[0] and bottom > 0)
+
+
+def _say_bounds(bounds: np.ndarray) -> str:
+    return "x {:.6g} to {:.6g}, y {:.6g} to {:.6g}".format(*bounds[[0, 2, 1, 3]])
