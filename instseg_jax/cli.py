@@ -19,6 +19,7 @@ from instseg_jax.commands import program
 from instseg_jax.options import (
     add_export,
     add_job,
+    add_maps,
     add_pipeline,
     add_processes,
     add_server,
@@ -83,15 +84,18 @@ def build_parser() -> argparse.ArgumentParser:
     about = "look at every picture and annotation; what passes can be trained on"
     sub = add("check_dataset", about, DEFAULT_CONFIG)
     sub.add_argument("--fix", action="store_true", help="write repaired copies of the annotation files")
-    about = "turn LabelMe, VOC or YOLO annotations into COCO's, and split them when percentages are given"
+    about = "turn LabelMe, VOC or YOLO annotations, or rasters and polygons of a map, into COCO's"
     sub = add("convert", about, DEFAULT_CONFIG)
-    sub.add_argument("--src_dataset_type", metavar="LabelMe|VOC|YOLO", required=True, help="format of config.data.dir")
+    about = "format of config.data.dir; geo: --rasters and --labels"
+    sub.add_argument("--src_dataset_type", metavar="LabelMe|VOC|YOLO|geo", required=True, help=about)
     sub.add_argument("--save_path", metavar="DIR", help="where annotations/ and images/ go (default: config.data.dir)")
-    sub.add_argument("--labels", metavar="FILE", help="class names, one a line (default: labels.txt and the like)")
+    about = "class names, one a line (default: labels.txt and the like); geo: FILE[:LAYER] of polygons"
+    sub.add_argument("--labels", metavar="FILE", help=about)
     sub.add_argument("--skip_invalid", action="store_true", help="leave out what can't be read, and say what that was")
     sub.add_argument("--train_percent", type=int, metavar="N", help="share of the training split")
     sub.add_argument("--val_percent", type=int, metavar="N", help="share of the validation split")
     sub.add_argument("--group_by", metavar="REGEX", help="pictures whose names match alike stay together")
+    add_maps(sub)
     about = "deal the pictures out to training and validation anew; the old files stay as .bak"
     sub = add("split", about, DEFAULT_CONFIG)
     sub.add_argument("--train_percent", type=int, metavar="N", required=True, help="share of the training split")

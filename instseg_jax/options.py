@@ -54,6 +54,27 @@ def add_tiles(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--whole_image", action=argparse.BooleanOptionalAction, default=True, help=about)
 
 
+def add_maps(sub: argparse.ArgumentParser) -> None:
+    """The options with which pictures for training are cut from maps."""
+    group = sub.add_argument_group("maps (--src_dataset_type=geo)")
+    about = "rasters, folders of GeoTIFFs or URLs, with commas between them"
+    group.add_argument("--rasters", metavar="FILE,FILE|DIR", help=about)
+    group.add_argument("--class_field", metavar="NAME", help="the field of --labels that names the class")
+    group.add_argument("--class_name", metavar="NAME", help="the class of all polygons, instead of a field")
+    group.add_argument("--labels_crs", metavar="CRS", help="of --labels, where it says none or a wrong one: EPSG:32616")
+    about = "FILE[:LAYER] of polygons within which everything is labelled (default: the hull of the labels)"
+    group.add_argument("--aoi", metavar="FILE", help=about)
+    group.add_argument("--tile", type=int, default=640, metavar="PIXELS", help="side of the pictures (%(default)s)")
+    group.add_argument("--overlap", type=float, default=0.2, help="of neighbours, part of a side (%(default)s)")
+    group.add_argument("--gsd", type=float, metavar="METRES", help="of a pixel on the ground (default: the raster's)")
+    about = "shown as red, green and blue, by colour or number: nir,red,green (default: the colours)"
+    group.add_argument("--bands", metavar="A,B,C", help=about)
+    about = "part of an object below which it is ignored in a picture (%(default)s)"
+    group.add_argument("--min_visible", type=float, default=0.5, metavar="SHARE", help=about)
+    about = "pictures of labelled ground without objects, for each one with some (%(default)s)"
+    group.add_argument("--empty_share", type=float, default=0.2, metavar="SHARE", help=about)
+
+
 def add_job(sub: argparse.ArgumentParser) -> None:
     """The options of predictions that are planned: --workdir names a folder that is no run."""
     about = "do only parts I, I + N, I + 2 N, ... of the plan in --workdir, I from 0; a command without it merges"

@@ -29,7 +29,7 @@ GROUND = {
 }
 ALLOWED = {
     "models": {"models"},
-    "data": {"data"},
+    "data": {"data", "geo"},
     "runtimes": {"runtimes", "models"},
     "weights": {"weights", "models", "runtimes"},
     "geo": {"geo"},

@@ -1,14 +1,14 @@
 """Other annotation formats to COCO: finding the files, naming pictures and categories, writing the result.
 
-Each format is read by a room of its own (`labelme.py`, `voc.py`, `yolo.py`) to `ConvertedImage`s. Written are
-`annotations/instance_train.json`, `instance_val.json` where the source has a validation part, and `images/`.
+Each format is read by a file of its own (`labelme.py`, `voc.py`, `yolo.py`, `maps.py`) to `ConvertedImage`s.
+Written are `annotations/instance_train.json`, `instance_val.json` where there is a validation part, and `images/`.
 """
 
 import collections
 import dataclasses
 import filecmp
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,33 @@ def convert_dataset(
     everything = [image for images in converted.values() for image in images]
     known = [coco_entries.read_name(name, f"A class of {str(source)!r}") for name in listing.class_names if name]
     names = _category_names(known, everything, is_certain=is_certain)
-    pictures = _PictureFolder(target / "images")
-    contents = {part: _to_coco(images, names, pictures) for part, images in converted.items()}
     if percentages is None and listing.is_val_wanted:
         percentages = DEFAULT_PERCENTAGES
+    return write_converted(
+        converted, names, target, percentages=percentages, group_by=group_by, seed=seed, notes=notes, info={}
+    )
+
+
+def write_converted(
+    converted: Mapping[str, Iterable[ConvertedImage]],
+    names: Sequence[str],
+    target: Path,
+    *,
+    percentages: tuple[int, int] | None,
+    group_by: str | None,
+    seed: int,
+    notes: collections.Counter[str],
+    info: dict[str, Any],
+) -> Conversion:
+    """Write pictures, one at a time, and annotation files of the classes `names` below `target`.
+
+    With `percentages` the pictures of all parts are dealt out to training and validation. `info` is said of the whole
+    set in each file; `notes` are read once all pictures are written.
+    """
+    pictures = _PictureFolder(target / "images")
+    contents = {part: _to_coco(images, names, pictures) for part, images in converted.items()}
+    for content in contents.values():
+        content.update({"info": info} if info else {})
     if percentages is not None:
         whole = split.merge_contents(list(contents.values()))
         train, val = split.split_images(
@@ -184,7 +207,7 @@ def _category_names(known: Sequence[str], images: Sequence[ConvertedImage], *, i
     return list(names | used)
 
 
-def _to_coco(images: Sequence[ConvertedImage], names: Sequence[str], pictures: _PictureFolder) -> dict[str, Any]:
+def _to_coco(images: Iterable[ConvertedImage], names: Sequence[str], pictures: _PictureFolder) -> dict[str, Any]:
     """COCO content of some pictures; ids count from 1, boxes and areas are those of the drawn masks."""
     ids = {name: number for number, name in enumerate(names, start=1)}
     content: dict[str, Any] = {"images": [], "annotations": []}
@@ -192,6 +215,7 @@ def _to_coco(images: Sequence[ConvertedImage], names: Sequence[str], pictures: _
         image_id = len(content["images"]) + 1
         content["images"].append(
             {"id": image_id, "file_name": pictures.add(image), "height": image.height, "width": image.width}
+            | image.facts
         )
         record = coco_entries.ImageRecord(image_id, image.name, image.height, image.width)
         for o in image.objects:

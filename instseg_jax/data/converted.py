@@ -36,6 +36,7 @@ class ConvertedImage:
     height: int
     width: int
     objects: tuple[ConvertedObject, ...]
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # more entries of its record
 
 
 @dataclasses.dataclass(frozen=True)

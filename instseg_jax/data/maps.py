@@ -11,15 +11,19 @@ import cv2
 import numpy as np
 
 from instseg_jax import masks
+from instseg_jax.data import coco_entries
+from instseg_jax.data.convert import Conversion, write_converted
 from instseg_jax.data.converted import ConvertedImage, ConvertedObject
-from instseg_jax.geo.layers import Layer, pixel_sides, read_layer, shapes_in_pixels
-from instseg_jax.geo.rasters import SUFFIXES, RasterImage
+from instseg_jax.geo.layers import Layer, find_center, pixel_sides, read_layer, shapes_in_pixels
+from instseg_jax.geo.rasters import SUFFIXES, RasterImage, find_stretch, is_remote
 from instseg_jax.messages import quote
 from instseg_jax.progress import Track
 from instseg_jax.windows import Window
 
 SLIVER_PX = 1.0  # pixels of a picture: an object, or what a border leaves of it, that is smaller is none
 LARGE_SHARE = 0.25  # of a picture: so much of an object is worth learning, however little of the object it is
+SAME_GSD = 1.1  # resolutions that differ by less are one
+UNKNOWN_STRETCH = np.zeros((2, 3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,43 +35,80 @@ class Cutting:
     min_visible: float  # share of an object that must be in a picture; less is marked to be ignored
     empty_share: float  # pictures without objects, for each one with some
     gsd: float | None  # metres on the ground that a pixel of a picture shows; None: as in the raster
+    bands: tuple[str, ...] | None  # that are shown as red, green and blue, by colour or number; None: the colours
     seed: int
 
 
-def cut_maps(
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What is known of the ground: polygons, and within which area they are all."""
+
+    layer: Layer
+    area: Layer | None  # None: within the hull of the polygons of a raster
+
+
+def convert_maps(
     rasters: Sequence[str],
     labels: str,
+    target: Path,
     cutting: Cutting,
     *,
     class_field: str | None,
     class_name: str | None,
     labels_crs: str | None,
     aoi: str | None,
-    notes: collections.Counter[str],
+    percentages: tuple[int, int] | None,
     progress: Track,
-) -> list[ConvertedImage]:
-    """Cut pictures from rasters around the polygons of a layer.
+) -> Conversion:
+    """Cut pictures from rasters around the polygons of a layer, and write them to `target` as COCO.
 
-    `rasters` are files or folders of GeoTIFFs. An object keeps its holes and parts; where a border leaves less than
-    `min_visible` of it, a further picture is cut around it, and it is ignored in the first one. Ground outside of the
-    labelled area is never taught as background: pictures without objects lie within `aoi`, a layer of polygons, or
-    without one within the hull of the labels; outside of `aoi` all is black. Raises ValueError or FileNotFoundError.
+    `rasters` are files, folders of GeoTIFFs, or URLs. An object keeps its holes and parts; where borders leave less
+    than `min_visible` of it in every picture, a further one is cut around it, and it is ignored in the others. Ground
+    outside of the labelled area is never taught as background: pictures without objects lie within `aoi`, a layer of
+    polygons, or without one within the hull of the labels; outside of `aoi` all is black. Resolution, bands and stretch
+    are kept in the annotation files. Raises ValueError or FileNotFoundError.
     """
     _check_cutting(cutting)
+    notes: collections.Counter[str] = collections.Counter()
     layer = read_layer(labels, class_field=class_field, class_name=class_name, crs=labels_crs, notes=notes)
     area = None
     if aoi is not None:
         area = read_layer(aoi, class_field=None, class_name="area", crs=None, notes=collections.Counter())
-    found: list[ConvertedImage] = []
     files = _find_rasters(rasters)
+    stretch, gsd = _look_at(files, cutting, notes)
+    names = list(dict.fromkeys(coco_entries.read_name(name, f"A class of {labels}") for name in layer.names))
     is_used = np.zeros(len(layer.shapes), bool)
-    for path in progress(files, len(files)):
-        found += _cut_raster(path, layer, area, cutting, notes, is_used)
-    if not any(image.objects for image in found):
-        raise ValueError(f"No polygon of {labels} lies on a raster: compare their CRS, or name it with --labels_crs.")
-    if missed := int((~is_used).sum()):
-        notes["polygons that lie on no raster, or on none with content"] += missed
-    return found
+
+    def images() -> Iterator[ConvertedImage]:
+        for path in progress(files, len(files)):
+            raster = RasterImage(path, driver=None, bands=cutting.bands, stretch=stretch)
+            try:
+                yield from _cut_raster(raster, Labels(layer, area), cutting, notes, is_used)
+            finally:
+                raster.close()
+        if not is_used.any():
+            raise ValueError(
+                f"No polygon of {labels} lies on a raster: compare their CRS, or name it with --labels_crs."
+            )
+        notes["polygons that lie on no raster, or on none with content"] += int((~is_used).sum())
+        for note in [note for note, count in notes.items() if not count]:
+            del notes[note]
+
+    known = {
+        "gsd": gsd,
+        "stretch": None if stretch is None else stretch.tolist(),
+        "bands": None if cutting.bands is None else list(cutting.bands),
+    }
+    return write_converted(
+        {"train": images()},
+        names,
+        target,
+        percentages=percentages,
+        group_by=None,
+        seed=cutting.seed,
+        notes=notes,
+        info={"description": f"{labels} on {len(files)} raster{'s' * (len(files) > 1)}", "map": known},
+    )
 
 
 def _check_cutting(cutting: Cutting) -> None:
@@ -79,83 +120,122 @@ def _check_cutting(cutting: Cutting) -> None:
         raise ValueError(f"--min_visible is {cutting.min_visible}, it must be above 0 and at most 1.")
     if cutting.empty_share < 0:
         raise ValueError(f"--empty_share is {cutting.empty_share}, it must be at least 0.")
+    if cutting.bands is not None and len(cutting.bands) != 3:
+        raise ValueError(
+            f"--bands is {quote(','.join(cutting.bands))}, it must name three, shown as red, green and blue."
+        )
     if cutting.gsd is not None and not 0 < cutting.gsd < 1e6:
         raise ValueError(f"--gsd is {cutting.gsd}, it must be above 0 metres.")
 
 
-def _find_rasters(rasters: Sequence[str]) -> list[Path]:
-    files = []
+def _find_rasters(rasters: Sequence[str]) -> list[str]:
+    found: list[str] = []
     for name in rasters:
         path = Path(name)
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+        if is_remote(name) or path.is_file():
+            found.append(name)
+        elif path.is_dir():
+            inside = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
             if not inside:
                 raise FileNotFoundError(f"There is no {' or '.join(SUFFIXES)} in {path}.")
-            files += inside
-        elif path.is_file():
-            files.append(path)
+            found += inside
         else:
             raise FileNotFoundError(f"There is no raster {quote(name)}.")
-    return files
+    return list(dict.fromkeys(found))
+
+
+def _look_at(
+    files: Sequence[str], cutting: Cutting, notes: collections.Counter[str]
+) -> tuple[np.ndarray | None, float | None]:
+    """One stretch for all rasters that need one, and the resolution of the pictures in metres, None where unknown."""
+    samples, lengths = [], []
+    for name in files:
+        raster = RasterImage(name, driver=None, bands=cutting.bands, stretch=UNKNOWN_STRETCH)
+        if raster.georeference is None:
+            raise ValueError(f"{name} does not say where it lies; a layer of polygons can't be laid on it.")
+        sides = pixel_sides(raster.georeference, raster.size)
+        if sides is not None:
+            lengths.append(float(np.sqrt(sides[0] * sides[1])))
+        elif cutting.gsd is not None:
+            raise ValueError(f"{name} has no CRS with a way to metres, --gsd={cutting.gsd} can't be kept.")
+        if raster.is_stretched:
+            samples.append(raster.sample()[:, :: len(files)])
+        raster.close()
+    stretch = find_stretch(samples) if samples else None
+    if cutting.gsd is None and lengths and max(lengths) > SAME_GSD * min(lengths):
+        notes[f"rasters of {min(lengths):.3g} to {max(lengths):.3g} m a pixel; --gsd makes them one scale"] += len(
+            lengths
+        )
+    return stretch, cutting.gsd if cutting.gsd is not None or not lengths else float(np.median(lengths))
 
 
 def _cut_raster(
-    path: Path, layer: Layer, area: Layer | None, cutting: Cutting, notes: collections.Counter[str], is_used: np.ndarray
+    raster: RasterImage, labels: Labels, cutting: Cutting, notes: collections.Counter[str], is_used: np.ndarray
 ) -> Iterator[ConvertedImage]:
+    """The pictures of one raster. `is_used` is set for the polygons that some picture shows, or that are slivers."""
     import shapely
 
-    raster = RasterImage(path)
-    if raster.georeference is None:
-        raise ValueError(f"{path} does not say where it lies; a layer of polygons can't be laid on it.")
+    place = raster.georeference
+    assert place is not None  # _look_at has seen to that
+    layer, area = labels.layer, labels.area
     height, width = raster.size
     whole = shapely.box(0, 0, width, height)
-    shapes = shapes_in_pixels(layer, raster.georeference, str(path), raster.size)
+    shapes = shapes_in_pixels(layer, place, raster.name, raster.size)
     allowed = whole
     if area is not None:
-        allowed = whole & shapely.union_all(shapes_in_pixels(area, raster.georeference, str(path), raster.size))
-    sides = _window_sides(raster, path, cutting)
+        allowed = whole & shapely.union_all(shapes_in_pixels(area, place, raster.name, raster.size))
     on_it = np.flatnonzero(shapely.intersects(shapes, allowed))
     if not len(on_it):
         return
+    sides = _window_sides(raster, cutting)
     visible = shapely.intersection(shapes[on_it], allowed)
     scale = cutting.tile / np.array(sides)  # (x, y) pixels of a picture for each one of the raster
+    is_sliver = shapely.area(visible) * scale.prod() < SLIVER_PX
+    notes["slivers smaller than a pixel, left out"] += int(is_sliver.sum())
+    is_used[on_it[is_sliver]] = True
+    on_it, visible = on_it[~is_sliver], visible[~is_sliver]
+    if not len(on_it):
+        return
     tree = shapely.STRtree(visible)
-    grid = list(_grid(raster.size, sides, cutting.overlap))
-    taken = {window: _objects_in(window, tree, visible, scale, cutting) for window in grid}
-    with_objects = {window: found for window, found in taken.items() if any(is_whole for _, _, is_whole in found)}
-    shown = {index for found in with_objects.values() for index, _, is_whole in found if is_whole}
-    for index in sorted({i for found in taken.values() for i, _, _ in found} - shown):
-        window = _around(visible[index], raster.size, sides)
-        with_objects[window] = _objects_in(window, tree, visible, scale, cutting)
-        notes["pictures moved to show an object that borders would cut"] += 1
+    taken = {
+        window: _objects_in(window, tree, visible, scale, cutting)
+        for window in _grid(raster.size, sides, cutting.overlap)
+    }
+    chosen = {window: found for window, found in taken.items() if any(is_whole for _, _, is_whole in found)}
+    shown = {index for found in chosen.values() for index, _, is_whole in found if is_whole}
+    for index in range(len(visible)):
+        if index not in shown:
+            window = _around(visible[index], raster.size, sides)
+            chosen[window] = _objects_in(window, tree, visible, scale, cutting)
+            shown.update(i for i, _, is_whole in chosen[window] if is_whole)
+            notes["pictures moved to show an object that borders would cut"] += 1
     labelled = allowed if area is not None else shapely.convex_hull(shapely.union_all(visible)) & whole
-    empty = [w for w, found in taken.items() if not found and labelled.contains(shapely.box(*w.box))]
+    empty = [w for w, found in taken.items() if not found and labelled.contains(shapely.box(*w.box) & whole)]
     random.Random(cutting.seed).shuffle(empty)
-    chosen = with_objects | {w: [] for w in empty[: round(cutting.empty_share * len(with_objects))]}
+    chosen |= {window: [] for window in empty[: round(cutting.empty_share * len(chosen))]}
+    stem = Path(raster.name).stem
     for window in sorted(chosen, key=lambda w: (w.y, w.x)):
-        image = _picture(raster, path, window, allowed, cutting)
-        if image is None:
+        data = _picture(raster, window, allowed, cutting.tile)
+        if data is None:
             notes["windows without content, skipped"] += 1
             continue
         objects = []
         for index, shape, is_whole in chosen[window]:
-            objects.append(_to_object(shape, layer.names[on_it[index]], is_whole, cutting.tile))
+            objects.append(_to_object(shape, layer.names[on_it[index]].strip(), is_whole, cutting.tile))
             is_used[on_it[index]] |= is_whole
             notes["objects that a border cuts, marked to be ignored there"] += not is_whole
-        name = f"{path.stem}_x{window.x}_y{window.y}.png"
-        yield ConvertedImage(None, image, name, cutting.tile, cutting.tile, tuple(objects))
-    notes += collections.Counter()  # drops those that counted nothing
-    raster.close()
+        facts = {"raster": raster.name, "window": [window.x, window.y, window.width, window.height]}
+        center = find_center(place, window)
+        facts |= {"lon_lat": center} if center else {}
+        name = f"{stem}_x{window.x}_y{window.y}.png"
+        yield ConvertedImage(None, data, name, cutting.tile, cutting.tile, tuple(objects), facts)
 
 
-def _window_sides(raster: RasterImage, path: Path, cutting: Cutting) -> tuple[int, int]:
+def _window_sides(raster: RasterImage, cutting: Cutting) -> tuple[int, int]:
     """Width and height in pixels of the raster of what a picture shows."""
-    if cutting.gsd is None:
+    lengths = None if raster.georeference is None else pixel_sides(raster.georeference, raster.size)
+    if cutting.gsd is None or lengths is None:
         return cutting.tile, cutting.tile
-    assert_place = raster.georeference
-    lengths = None if assert_place is None else pixel_sides(assert_place, raster.size)
-    if lengths is None:
-        raise ValueError(f"{path} has no CRS with a way to metres, --gsd={cutting.gsd} can't be kept.")
     width, height = (max(1, round(cutting.tile * cutting.gsd / length)) for length in lengths)
     return width, height
 
@@ -199,23 +279,23 @@ def _objects_in(
     return found
 
 
-def _picture(raster: RasterImage, path: Path, window: Window, allowed: Any, cutting: Cutting) -> bytes | None:
+def _picture(raster: RasterImage, window: Window, allowed: Any, tile: int) -> bytes | None:
     """A window as the bytes of a PNG; None where nothing of it is content."""
     import shapely
 
     pixels = raster.read(window)
-    if not allowed.contains(shapely.box(*window.box) & shapely.box(0, 0, raster.size[1], raster.size[0])):
-        inside = shapely.transform(allowed & shapely.box(*window.box), lambda xy: xy - [window.x, window.y])
+    box = shapely.box(*window.box)
+    if not allowed.contains(box & shapely.box(0, 0, raster.size[1], raster.size[0])):
+        inside = shapely.transform(allowed & box, lambda xy: xy - [window.x, window.y])
         pixels = pixels * _draw(inside, pixels.shape[:2])[..., None]
     if not pixels.any():
         return None
-    if pixels.shape[:2] != (cutting.tile, cutting.tile):
-        is_smaller = pixels.shape[0] > cutting.tile
-        method = cv2.INTER_AREA if is_smaller else cv2.INTER_LINEAR
-        pixels = cv2.resize(pixels, (cutting.tile, cutting.tile), interpolation=method)
+    if pixels.shape[:2] != (tile, tile):
+        method = cv2.INTER_AREA if pixels.shape[0] > tile else cv2.INTER_LINEAR
+        pixels = cv2.resize(pixels, (tile, tile), interpolation=method)
     is_good, data = cv2.imencode(".png", np.ascontiguousarray(pixels[..., ::-1]))
     if not is_good:
-        raise ValueError(f"A picture of {path} can't be encoded as PNG.")
+        raise ValueError(f"A picture of {raster.name} can't be encoded as PNG.")
     return data.tobytes()
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from instseg_jax.files import read_regular_text
 from instseg_jax.geo.georeference import WGS84, Georeference
 from instseg_jax.messages import quote, shorten
+from instseg_jax.windows import Window
 
 GEOJSON_SUFFIXES = (".geojson", ".json")
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def read_layer(
     """Read a layer of polygons: `FILE` or `FILE:LAYER` of any vector format that GDAL knows.
 
     Classes are the values of `class_field`, or `class_name` for all. `crs` overrules what the file says. Invalid rings
-    are mended; what is mended or left out is counted in `notes`. Raises ValueError or FileNotFoundError, naming the file.
+    are mended; what is mended or left out is counted in `notes`. Raises ValueError or FileNotFoundError that names it.
     """
     import pyogrio
     import pyproj
@@ -45,14 +46,18 @@ def read_layer(
 
     path, layer_name = _split_source(source)
     try:
-        meta, _, geometry, columns = pyogrio.raw.read(path, layer=layer_name, columns=[class_field] if class_field else [])
+        meta, _, geometry, columns = pyogrio.raw.read(
+            path, layer=layer_name, columns=[class_field] if class_field else []
+        )
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, ValueError) as error:
         raise ValueError(f"{path} can't be read as a layer of polygons ({shorten(error)}).") from error
     if class_field and class_field not in meta["fields"]:
         known = ", ".join(map(str, pyogrio.read_info(path, layer=layer_name)["fields"]))
         raise ValueError(f"The layer {path} has no field {quote(class_field)}; it has {shorten(known) or 'none'}.")
     if not class_field and not class_name:
-        raise ValueError(f"Classes of {path} are unknown: --class_field names a field, --class_name is for all objects.")
+        raise ValueError(
+            f"Classes of {path} are unknown: --class_field names a field, --class_name is for all objects."
+        )
     values = columns[0] if class_field else [class_name] * len(geometry)
     is_assumed = path.suffix.lower() in GEOJSON_SUFFIXES and crs is None and not _has_crs(path)
     try:
@@ -118,10 +123,13 @@ def shapes_in_pixels(layer: Layer, place: Georeference, raster: str, size: tuple
     try:
         transformer = pyproj.Transformer.from_crs(layer.crs, pyproj.CRS.from_wkt(place.wkt), always_xy=True)
         return shapely.transform(
-            layer.shapes, lambda xy: to_pixels(np.stack(transformer.transform(xy[:, 0], xy[:, 1], errcheck=True), axis=1))
+            layer.shapes,
+            lambda xy: to_pixels(np.stack(transformer.transform(xy[:, 0], xy[:, 1], errcheck=True), axis=1)),
         )
     except pyproj.exceptions.ProjError as error:
-        raise ValueError(f"There is no way from the CRS of {layer.path} to that of {raster} ({shorten(error)}).") from error
+        raise ValueError(
+            f"There is no way from the CRS of {layer.path} to that of {raster} ({shorten(error)})."
+        ) from error
 
 
 def pixel_sides(place: Georeference, size: tuple[int, int]) -> tuple[float, float] | None:
@@ -143,6 +151,22 @@ def pixel_sides(place: Georeference, size: tuple[int, int]) -> tuple[float, floa
         return None
     _, _, lengths = pyproj.Geod(ellps="WGS84").inv(lon[::2], lat[::2], lon[1::2], lat[1::2])
     return float(lengths[0]), float(lengths[1])
+
+
+def find_center(place: Georeference, window: Window) -> list[float] | None:
+    """Longitude and latitude of a window's middle; None where the CRS is unknown or has no way to the globe."""
+    import pyproj
+
+    if place.wkt is None:
+        return None
+    x, y = place.to_ground(np.array([[window.x + window.width / 2, window.y + window.height / 2]]))[0]
+    try:
+        found = pyproj.Transformer.from_crs(pyproj.CRS.from_wkt(place.wkt), WGS84, always_xy=True).transform(
+            x, y, errcheck=True
+        )
+    except pyproj.exceptions.ProjError:
+        return None
+    return [round(float(value), 9) for value in found]
 
 
 def _split_source(source: str) -> tuple[Path, str | None]:

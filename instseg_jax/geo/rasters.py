@@ -9,18 +9,20 @@ import logging
 import mmap
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from instseg_jax import pixels
-from instseg_jax.files import write_bytes
+from instseg_jax.files import is_regular, write_bytes
 from instseg_jax.geo.placing import georeference_of, world_file
 from instseg_jax.messages import quote
 from instseg_jax.windows import Window, fill_up, view_size
 
 SUFFIXES = (".tif", ".tiff")
+REMOTE = ("https://", "http://", "s3://", "gs://")  # read by GDAL in ranges, with the credentials of its environment
 PICTURE_DRIVERS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP"}  # that a world file may place
 CACHE_BYTES = 128 << 20  # of decoded blocks; GDAL's own default is a part of the machine's memory
 PREVIEW_SIDE = 4096  # pixels of the picture that is kept for drawing, where the image itself is too large to hold
@@ -82,10 +84,21 @@ class RasterImage:
     Bands are colours by what the file says they are: a colour table is looked up, blue-green-red put in order, alpha
     left out. Where it says nothing, the first three are red, green and blue, and a single one is grey. Pixels of other
     types than uint8 are stretched linearly, the same for all windows; what is masked out, transparent or declared as
-    nodata takes no part in that, and is black. Threads may share it. Raises ValueError when the file is no raster.
+    nodata takes no part in that, and is black. Threads may share it.
+
+    `bands` names the three to read instead, by colour or number from 1; `stretch` [2, 3] the values that become 0 and
+    255, instead of percentiles of this file. `driver` None takes any format, and files at URLs: only for what a person
+    has named himself. Raises ValueError when the file is no raster, or has no such band.
     """
 
-    def __init__(self, path: str | Path, *, driver: str = "GTiff") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        driver: str | None = "GTiff",
+        bands: Sequence[str] | None = None,
+        stretch: np.ndarray | None = None,
+    ) -> None:
         import rasterio
         from rasterio.enums import MaskFlags
         from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
@@ -96,12 +109,13 @@ class RasterImage:
             with self._environment, warnings.catch_warnings():
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)
                 # By its content of this driver, whatever the name: others read other files, or the network.
-                self._file: Any = rasterio.open(Path(path).absolute(), driver=driver)
+                target = str(path) if is_remote(path) else Path(path).absolute()
+                self._file: Any = rasterio.open(target, driver=driver)
         except (RasterioIOError, OSError) as error:
             raise ValueError(f"{str(path)!r} can't be read as a raster ({' '.join(str(error).split())}).") from error
         self.name = str(path)
         self._stored = (self._file.height, self._file.width)
-        photometric, self._orientation = _read_tags(Path(path), driver)
+        photometric, self._orientation = _read_tags(Path(path), driver or self._file.driver)
         self.size = self._stored if self._orientation < 5 else self._stored[::-1]
         place = georeference_of(self._file, Path(path))
         self.georeference = place and place.after(_to_stored(self._orientation, *self._stored))
@@ -109,7 +123,7 @@ class RasterImage:
         is_bytes = self._file.dtypes[0] == "uint8"
         is_usual = photometric in (pixels.BLACK_IS_ZERO, pixels.RGB)
         self.is_plain = is_bytes and colors[0] in ("red", "gray") and is_usual
-        self._bands = _color_bands(colors)
+        self._bands = _color_bands(colors) if bands is None else find_bands(colors, bands, self.name)
         self._table = _color_table(self._file) if colors[self._bands[0] - 1] == "palette" else None
         self._is_inverted = self._file.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES" and self._table is None
         flags = [self._file.mask_flag_enums[band - 1] for band in set(self._bands)]
@@ -118,14 +132,15 @@ class RasterImage:
             alpha = self._read(out_shape=view_size(self._stored, STRETCH_SIDE))[1]
             self._is_masked = ((alpha == 0) | (alpha == alpha.max())).mean() >= MIN_CLEAR
         self._range: tuple[np.ndarray, np.ndarray] | None = None
-        if not is_bytes and self._table is None:
-            shape = view_size(self._stored, STRETCH_SIDE)
-            values, valid = self._read(out_shape=shape)
-            view = np.where((valid > 0) & np.isfinite(values), values, np.nan).reshape(3, -1)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # of bands without a valid pixel
-                low, high = np.nan_to_num(np.nanpercentile(view.astype(np.float64), STRETCH, axis=1))
+        self.is_stretched = not is_bytes and self._table is None
+        if self.is_stretched:
+            low, high = find_stretch([self.sample()]) if stretch is None else np.asarray(stretch, np.float64)
             self._range = low, np.maximum(high - low, 1e-12)
+
+    def sample(self) -> np.ndarray:
+        """Values [3, N] float64 of the file's own scale from all over it; NaN where nothing is valid."""
+        values, valid = self._read(out_shape=view_size(self._stored, STRETCH_SIDE))
+        return np.where((valid > 0) & np.isfinite(values), values, np.nan).astype(np.float64).reshape(3, -1)
 
     def close(self) -> None:
         """Close the file; also done when nobody holds the raster any more."""
@@ -192,6 +207,35 @@ class RasterImage:
         return pixels.turn(np.ascontiguousarray(values), self._orientation)
 
 
+def is_remote(path: str | Path) -> bool:
+    """Whether GDAL gets a raster from elsewhere."""
+    return str(path).startswith(REMOTE)
+
+
+def find_stretch(samples: Sequence[np.ndarray]) -> np.ndarray:
+    """The values [2, 3] that become 0 and 255: percentiles of the samples [3, N] of rasters shown alike."""
+    view = np.concatenate(samples, axis=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of bands without a valid pixel
+        return np.nan_to_num(np.nanpercentile(view, STRETCH, axis=1))
+
+
+def find_bands(colors: Sequence[str], wanted: Sequence[str], name: str) -> tuple[int, int, int]:
+    """The numbers, from 1, of three bands that are named by colour (`red`, `nir`, ...) or number. Raises ValueError."""
+    found = []
+    for band in wanted:
+        if band.isdecimal() and 1 <= int(band) <= len(colors):
+            found.append(int(band))
+        elif band in colors:
+            found.append(colors.index(band) + 1)
+        else:
+            known = ", ".join(f"{number} ({color})" for number, color in enumerate(colors, start=1))
+            raise ValueError(f"{name} has no band {quote(band)}; it has {known}.")
+    if len(found) != 3:
+        raise ValueError(f"Bands are {quote(','.join(wanted))}; three are shown as red, green and blue.")
+    return found[0], found[1], found[2]
+
+
 def _color_bands(colors: list[str]) -> tuple[int, int, int]:
     """The numbers, from 1, of the bands that are red, green and blue; three times one that is grey or a palette."""
     if {"red", "green", "blue"} <= set(colors):
@@ -213,6 +257,8 @@ def _color_table(file: Any) -> np.ndarray:
 
 def _read_tags(path: Path, driver: str) -> tuple[int | None, int]:
     """Photometric interpretation (of a TIFF) and EXIF orientation, which GDAL leaves to its callers."""
+    if driver not in ("GTiff", *PICTURE_DRIVERS.values()) or not is_regular(path):
+        return None, 1
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         if driver != "GTiff":
             return None, pixels.find_orientation(mapped[:])

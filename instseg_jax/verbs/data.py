@@ -12,7 +12,7 @@ from instseg_jax.cli import DEFAULT_CONFIG
 from instseg_jax.commands import changed, print_next
 from instseg_jax.config import check_sizes, load_config
 from instseg_jax.data import check, check_report, findings, loader, repair
-from instseg_jax.data.convert import convert_dataset
+from instseg_jax.data.convert import Conversion, convert_dataset
 from instseg_jax.data.source import build_dataset
 from instseg_jax.data.split import check_percentages, split_dataset
 from instseg_jax.files import write_json
@@ -94,30 +94,67 @@ def _check_dataset(config: ConfigDict, workdir: pathlib.Path, *, is_fixed: bool)
 
 
 def convert(options: argparse.Namespace) -> int:
-    """LabelMe, VOC or YOLO annotations to COCO; with percentages also split into training and validation."""
+    """Annotations of other formats, or rasters and polygons, to COCO; with percentages also split into two parts."""
     config = load_config(options.config, options.overrides)
     percentages = None
     if options.train_percent is not None or options.val_percent is not None or options.group_by is not None:
         percentages = (options.train_percent, options.val_percent)
         check_percentages(*percentages)
-    source = _data_folder(config)
-    done = convert_dataset(
-        source,
-        options.src_dataset_type,
-        options.save_path or source,
-        labels=options.labels,
-        percentages=percentages,
-        group_by=options.group_by,
-        seed=config.seed,
-        progress=functools.partial(_progress, "converting"),
-        skip_invalid=options.skip_invalid,
-    )
+    if options.src_dataset_type.lower() == "geo":
+        target = options.save_path
+        done = _convert_maps(options, percentages, config.seed)
+    else:
+        source = _data_folder(config)
+        target = options.save_path or source
+        done = convert_dataset(
+            source,
+            options.src_dataset_type,
+            target,
+            labels=options.labels,
+            percentages=percentages,
+            group_by=options.group_by,
+            seed=config.seed,
+            progress=functools.partial(_progress, "converting"),
+            skip_invalid=options.skip_invalid,
+        )
     for note in done.notes:
         print(f"note: {note}")
     print(f"{len(done.categories)} classes: {', '.join(done.categories)}")
     _print_parts(done.parts)
-    print_next("check_dataset", *_data_options(options, options.save_path or source))
+    print_next("check_dataset", *_data_options(options, target))
     return 0
+
+
+def _convert_maps(options: argparse.Namespace, percentages: tuple[int, int] | None, seed: int) -> Conversion:
+    for name in ("rasters", "labels", "save_path"):
+        if not getattr(options, name):
+            raise ValueError(
+                f"--{name} is missing; --src_dataset_type=geo cuts --rasters around --labels into --save_path"
+            )
+    if options.group_by is not None:
+        raise ValueError("--group_by is for names of pictures; pictures of a map are split by split --by=blocks.")
+    from instseg_jax.data.maps import Cutting, convert_maps  # needs the extra geo
+
+    return convert_maps(
+        [name for name in options.rasters.split(",") if name],
+        options.labels,
+        pathlib.Path(options.save_path),
+        Cutting(
+            tile=options.tile,
+            overlap=options.overlap,
+            min_visible=options.min_visible,
+            empty_share=options.empty_share,
+            gsd=options.gsd,
+            bands=tuple(options.bands.split(",")) if options.bands else None,
+            seed=seed,
+        ),
+        class_field=options.class_field,
+        class_name=options.class_name,
+        labels_crs=options.labels_crs,
+        aoi=options.aoi,
+        percentages=percentages,
+        progress=functools.partial(_progress, "cutting"),
+    )
 
 
 def split(options: argparse.Namespace) -> int:
