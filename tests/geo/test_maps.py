@@ -70,7 +70,10 @@ def write_layer(path: Path, shapes: dict, transform, crs, to=None, driver="GPKG"
         x, y = a * xy[:, 0] + b * xy[:, 1] + c, d * xy[:, 0] + e * xy[:, 1] + f
         return np.stack(step.transform(x, y) if step else (x, y), axis=1)
 
-    placed = [shapely.transform(shapely.segmentize(shape, 2.0), place) for shape in shapes.values()]
+    placed = [
+        shapely.transform(shapely.segmentize(shape, 2.0) if shape.is_valid else shape, place)
+        for shape in shapes.values()
+    ]
     names = np.array([name.split("#")[0] for name in shapes], object)
     known = None if to is None and crs is None else f"EPSG:{to or crs}"
     pyogrio.raw.write(
