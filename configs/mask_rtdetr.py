@@ -48,6 +48,10 @@ def get_config(size: str = "l") -> ConfigDict:
     data.scaling = "none"  # or percentile: bring 16-bit or float pixels to 8 bits, each channel by its own range
     data.scale_percentiles = (1.0, 99.0)  # of the training pictures: what becomes 0 and 255
     data.channel_ranges = placeholder(tuple)  # (low, high) of each channel; None: filled in when training starts
+    # Of pictures that convert cut from maps, filled in when training starts: how predict reads rasters.
+    data.map_gsd = placeholder(float)  # metres on the ground of a pixel
+    data.map_bands = placeholder(tuple)  # names or numbers of those shown as red, green and blue; None: the colours
+    data.map_stretch = placeholder(tuple)  # values of these that become 0, and those that become 255
     data.image_size = 640  # pixels, of evaluation and prediction
     data.train_sizes = (480, 512, 544, 576, 608, 640, 640, 640, 672, 704, 736, 768, 800)  # one is drawn a batch
     data.resize = "stretch"  # or letterbox: keep the aspect ratio and fill the rest

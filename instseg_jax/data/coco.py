@@ -43,6 +43,7 @@ class CocoDataset:
     skipped: tuple[tuple[int, str], ...] = ()
     pictures: Callable[[int], bytes | np.ndarray] | None = None  # by image id, encoded or not, where they are no files
     bands: Bands | None = None  # how to read them, where they are not 8-bit colour
+    info: dict = dataclasses.field(default_factory=dict)  # what the file says of itself
     allow_outside: bool = False  # pictures that a name or a link leads to from out of the folder
 
     def __len__(self) -> int:
@@ -196,6 +197,7 @@ def read_coco(
     return CocoDataset(
         name=file.stem,
         annotation_file=file,
+        info=content["info"] if isinstance(content.get("info"), dict) else {},
         image_folder=Path(image_folder),
         images=tuple(records),
         annotations=tuple(tuple(of_image) for of_image in annotations),

@@ -15,14 +15,13 @@ from instseg_jax.data import coco_entries
 from instseg_jax.data.convert import Conversion, write_converted
 from instseg_jax.data.converted import ConvertedImage, ConvertedObject
 from instseg_jax.geo.layers import Layer, find_center, pixel_sides, read_layer, shapes_in_pixels
-from instseg_jax.geo.rasters import SUFFIXES, RasterImage, find_stretch, is_remote
+from instseg_jax.geo.rasters import SAME_GSD, SUFFIXES, RasterImage, find_stretch, is_remote
 from instseg_jax.messages import quote
 from instseg_jax.progress import Track
 from instseg_jax.windows import Window
 
 SLIVER_PX = 1.0  # pixels of a picture: an object, or what a border leaves of it, that is smaller is none
 LARGE_SHARE = 0.25  # of a picture: so much of an object is worth learning, however little of the object it is
-SAME_GSD = 1.1  # resolutions that differ by less are one
 UNKNOWN_STRETCH = np.zeros((2, 3))
 
 

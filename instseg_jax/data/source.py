@@ -1,6 +1,8 @@
 """Which data set a config means: a folder of pictures, or one that `prepare` wrote as TFDS; and how to read them."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -8,10 +10,12 @@ from ml_collections import ConfigDict
 from instseg_jax import files
 from instseg_jax.bands import MAX_PICTURES, build_bands, find_ranges
 from instseg_jax.data import coco
+from instseg_jax.geo.reading import MAP_FIELDS, make_reading
 from instseg_jax.messages import quote
 from instseg_jax.pixels import decode, expect_channels
 
 SOURCES = ("folder", "tfds")
+FILLED_IN = ("channel_ranges", *MAP_FIELDS)  # fields of data that training finds out
 
 
 def build_dataset(data: ConfigDict, split: str) -> coco.CocoDataset:
@@ -60,6 +64,20 @@ def with_channel_ranges(config: ConfigDict) -> ConfigDict:
         chosen = np.unique(np.linspace(0, len(dataset) - 1, min(MAX_PICTURES, len(dataset))).round().astype(int))
         raw = [_read_raw(dataset, int(index), data.channels) for index in chosen]
         filled.data.update(scaling="percentile", channel_ranges=find_ranges(raw, percentiles))
+    return filled.lock() if config.is_locked else filled
+
+
+def with_reading(config: ConfigDict, info: Mapping[str, Any]) -> ConfigDict:
+    """The config with data.map_* filled in from what the annotation file of maps says, where they are not set.
+
+    Raises ValueError for what no `convert` has written.
+    """
+    said = info.get("map")
+    if not isinstance(said, Mapping) or any(config.data[field] is not None for field in MAP_FIELDS):
+        return config
+    filled = ConfigDict(config.to_dict())
+    with filled.unlocked():
+        filled.data.update(make_reading(said, "The annotation file's info.map.").as_fields())
     return filled.lock() if config.is_locked else filled
 
 

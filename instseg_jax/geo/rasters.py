@@ -6,6 +6,7 @@ Where an image lies on the ground, and files of maps, are in `geo.py`.
 import contextlib
 import importlib.util
 import logging
+import math
 import mmap
 import threading
 import warnings
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from instseg_jax import pixels
 from instseg_jax.files import is_regular, write_bytes
 from instseg_jax.geo.placing import georeference_of, world_file
+from instseg_jax.geo.reading import Reading
 from instseg_jax.messages import quote
 from instseg_jax.windows import Window, fill_up, view_size
 
@@ -26,6 +29,7 @@ REMOTE = ("https://", "http://", "s3://", "gs://")  # read by GDAL in ranges, wi
 PICTURE_DRIVERS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP"}  # that a world file may place
 CACHE_BYTES = 128 << 20  # of decoded blocks; GDAL's own default is a part of the machine's memory
 PREVIEW_SIDE = 4096  # pixels of the picture that is kept for drawing, where the image itself is too large to hold
+SAME_GSD = 1.1  # resolutions that differ by less are one
 STRETCH = (2.0, 98.0)  # percentiles that become 0 and 255 where pixels are not 8 bits
 STRETCH_SIDE = 1024  # pixels of the view from which they are taken
 # Of an alpha band that part is 0 or opaque; another is a fourth channel, near infrared, that a program has called so.
@@ -33,10 +37,12 @@ MIN_CLEAR = 0.9
 log = logging.getLogger(__name__)
 
 
-def open_raster(path: Path) -> "RasterImage | None":
+def open_raster(path: Path, reading: Reading | None = None) -> "RasterImage | None":
     """Open a raster for reading in windows, where rasterio is installed; None for what is better decoded as a picture.
 
     That is a TIFF that has a georeference or is plain 8 bit RGB or grey, and a picture beside which lies a world file.
+    `reading` is that of the rasters a model was trained on: a georeferenced TIFF is read with the same bands and
+    stretch, and at their resolution. Raises ValueError where it lacks a band.
     """
     if not path.is_file():  # a pipe would be waited for
         return None
@@ -48,11 +54,36 @@ def open_raster(path: Path) -> "RasterImage | None":
         if not is_tiff:
             log.warning('%s: its map is in pixels; world files are read with pip install "instseg_jax[geo]"', path)
         return None
-    with contextlib.suppress(ValueError):
+    try:
         raster = RasterImage(path, driver="GTiff" if is_tiff else PICTURE_DRIVERS[suffix])
-        if raster.georeference is not None or (is_tiff and raster.is_plain):
-            return raster
-    return None
+    except ValueError:
+        return None
+    if raster.georeference is None:
+        return raster if is_tiff and raster.is_plain else None
+    if reading is None:
+        return raster
+    if is_tiff and (reading.bands or (raster.is_stretched and reading.stretch)):
+        raster.close()
+        raster = RasterImage(path, bands=reading.bands, stretch=reading.stretch)
+    if reading.gsd is not None:
+        _scale_to(raster, reading.gsd)
+    return raster
+
+
+def _scale_to(raster: "RasterImage", gsd: float) -> None:
+    """Have a raster read at a resolution in metres, where its own is known and another."""
+    from instseg_jax.geo.layers import pixel_sides
+
+    sides = None
+    if importlib.util.find_spec("pyproj") and raster.georeference is not None:
+        sides = pixel_sides(raster.georeference, raster.size)
+    if sides is None:
+        log.warning("%s: its resolution is unknown, the model was trained at %.3g m a pixel", raster.name, gsd)
+        return
+    scale = math.sqrt(sides[0] * sides[1]) / gsd
+    if not 1 / SAME_GSD < scale < SAME_GSD:
+        raster.scale(scale)
+        log.info("%s: read at %.3g m a pixel, as an image of %d x %d px", raster.name, gsd, *raster.size[::-1])
 
 
 def write_geotiff(
@@ -97,7 +128,7 @@ class RasterImage:
         *,
         driver: str | None = "GTiff",
         bands: Sequence[str] | None = None,
-        stretch: np.ndarray | None = None,
+        stretch: ArrayLike | None = None,
     ) -> None:
         import rasterio
         from rasterio.enums import MaskFlags
@@ -117,6 +148,7 @@ class RasterImage:
         self._stored = (self._file.height, self._file.width)
         photometric, self._orientation = _read_tags(Path(path), driver or self._file.driver)
         self.size = self._stored if self._orientation < 5 else self._stored[::-1]
+        self._scales = (1.0, 1.0)  # (x, y) pixels of this image for one of the file
         place = georeference_of(self._file, Path(path))
         self.georeference = place and place.after(_to_stored(self._orientation, *self._stored))
         colors = [color.name for color in self._file.colorinterp]
@@ -149,15 +181,31 @@ class RasterImage:
 
     __del__ = close
 
+    def scale(self, factor: float) -> None:
+        """Be an image of `factor` times as many pixels in width and height from now on."""
+        size = tuple(max(1, round(length * factor)) for length in self.size)
+        x, y = (self.size[1] / size[1], self.size[0] / size[0])
+        self._scales = self._scales[0] / x, self._scales[1] / y
+        self.georeference = self.georeference and self.georeference.after(np.array([[x, 0, 0], [0, y, 0]]))
+        self.size = size[0], size[1]
+
     def read(self, window: Window) -> np.ndarray:
         """The pixels of a window [height, width, 3]; black beyond the image."""
+        from rasterio.enums import Resampling
         from rasterio.windows import Window as FileWindow
 
         width = min(window.width, self.size[1] - window.x)
         height = min(window.height, self.size[0] - window.y)
         corners = np.array([[window.x, window.y, 1], [window.x + width, window.y + height, 1]])
+        options: dict[str, Any] = {}
+        if self._scales != (1.0, 1.0):
+            corners = corners / [*self._scales, 1]
+            shape = (height, width) if self._orientation < 5 else (width, height)
+            is_number = self._table is not None  # those of a colour table have no average
+            smooth = Resampling.average if max(self._scales) < 1 else Resampling.bilinear
+            options = {"out_shape": shape, "resampling": Resampling.nearest if is_number else smooth}
         (x1, x2), (y1, y2) = np.sort(_to_stored(self._orientation, *self._stored) @ corners.T, axis=1).tolist()
-        part = self._read(window=FileWindow(x1, y1, x2 - x1, y2 - y1))
+        part = self._read(window=FileWindow(x1, y1, x2 - x1, y2 - y1), **options)
         return fill_up(self._to_rgb(*part), window)
 
     def whole(self) -> np.ndarray:
@@ -170,7 +218,9 @@ class RasterImage:
 
         # Numbers of a colour table have no average.
         resampling = Resampling.average if self._table is None else Resampling.nearest
-        return self._to_rgb(*self._read(out_shape=view_size(self._stored, side), resampling=resampling))
+        height, width = view_size(self.size, side)
+        shape = (height, width) if self._orientation < 5 else (width, height)
+        return self._to_rgb(*self._read(out_shape=shape, resampling=resampling))
 
     def picture(self) -> np.ndarray:
         """A view for drawing; the whole image where it is not larger."""

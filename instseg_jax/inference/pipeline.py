@@ -22,6 +22,7 @@ from instseg_jax.bands import build_bands
 from instseg_jax.commands import shown
 from instseg_jax.config import load_config
 from instseg_jax.devices import make_mesh, select_devices
+from instseg_jax.geo.reading import build_reading
 from instseg_jax.inference import predictor, tiling
 from instseg_jax.inference.pipeline_config import PipelineConfig, load_pipeline_config, parse_hpi_config
 from instseg_jax.inference.sources import Source, find_sources
@@ -89,7 +90,7 @@ class Pipeline:
             raise ValueError(f"batch_size is {quote(batch_size)}, it must be a whole number of at least 1")
         thresholds = thresholds_by_class(threshold, self.class_names, self.thresholds)
         tiles = None if tile is None else tiling.Tiles(tile, overlap, whole_image, progress)
-        sources, count = find_sources(x, channels=channels, bands=self.feeding.bands)
+        sources, count = find_sources(x, channels=channels, bands=self.feeding.bands, reading=self.feeding.reading)
         if tiles is not None:
             return self._results(tiling.stream_tiled(sources, self.stream, tiles, size, thresholds), count == 1)
         return self._results(self.stream(sources, size, thresholds), count == 1)
@@ -332,7 +333,13 @@ def build_pipeline(
     data = model.config.data
     return Pipeline(
         run=predictor.bind(model, make_mesh(devices), device=device),
-        feeding=Feeding((data.image_size, data.image_size), data.resize, data.eval_interpolation, build_bands(data)),
+        feeding=Feeding(
+            (data.image_size, data.image_size),
+            data.resize,
+            data.eval_interpolation,
+            build_bands(data),
+            build_reading(data),
+        ),
         class_names=model.class_names,
         category_ids=model.category_ids,
         thresholds=threshold,

@@ -17,6 +17,7 @@ from instseg_jax import weights as weights_room
 from instseg_jax.config import add_missing_fields, check_sizes, load_config, override
 from instseg_jax.devices import put_batch, put_replicated, split_over_batch
 from instseg_jax.files import digest_file
+from instseg_jax.geo.reading import MAP_FIELDS
 from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, abstract_variables, build_model
@@ -189,7 +190,7 @@ def merge_configs(config: ConfigDict, saved: ConfigDict) -> ConfigDict:
     """`config` with the saved model, and with the saved way of feeding it pictures."""
     merged = ConfigDict(config.to_dict())
     merged.model = saved.model
-    for field in ("image_size", "resize", "eval_interpolation", "channels", "scaling", "channel_ranges"):
+    for field in ("image_size", "resize", "eval_interpolation", "channels", "scaling", "channel_ranges", *MAP_FIELDS):
         merged.data[field] = saved.data[field]
     return merged
 

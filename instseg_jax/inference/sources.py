@@ -21,6 +21,7 @@ from PIL import Image
 from instseg_jax.bands import Bands
 from instseg_jax.files import check_regular
 from instseg_jax.geo.rasters import RasterImage, open_raster
+from instseg_jax.geo.reading import Reading
 from instseg_jax.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, decode_image, is_video, read_image, to_pixels
 from instseg_jax.pixels import from_pil
 
@@ -45,26 +46,29 @@ class Source:
     raster: RasterImage | None = None  # of a file that can be read in windows
 
 
-def find_sources(x: Any, *, channels: str, bands: Bands | None = None) -> tuple[Iterator[Source], int | None]:
+def find_sources(
+    x: Any, *, channels: str, bands: Bands | None = None, reading: Reading | None = None
+) -> tuple[Iterator[Source], int | None]:
     """Say what is to be segmented: (sources in order, how many they are; None when only reading tells).
 
     `x` is a path (`~` and file:// too), URL, folder, pattern (`**` for all folders below), array ([h, w, 3], see
-    `pixels.to_uint8`, of numpy, jax or any other library; [b, h, w, 3] are b images), PIL image, the bytes of a picture
-    or a file that gives them, video, or an iterable of these. `channels` ("rgb" or "bgr") is the order in arrays,
-    `bands` how all pixels are read; None: as 8-bit colour. What cannot be found raises FileNotFoundError at once;
-    within a list it becomes a source whose `read` raises, so that the rest goes on.
+    `pixels.to_uint8`, of numpy, jax or any other library; [b, h, w, 3] are b images), PIL image, the bytes of a
+    picture or a file that gives them, video, or an iterable of these. `channels` ("rgb" or "bgr") is the order in
+    arrays, `bands` how all pixels are read; None: as 8-bit colour; `reading` how rasters of maps are. What cannot be
+    found raises FileNotFoundError at once; within a list it becomes a source whose `read` raises, so that the rest
+    goes on.
     """
     x = _as_plain(x)
     if isinstance(x, np.ndarray) and x.ndim == 4:  # a batch
         x = list(x)
     if isinstance(x, (str, pathlib.Path, np.ndarray, Image.Image, bytes)):
-        return _one(x, channels=channels, bands=bands, number=0)
+        return _one(x, channels=channels, bands=bands, reading=reading, number=0)
     if isinstance(x, dict) or not isinstance(x, Iterable):
         raise ValueError(
             f"An input must be a path, URL, folder, array, PIL image or a list of these, got {type(x).__name__}."
         )
     items = x if isinstance(x, (list, tuple)) else None
-    return _many(x, channels=channels, bands=bands), _count(items, channels)
+    return _many(x, channels=channels, bands=bands, reading=reading), _count(items, channels)
 
 
 def find_files(source: str | pathlib.Path) -> list[pathlib.Path]:
@@ -140,7 +144,9 @@ def _as_plain(x: Any) -> Any:
     return x
 
 
-def _one(x: Any, *, channels: str, bands: Bands | None, number: int) -> tuple[Iterator[Source], int | None]:
+def _one(
+    x: Any, *, channels: str, bands: Bands | None, reading: Reading | None, number: int
+) -> tuple[Iterator[Source], int | None]:
     x = _as_plain(x)
     if isinstance(x, bytes):
         return iter([Source(f"bytes_{number}", lambda: decode_image(x, f"bytes_{number}", bands))]), 1
@@ -157,14 +163,14 @@ def _one(x: Any, *, channels: str, bands: Bands | None, number: int) -> tuple[It
     files = find_files(x)
     frames = [count_frames(path) if is_video(path) else 1 for path in files]
     known = [count for count in frames if count is not None]
-    return _from_files(files, bands), sum(known) if len(known) == len(frames) else None
+    return _from_files(files, bands, reading), sum(known) if len(known) == len(frames) else None
 
 
-def _many(items: Iterable, *, channels: str, bands: Bands | None) -> Iterator[Source]:
+def _many(items: Iterable, *, channels: str, bands: Bands | None, reading: Reading | None) -> Iterator[Source]:
     for number, item in enumerate(items):
         name = str(item) if isinstance(item, (str, pathlib.Path)) else f"item_{number}"
         try:
-            sources, _ = _one(item, channels=channels, bands=bands, number=number)
+            sources, _ = _one(item, channels=channels, bands=bands, reading=reading, number=number)
         except (ValueError, OSError) as error:
             yield Source(name, functools.partial(_raise, error))
         else:
@@ -183,10 +189,14 @@ def _is_single(name: str) -> bool:
     return not (glob.has_magic(name) or is_video(name) or pathlib.Path(name).is_dir())
 
 
-def _from_files(files: list[pathlib.Path], bands: Bands | None) -> Iterator[Source]:
+def _from_files(files: list[pathlib.Path], bands: Bands | None, reading: Reading | None) -> Iterator[Source]:
     for path in files:
         if not is_video(path):
-            raster = open_raster(path)
+            try:
+                raster = open_raster(path, reading)
+            except ValueError as error:  # a band that the model needs is not there
+                yield Source(str(path), functools.partial(_raise, error))
+                continue
             read = functools.partial(read_image, path, bands)
             if raster is None:
                 yield Source(str(path), read)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from instseg_jax.bands import Bands, show_bands
+from instseg_jax.geo.reading import Reading
 from instseg_jax.images import preprocess
 from instseg_jax.inference.postprocess import detections_to_instances
 from instseg_jax.inference.sources import Source
@@ -32,6 +33,7 @@ class Feeding:
     resize: str
     interpolation: str
     bands: Bands | None = None  # of pictures that are not 8-bit colour
+    reading: Reading | None = None  # of rasters of maps
 
     @property
     def channels(self) -> int:

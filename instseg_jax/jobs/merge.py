@@ -67,7 +67,7 @@ def _with_images(plan: Plan, part: Part, results: list[Result], with_images: boo
     if part.kind == "video" and not with_images:
         yield from results
         return
-    found, _ = find_sources(names, channels="rgb", bands=plan.bands)
+    found, _ = find_sources(names, channels="rgb", bands=plan.bands, reading=plan.reading)
     for source, result in zip(found, results, strict=True):
         if result.error is not None:
             yield result
@@ -93,7 +93,7 @@ def _merge_raster(
         sides = (large.extents[:, 2:] - large.extents[:, :2]).max(axis=1, initial=0)
         large = large.take(np.flatnonzero(sides > plan.tiles.overlap_px))
     merge_rows(_tables(plan, job, parts, failed), grid, large, plan.tiles.overlap_px, source.size, spool)
-    raster = open_raster(Path(source.name))
+    raster = open_raster(Path(source.name), plan.reading)
     head = Result(
         source.name,
         source.size,

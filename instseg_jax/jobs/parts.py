@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from instseg_jax.geo.rasters import RasterImage, open_raster
+from instseg_jax.geo.reading import Reading
 from instseg_jax.inference.piece_tables import (
     LARGE,
     Grid,
@@ -87,7 +88,7 @@ def _compute_raster(plan: Plan, part: Part, pipeline: Pipeline) -> bytes:
         corners = grid.boxes(np.array(numbers))[:, :2].tolist()
         windows = [Window(x, y, grid.side, grid.side) for x, y in corners]
     try:
-        raster = _raster_of(source)
+        raster = _raster_of(source, plan.reading)
     except (ValueError, OSError) as error:
         failed = [Failure(source.name, list(window.box), " ".join(str(error).split())) for window in windows]
         return _pack(plan, part, [], None, failed)
@@ -109,9 +110,9 @@ def _compute_raster(plan: Plan, part: Part, pipeline: Pipeline) -> bytes:
 
 
 @functools.lru_cache(maxsize=1)
-def _raster_of(source: Input) -> RasterImage:
+def _raster_of(source: Input, reading: Reading | None) -> RasterImage:
     """The raster of an input, kept open for the parts that follow. Raises ValueError where it is not what it was."""
-    raster = open_raster(Path(source.name))
+    raster = open_raster(Path(source.name), reading)
     if raster is None or raster.size != source.size:
         raise ValueError(f"{source.name} is no longer a raster of {source.size} pixels")
     return raster

@@ -13,6 +13,7 @@ import numpy as np
 from instseg_jax.bands import Bands
 from instseg_jax.files import check_seal, read_json, seal, write_json
 from instseg_jax.geo.rasters import open_raster
+from instseg_jax.geo.reading import Reading, make_reading
 from instseg_jax.images import is_video
 from instseg_jax.inference.piece_tables import Grid
 from instseg_jax.inference.tiling import MAX_PIXELS, Tiles, window_starts
@@ -93,6 +94,12 @@ class Plan:
         ranges = bands["ranges"]
         return Bands(bands["channels"], None if ranges is None else tuple((low, high) for low, high in ranges))
 
+    @property
+    def reading(self) -> Reading | None:
+        """How rasters of maps are read; None: each as it says itself."""
+        said = self.settings.get("reading")
+        return None if said is None else make_reading(said, "The plan's ")
+
     def grid(self, source: Input) -> Grid:
         """The windows of a raster."""
         assert source.size is not None and self.tiles is not None
@@ -131,11 +138,11 @@ def build_plan(names: Sequence[str], settings: Mapping[str, Any]) -> Plan:
     """
     plan = Plan(json.loads(json.dumps(dict(settings))), ())
     return dataclasses.replace(
-        plan, inputs=tuple(_describe(name, plan.tiles if plan.bands is None else None) for name in names)
+        plan, inputs=tuple(_describe(name, plan.tiles if plan.bands is None else None, plan.reading) for name in names)
     )
 
 
-def _describe(name: str, tiles: Tiles | None) -> Input:
+def _describe(name: str, tiles: Tiles | None, reading: Reading | None) -> Input:
     path = Path(name)
     if not path.is_file():
         return Input(name, "picture", None, None)
@@ -143,7 +150,7 @@ def _describe(name: str, tiles: Tiles | None) -> Input:
     known = (state.st_size, state.st_mtime_ns)
     if is_video(path):
         return Input(name, "video", *known)
-    raster = open_raster(path) if tiles is not None else None
+    raster = open_raster(path, reading) if tiles is not None else None
     if raster is None or tiles is None or max(raster.size) <= tiles.side:
         return Input(name, "picture", *known)
     source = Input(name, "raster", *known, raster.size)

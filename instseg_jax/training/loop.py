@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from instseg_jax.config import check_sizes
 from instseg_jax.data import coco, loader
-from instseg_jax.data.source import build_dataset, with_channel_ranges
+from instseg_jax.data.source import build_dataset, with_channel_ranges, with_reading
 from instseg_jax.data.transforms import Transform
 from instseg_jax.devices import check_batch_size, make_mesh, put_micro_batches, put_replicated, select_devices
 from instseg_jax.files import write_json
@@ -209,6 +209,7 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path, own: Own):
         coco.check_images(dataset)
     if val_set is not None:
         coco.check_same_categories(train_set, val_set)
+    config = with_reading(config, train_set.info)
     model = build_model(config.model, len(train_set.categories))
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     train_loader = loader.build_train_loader(config, train_set, own_transforms=own.transforms, **process)

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from instseg_jax.commands import changed
 from instseg_jax.data import coco
+from instseg_jax.data.source import FILLED_IN
 from instseg_jax.files import digest, digest_file, read_json, write_json, write_text
 from instseg_jax.messages import first_few, quote, shorten
 from instseg_jax.weights import checkpoint
@@ -119,8 +120,9 @@ def _differing(workdir: pathlib.Path, config: ConfigDict, free: Sequence[str]) -
     """What is said of each field that has another value than in the folder's run."""
     saved = read_json(workdir / CONFIG)
     mine = json.loads(config.to_json_best_effort())
-    if mine["data"]["channel_ranges"] is None:  # not looked for yet
-        saved["data"]["channel_ranges"] = None
+    for field in FILLED_IN:
+        if mine["data"].get(field) is None:  # not looked for yet
+            saved["data"][field] = mine["data"].get(field)
     return _differences(saved, mine, free)
 
 

@@ -127,6 +127,7 @@ def _settings(options: argparse.Namespace, pipeline: Pipeline) -> dict:
         "whole_image": options.whole_image,
         "model": pipeline.fingerprint(),
         "bands": None if pipeline.feeding.bands is None else dataclasses.asdict(pipeline.feeding.bands),
+        "reading": None if pipeline.feeding.reading is None else dataclasses.asdict(pipeline.feeding.reading),
         "batch_size": pipeline.batch_size,
         "thresholds": pipeline.thresholds.tolist(),
         "class_names": pipeline.class_names,
