@@ -23,6 +23,7 @@ from instseg_jax.options import (
     add_pipeline,
     add_processes,
     add_server,
+    add_split,
     add_sweep,
     add_tiles,
 )
@@ -98,9 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_maps(sub)
     about = "deal the pictures out to training and validation anew; the old files stay as .bak"
     sub = add("split", about, DEFAULT_CONFIG)
-    sub.add_argument("--train_percent", type=int, metavar="N", required=True, help="share of the training split")
-    sub.add_argument("--val_percent", type=int, metavar="N", required=True, help="share of the validation split")
-    sub.add_argument("--group_by", metavar="REGEX", help="pictures whose names match alike stay together")
+    add_split(sub)
     about = "write the data set as ArrayRecord (TFDS), to be read with config.data.source=tfds"
     sub = add("prepare", about, DEFAULT_CONFIG)
     sub.add_argument("--save_path", metavar="DIR", required=True, help="folder of the prepared data set")

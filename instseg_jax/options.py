@@ -26,6 +26,8 @@ def add_sweep(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--mode", choices=("one_at_a_time", "grid"), default="one_at_a_time", help=about)
     about = "runs of each variant, with the config's seed and the ones after it (%(default)s)"
     sub.add_argument("--seeds", type=int, metavar="N", default=1, help=about)
+    about = "runs of each variant on each of the N folds of `split --by=blocks --folds=N`"
+    sub.add_argument("--folds", type=int, metavar="N", help=about)
     about = "runs at the same time, on a device each (%(default)s)"
     sub.add_argument("--jobs", type=int, metavar="N", default=1, help=about)
     sub.add_argument("--sweep_list", action="store_true", help="list the runs, how far they are, and their commands")
@@ -52,6 +54,26 @@ def add_tiles(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--overlap", type=float, default=0.2, help="of neighbouring windows, part of a side (%(default)s)")
     about = "look for objects larger than the overlap in the whole image too (default: yes)"
     sub.add_argument("--whole_image", action=argparse.BooleanOptionalAction, default=True, help=about)
+
+
+def add_split(sub: argparse.ArgumentParser) -> None:
+    """The options of how pictures are dealt out."""
+    sub.add_argument("--train_percent", type=int, metavar="N", help="share of the training split")
+    sub.add_argument("--val_percent", type=int, metavar="N", help="share of the validation split")
+    sub.add_argument("--group_by", metavar="REGEX", help="pictures whose names match alike stay together")
+    about = "blocks: pictures cut from maps stay together with their neighbours on the ground (%(default)s)"
+    sub.add_argument("--by", choices=("names", "blocks"), default="names", help=about)
+    sub.add_argument("--block", type=metres, metavar="METRES", help="side of a block, as 200 or 200m")
+    about = "ground between the splits; training pictures nearer to a validated one are left out (0: none overlap)"
+    sub.add_argument("--gap", type=metres, metavar="METRES", help=about)
+    about = "blocks dealt out to N pairs of splits for `sweep --folds=N`, each validated once"
+    sub.add_argument("--folds", type=int, metavar="N", help=about)
+
+
+def metres(text: str) -> float:
+    """A length as a command line has it: 200, 200m or 0.2km."""
+    number, unit = (text[:-2], 1000.0) if text.endswith("km") else (text.removesuffix("m"), 1.0)
+    return float(number) * unit
 
 
 def add_maps(sub: argparse.ArgumentParser) -> None:

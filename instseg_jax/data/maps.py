@@ -186,7 +186,8 @@ def _cut_raster(
     on_it = np.flatnonzero(shapely.intersects(shapes, allowed))
     if not len(on_it):
         return
-    sides = _window_sides(raster, cutting)
+    lengths = pixel_sides(place, raster.size) or (1.0, 1.0)
+    sides = _window_sides(lengths, cutting)
     visible = shapely.intersection(shapes[on_it], allowed)
     scale = cutting.tile / np.array(sides)  # (x, y) pixels of a picture for each one of the raster
     is_sliver = shapely.area(visible) * scale.prod() < SLIVER_PX
@@ -225,15 +226,15 @@ def _cut_raster(
             notes["objects that a border cuts, marked to be ignored there"] += not is_whole
         facts = {"raster": raster.name, "window": [window.x, window.y, window.width, window.height]}
         center = find_center(place, window)
-        facts |= {"lon_lat": center} if center else {}
+        if center is not None:
+            facts |= {"lon_lat": center, "metres": [window.width * lengths[0], window.height * lengths[1]]}
         name = f"{stem}_x{window.x}_y{window.y}.png"
         yield ConvertedImage(None, data, name, cutting.tile, cutting.tile, tuple(objects), facts)
 
 
-def _window_sides(raster: RasterImage, cutting: Cutting) -> tuple[int, int]:
-    """Width and height in pixels of the raster of what a picture shows."""
-    lengths = None if raster.georeference is None else pixel_sides(raster.georeference, raster.size)
-    if cutting.gsd is None or lengths is None:
+def _window_sides(lengths: tuple[float, float], cutting: Cutting) -> tuple[int, int]:
+    """Width and height of what a picture shows, in pixels of a raster, whose sides are `lengths` metres."""
+    if cutting.gsd is None:
         return cutting.tile, cutting.tile
     width, height = (max(1, round(cutting.tile * cutting.gsd / length)) for length in lengths)
     return width, height

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import secrets
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,20 @@ from instseg_jax.data.coco_entries import is_id
 from instseg_jax.messages import quote, shorten
 
 Content = dict[str, Any]
+LEFT_OUT = "instance_left_out.json"  # pictures too near to others for either split
 
 
-def split_dataset(
-    dir: str | Path, *, train_percent: int, val_percent: int, group_by: str | None, seed: int
-) -> dict[str, tuple[Path, int, int]]:
-    """Merge instance_train.json and instance_val.json of a folder and deal their pictures out again.
+def split_dataset(dir: str | Path, deal: Callable[[Content], dict[str, Content]]) -> dict[str, tuple[Path, int, int]]:
+    """Merge the annotation files of a folder and deal their pictures out again.
 
-    The originals stay beside the new files as .bak (.bak2, ... where there is one already).
+    `deal` makes of all pictures the content of each split: "train", "val" and maybe "left_out", which is merged again
+    the next time; or those of folds, beside which the others stay as they are. The originals stay beside the new files
+    as .bak (.bak2, ... where there is one already).
 
     Returns: of each split the file, the number of pictures and of objects.
 
-    Raises: ValueError for percentages, a pattern or files that can't be, FileNotFoundError without any file.
+    Raises: ValueError for files that can't be, FileNotFoundError without any, and what `deal` raises.
     """
-    check_percentages(train_percent, val_percent)
     root = coco.data_root(dir)
     found = {}
     for part in ("train", "val"):
@@ -46,13 +46,14 @@ def split_dataset(
         raise ValueError(
             f"The splits of {str(root)!r} have their pictures in different folders; move them into images/."
         )
-    whole = merge_contents([coco_entries.read_json(file) for file, _ in found.values()])
-    train, val = split_images(whole, train_percent=train_percent, val_percent=val_percent, group_by=group_by, seed=seed)
-    parts = {"train": train, "val": val}
+    left_out = root / "annotations" / LEFT_OUT
+    listed = [*(file for file, _ in found.values()), *([left_out] if left_out.is_file() else [])]
+    whole = merge_contents([coco_entries.read_json(file) for file in listed])
+    parts = deal(whole)
     targets = {part: root / "annotations" / f"instance_{part}.json" for part in parts}
-    old = {file for file, _ in found.values()} - set(targets.values())
+    old = set(listed) - set(targets.values())
     replace_files({targets[part]: content for part, content in parts.items()})
-    for file in old:  # COCO's own names would otherwise stand beside the new files
+    for file in old if "train" in parts else ():  # COCO's own names would otherwise stand beside the new files
         file.rename(_backup_name(file))
     return {part: (targets[part], len(c["images"]), len(c["annotations"])) for part, c in parts.items()}
 
@@ -118,17 +119,26 @@ def split_images(
     if len(groups) < 2:
         what = "picture" if group_by is None else "group of pictures"
         raise ValueError(f"{len(groups)} {what} can't be split into two parts that both hold something.")
+    val_groups = deal_groups(content, groups, val_percent / 100, seed)
+    val_ids = {i for number in val_groups for i in groups[number]}
+    train_ids = {entry["id"] for entry in content["images"]} - val_ids
+    return take_images(content, train_ids), take_images(content, val_ids)
+
+
+def deal_groups(content: Content, groups: Sequence[Sequence[int]], val_share: float, seed: int) -> set[int]:
+    """Which groups of image ids go to validation, as `split_images` deals; both parts get at least one."""
     classes_of: dict[int, collections.Counter[int]] = {
         entry["id"]: collections.Counter() for entry in content["images"]
     }
     for entry in content["annotations"]:
         classes_of[entry["image_id"]][entry["category_id"]] += 1
     counts = [sum((classes_of[i] for i in group), collections.Counter()) for group in groups]
-    sizes = [len(group) for group in groups]
-    val_groups = _deal(sizes, counts, val_percent / 100, np.random.default_rng(seed))
-    val_ids = {i for number in val_groups for i in groups[number]}
-    train_ids = classes_of.keys() - val_ids
-    return _take_images(content, train_ids), _take_images(content, val_ids)
+    return _deal([len(group) for group in groups], counts, val_share, np.random.default_rng(seed))
+
+
+def fold_split(number: int, part: str) -> str:
+    """The name of a fold's split, as a file of annotations has it: `fold3_train`."""
+    return f"fold{number}_{part}"
 
 
 def replace_files(contents: dict[Path, Content]) -> None:
@@ -216,7 +226,8 @@ def _group_images(entries: Sequence[Content], group_by: str | None) -> list[list
     return list(groups.values())
 
 
-def _take_images(content: Content, ids: Collection[int]) -> Content:
+def take_images(content: Content, ids: Collection[int]) -> Content:
+    """A content with these pictures and their objects alone."""
     return {
         **content,
         "images": [entry for entry in content["images"] if entry["id"] in ids],

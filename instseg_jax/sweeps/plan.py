@@ -39,7 +39,7 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # a plan has each once
 class Run:
-    """A variant with a seed: one training in one folder."""
+    """A variant with a seed, and a fold of a cross-validation: one training in one folder."""
 
     name: str  # of its folder
     variant: Variant
@@ -75,6 +75,7 @@ class Plan:
     runs: tuple[Run, ...]  # seed by seed, so that every variant has a result early
     tables: tuple[Table, ...]
     mode: str
+    num_folds: int = 0  # of a cross-validation; 0: there is none
 
     def runs_of(self, row: Row) -> list[Run]:
         """The runs, of all seeds, that a line of a table sums up."""
@@ -88,6 +89,7 @@ def build_plan(
     *,
     mode: str = MODES[0],
     num_seeds: int = 1,
+    folds: Sequence[Mapping[str, str]] = (),
     fixed_fields: Sequence[str] = (),
 ) -> Plan:
     """Work out the runs of a sweep.
@@ -99,6 +101,7 @@ def build_plan(
         which calls `add({field: value, ...}, name=...)` for each variant, `add({})` for the base itself.
       mode: one_at_a_time varies each axis with the other fields as the config has them, grid takes all combinations.
       num_seeds: runs of a variant, with the config's seed and the ones after it.
+      folds: of a cross-validation the fields that name the splits of each; all runs are done on every one.
       fixed_fields: fields, or sections, that must not be varied because they change nothing of what is computed.
 
     Raises: ValueError that names the axis, field or value that can't be, or that stands there twice.
@@ -109,7 +112,10 @@ def build_plan(
         raise ValueError(f"--seeds is {num_seeds}, it must be at least 1")
     maker = _VariantMaker(spec, dict(overrides), fixed_fields)
     parsed = [parse_axis(axis) for axis in axes]
-    if parsed:
+    if not parsed and folds and load_function(spec, "sweep") is None:  # the config alone, on each fold
+        name = "folds"
+        tables: tuple[Table, ...] = (Table(name, (Row(BASE, (maker.make({}, "--folds"),)),)),)
+    elif parsed:
         name = "sweep"
         tables = _tables_of_axes(maker, parsed, mode)
     else:
@@ -117,8 +123,14 @@ def build_plan(
         tables = (_table_of_function(maker, spec, name),)
     variants = maker.made()
     seeds = range(maker.base.config.seed, maker.base.config.seed + num_seeds)
-    runs = tuple(maker.make_run(variant, seed) for seed in seeds for variant in variants)
-    return Plan(name, spec, maker.base, variants, runs, tables, mode if parsed else MODES[0])
+    numbered: list[tuple[int | None, Mapping[str, str]]] = [*enumerate(folds, start=1)] or [(None, {})]
+    runs = tuple(
+        maker.make_run(variant, seed, number, fold)
+        for number, fold in numbered
+        for seed in seeds
+        for variant in variants
+    )
+    return Plan(name, spec, maker.base, variants, runs, tables, mode if parsed else MODES[0], len(folds))
 
 
 def parse_axis(text: str) -> Axis:
@@ -190,9 +202,10 @@ class _VariantMaker:
             self._made[identity] = Variant(name, self._overrides | differing, config)
         return self._made[identity]
 
-    def make_run(self, variant: Variant, seed: int) -> Run:
-        overrides = variant.overrides | {"seed": str(seed)}
-        return Run(f"{variant.name},seed={seed}", variant, seed, overrides, load_config(self._spec, overrides))
+    def make_run(self, variant: Variant, seed: int, number: int | None, fold: Mapping[str, str]) -> Run:
+        overrides = variant.overrides | dict(fold) | {"seed": str(seed)}
+        name = f"{variant.name},seed={seed}" if number is None else f"{variant.name},fold={number},seed={seed}"
+        return Run(name, variant, seed, overrides, load_config(self._spec, overrides))
 
     def _name(self, config: ConfigDict, differing: Mapping[str, str], identity: str) -> str:
         last = [field.rpartition(".")[2] for field in differing]

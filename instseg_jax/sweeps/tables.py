@@ -127,10 +127,11 @@ def table_to_markdown(plan: Plan, table: Table, states: Mapping[str, State], bes
 
 def _explain(plan: Plan) -> str:
     seeds = len({run.seed for run in plan.runs})
-    spread = "mean ± sample standard deviation" if seeds > 1 or plan.mode == "grid" else "one seed"
-    over = f" over {seeds} seeds" if seeds > 1 else ""
+    repeats = [f"{plan.num_folds} folds"] * (plan.num_folds > 0) + [f"{seeds} seeds"] * (seeds > 1)
+    spread = "mean ± sample standard deviation" if repeats or plan.mode == "grid" else "one seed"
+    over = f" over {' and '.join(repeats)}" if repeats else ""
     if plan.mode == "grid":
-        over = " over the seeds and the values of the other axes" if seeds > 1 else " over the values of the other axes"
+        over = f"{over} and the values of the other axes" if repeats else " over the values of the other axes"
     text = f"Scores of masks at each run's best evaluation, 0..1, {spread}{over}."
     if plan.mode == "one_at_a_time" and len(plan.tables) > 1:
         text += " One axis is varied at a time; the other fields are as the config has them."

@@ -3,7 +3,8 @@
 import argparse
 import functools
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -12,9 +13,10 @@ from instseg_jax.cli import DEFAULT_CONFIG
 from instseg_jax.commands import changed, print_next
 from instseg_jax.config import check_sizes, load_config
 from instseg_jax.data import check, check_report, findings, loader, repair
+from instseg_jax.data.blocks import fold_blocks, split_blocks
 from instseg_jax.data.convert import Conversion, convert_dataset
 from instseg_jax.data.source import build_dataset
-from instseg_jax.data.split import check_percentages, split_dataset
+from instseg_jax.data.split import check_percentages, fold_split, split_dataset, split_images
 from instseg_jax.files import write_json
 from instseg_jax.messages import quote
 from instseg_jax.progress import track
@@ -160,16 +162,49 @@ def _convert_maps(options: argparse.Namespace, percentages: tuple[int, int] | No
 def split(options: argparse.Namespace) -> int:
     """Deal the pictures of a data set out to training and validation anew."""
     config = load_config(options.config, options.overrides)
-    parts = split_dataset(
-        _data_folder(config),
-        train_percent=options.train_percent,
-        val_percent=options.val_percent,
-        group_by=options.group_by,
-        seed=config.seed,
-    )
+    parts = split_dataset(_data_folder(config), _dealing(options, config.seed))
     _print_parts(parts)
-    print_next("check_dataset", *_data_options(options, config.data.dir))
+    if options.folds is not None:
+        print_next("sweep", *_data_options(options, config.data.dir), f"--folds={options.folds}")
+    else:
+        print_next("check_dataset", *_data_options(options, config.data.dir))
     return 0
+
+
+def _dealing(options: argparse.Namespace, seed: int) -> Callable[[dict], dict[str, dict]]:
+    """The function that deals pictures out as the options say. Raises ValueError for some that don't go together."""
+    if options.folds is None:
+        check_percentages(options.train_percent, options.val_percent)
+    elif options.train_percent is not None or options.val_percent is not None:
+        raise ValueError("--folds deals out equal parts; leave --train_percent and --val_percent away")
+    if options.by == "names":
+        if options.folds is not None or options.block is not None or options.gap is not None:
+            raise ValueError("--folds, --block and --gap are for --by=blocks")
+
+        def by_names(whole: dict) -> dict[str, dict]:
+            percentages = {"train_percent": options.train_percent, "val_percent": options.val_percent}
+            train, val = split_images(whole, **percentages, group_by=options.group_by, seed=seed)
+            return {"train": train, "val": val}
+
+        return by_names
+    if options.block is None:
+        raise ValueError("--block is missing; --by=blocks needs the side of a block in metres, as --block=200m")
+    if options.group_by is not None:
+        raise ValueError("--group_by is for --by=names")
+    ground: dict[str, Any] = {"block": options.block, "gap": options.gap or 0.0, "seed": seed}
+
+    def by_blocks(whole: dict) -> dict[str, dict]:
+        if options.folds is None:
+            found = split_blocks(whole, val_share=options.val_percent / 100, **ground)
+            return dict(zip(("train", "val", "left_out"), found, strict=True))
+        folds = fold_blocks(whole, folds=options.folds, **ground)
+        return {
+            fold_split(number, part): fold[part == "val"]
+            for number, fold in enumerate(folds, start=1)
+            for part in ("train", "val")
+        }
+
+    return by_blocks
 
 
 def prepare(options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from instseg_jax.commands import print_next, shown
 from instseg_jax.config import check_sizes
 from instseg_jax.data import coco
+from instseg_jax.data.split import fold_split
 from instseg_jax.models.mask_rtdetr import build_model
 from instseg_jax.progress import say_duration
 from instseg_jax.sweeps import tables
@@ -32,7 +33,13 @@ def sweep(options: argparse.Namespace) -> int:
     """
     axes, seeds, workdir = options.axis, options.seeds, Path(options.workdir)
     plan = build_plan(
-        options.config, options.overrides, axes, mode=options.mode, num_seeds=seeds, fixed_fields=FREE_TO_CHANGE
+        options.config,
+        options.overrides,
+        axes,
+        mode=options.mode,
+        num_seeds=seeds,
+        folds=_folds(options.folds),
+        fixed_fields=FREE_TO_CHANGE,
     )
     if options.sweep_list:
         _print_list(plan, workdir)
@@ -70,6 +77,19 @@ def sweep(options: argparse.Namespace) -> int:
     return code if is_whole else 130
 
 
+def _folds(count: int | None) -> list[dict[str, str]]:
+    """Fields that name the splits of each fold, as `split --by=blocks --folds` writes them."""
+    if count is not None and count < 2:
+        raise ValueError(f"--folds is {count}, it must be at least 2")
+    return [
+        {
+            f"data.{part}_annotations": f"annotations/instance_{fold_split(number, part)}.json"
+            for part in ("train", "val")
+        }
+        for number in range(1, (count or 0) + 1)
+    ]
+
+
 def _print_list(plan: Plan, workdir: Path) -> None:
     for i, run in enumerate(plan.runs):
         print(f"{i:3d}  {read_state(workdir / run.name).status:8s}  {run.name}")
@@ -79,9 +99,10 @@ def _print_list(plan: Plan, workdir: Path) -> None:
 def _check_variants(plan: Plan) -> None:
     """Raise ValueError or OSError for what would break runs and can be known in moments."""
     for variant in plan.variants:
-        data = variant.config.data
-        check_sizes(data)
+        check_sizes(variant.config.data)
         build_model(variant.config.model, variant.config.model.num_classes or 1)
+    for run in plan.runs:
+        data = run.config.data
         if not data.dir:
             raise ValueError("data.dir is empty; name the data set's folder with --config.data.dir=DIR")
         if data.source == "folder":

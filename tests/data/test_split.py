@@ -37,7 +37,10 @@ def write(root: Path, **parts):
 
 def run(root, train=80, val=20, **changes):
     arguments = {"train_percent": train, "val_percent": val, "group_by": None, "seed": 0} | changes
-    split.split_dataset(root, **arguments)
+    split.check_percentages(train, val)
+    split.split_dataset(
+        root, lambda whole: dict(zip(("train", "val"), split.split_images(whole, **arguments), strict=True))
+    )
     return {part: json.loads((root / "annotations" / f"instance_{part}.json").read_text()) for part in ("train", "val")}
 
 

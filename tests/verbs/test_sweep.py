@@ -19,6 +19,8 @@ from tiny_runs import QUICK_COMPILATION, TINY, write_subset
 from instseg_jax.cli import main
 from instseg_jax.config import load_config
 from instseg_jax.sweeps import launch, state, tables
+from instseg_jax.sweeps.plan import build_plan
+from instseg_jax.verbs.sweep import _folds
 
 STAND_IN = (sys.executable, str(HELPERS / "sweep_run.py"))
 RATES = "--axis=optimizer.learning_rate=1e-3,3e-3"
@@ -268,3 +270,15 @@ def test_two_real_runs(tmp_path):
     resume = [sys.executable, str(ROOT / "run.py"), "train", "--config=sweep/sweep_best.py", f"--workdir={winner}"]
     resumed = subprocess.run(resume, **options, timeout=300)
     assert resumed.returncode == 0 and "4 of 4 steps" in resumed.stdout, resumed.stderr
+
+
+def test_folds_are_runs_of_every_variant():
+    plan = build_plan("configs/finetune.py:n", {"data.dir": "maps"}, [], folds=_folds(3))
+    assert [run.name for run in plan.runs] == [f"base,fold={number},seed=0" for number in (1, 2, 3)]
+    assert plan.runs[1].config.data.train_annotations == "annotations/instance_fold2_train.json"
+    assert plan.runs[1].config.data.val_annotations == "annotations/instance_fold2_val.json"
+    states = {run.name: state.State("waiting") for run in plan.runs}
+    text = tables.to_markdown(plan, states, None, pathlib.Path("runs"))
+    assert "mean ± sample standard deviation over 3 folds" in text
+    axes = build_plan("configs/finetune.py:n", {}, ["train.epochs=1,2"], folds=_folds(2), num_seeds=2)
+    assert len(axes.runs) == 2 * 2 * 2 and len({run.name for run in axes.runs}) == 8

@@ -1,0 +1,115 @@
+"""Splits of pictures of maps by where they lie: in blocks on the ground, so that neighbours never stand on both sides.
+
+The pictures say it themselves (`lon_lat` and `metres`, as `convert --src_dataset_type=geo` writes them).
+"""
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from instseg_jax.data.split import Content, deal_groups, take_images
+from instseg_jax.messages import quote
+
+METRES_PER_DEGREE = 111_195.0  # of a great circle on the mean sphere; blocks need no ellipsoid
+
+
+def split_blocks(
+    content: Content, *, val_share: float, block: float, gap: float, seed: int
+) -> tuple[Content, Content, Content]:
+    """Deal the pictures of a COCO content out in blocks of `block` metres: training, validation, and left out.
+
+    Left out are pictures of the training blocks whose ground lies within `gap` metres of that of a validated one, or
+    on it. Raises ValueError for pictures that don't say where they lie, and for too few blocks.
+    """
+    places = place_images(content["images"])
+    groups = _blocks(places, block)
+    if len(groups) < 2:
+        raise ValueError(f"All {len(places)} pictures lie in one block of {block:g} m; name a smaller --block.")
+    chosen = deal_groups(content, _ids(content, groups), val_share, seed)
+    return _part(content, places, [i for number in sorted(chosen) for i in groups[number]], gap)
+
+
+def fold_blocks(
+    content: Content, *, folds: int, block: float, gap: float, seed: int
+) -> list[tuple[Content, Content, Content]]:
+    """As `split_blocks`, `folds` times: each picture is validated in exactly one of them."""
+    places = place_images(content["images"])
+    groups = _blocks(places, block)
+    if not 2 <= folds <= len(groups):
+        raise ValueError(
+            f"--folds is {folds}, it must be from 2 to {len(groups)}, the number of blocks of {block:g} m."
+        )
+    left = list(range(len(groups)))
+    parts: list[list[int]] = []
+    for number in range(folds - 1):
+        ids = _ids(content, [groups[g] for g in left])
+        known = {i for group in ids for i in group}
+        share = 1 / (folds - number)
+        chosen = deal_groups(take_images(content, known), ids, share, seed)
+        parts.append([left[k] for k in sorted(chosen)])
+        left = [g for k, g in enumerate(left) if k not in chosen]
+    parts.append(left)
+    return [_part(content, places, [i for g in part for i in groups[g]], gap) for part in parts]
+
+
+def place_images(entries: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Where pictures lie: [n, 4] of (x1, y1, x2, y2) in metres on a plane. Raises ValueError where one doesn't say."""
+    middles, sides = [], []
+    for entry in entries:
+        place, extent = entry.get("lon_lat"), entry.get("metres")
+        if not (_is_pair(place) and _is_pair(extent)):
+            raise ValueError(
+                f"The picture {quote(entry.get('file_name'))} doesn't say where it lies (lon_lat, metres); "
+                "convert --src_dataset_type=geo writes that."
+            )
+        middles.append(place)
+        sides.append(extent)
+    lon_lat = np.array(middles, np.float64).reshape(-1, 2)
+    lon = (lon_lat[:, 0] - lon_lat[0, 0] + 180) % 360 - 180  # across the date line, too
+    x = lon * np.cos(np.radians(lon_lat[:, 1].mean())) * METRES_PER_DEGREE
+    middle, half = np.stack([x, lon_lat[:, 1] * METRES_PER_DEGREE], axis=1), np.array(sides, np.float64) / 2
+    return np.concatenate([middle - half, middle + half], axis=1)
+
+
+def _blocks(places: np.ndarray, block: float) -> list[list[int]]:
+    """Positions of the pictures of each block, from the south west on; the middle of a picture decides."""
+    if not block > 0:
+        raise ValueError(f"--block is {block:g}, it must be above 0 metres.")
+    middle = (places[:, :2] + places[:, 2:]) / 2
+    cells = np.floor((middle - middle.min(axis=0)) / block).astype(int)
+    found: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
+    for position, cell in enumerate(cells.tolist()):
+        found[tuple(cell)].append(position)
+    return [found[cell] for cell in sorted(found)]
+
+
+def _ids(content: Content, groups: Sequence[Sequence[int]]) -> list[list[int]]:
+    return [[content["images"][position]["id"] for position in group] for group in groups]
+
+
+def _part(
+    content: Content, places: np.ndarray, validated: Sequence[int], gap: float
+) -> tuple[Content, Content, Content]:
+    if not gap >= 0:
+        raise ValueError(f"--gap is {gap:g}, it must be at least 0 metres.")
+    is_val = np.zeros(len(places), bool)
+    is_val[list(validated)] = True
+    is_near = np.zeros(len(places), bool)
+    for x1, y1, x2, y2 in places[is_val] + [-gap, -gap, gap, gap]:
+        is_near |= (places[:, 0] < x2) & (places[:, 2] > x1) & (places[:, 1] < y2) & (places[:, 3] > y1)
+    parts = (~is_val & ~is_near, is_val, ~is_val & is_near)
+    if not parts[0].any():
+        raise ValueError(
+            f"No picture is farther than {gap:g} m from the validated ones; name a smaller --gap or --block."
+        )
+    ids = np.array([entry["id"] for entry in content["images"]])
+    train, val, left_out = (take_images(content, set(ids[part].tolist())) for part in parts)
+    return train, val, left_out
+
+
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 2 and all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in value)
+    )
