@@ -19,6 +19,7 @@ from instseg_jax.commands import program
 from instseg_jax.options import (
     add_export,
     add_job,
+    add_layer,
     add_maps,
     add_pipeline,
     add_processes,
@@ -132,6 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help=about)
     sub.add_argument("--masks_format", choices=("rle", "crop", "polygon"), default="rle", help="in JSON (%(default)s)")
     add_tiles(sub)
+    add_layer(sub)
     add_job(sub)
     sub = add("status", "how far the job of a `predict --workdir=JOB` is: done, failed, rate, time left", None)
     sub.add_argument("job", metavar="JOB", help="folder of the job, as --workdir named it")

@@ -56,6 +56,26 @@ def add_tiles(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--whole_image", action=argparse.BooleanOptionalAction, default=True, help=about)
 
 
+def add_layer(sub: argparse.ArgumentParser) -> None:
+    """The options of a map's layer of what is found."""
+    group = sub.add_argument_group("one layer of a map for all rasters")
+    about = "add everything that is found on rasters to this layer: .gpkg, .geojson, .parquet or .fgb"
+    group.add_argument("--layer", metavar="FILE", help=about)
+    about = "of the layer, as EPSG:32633 (default: WGS 84 in GeoJSON, else that of the file or the first raster)"
+    group.add_argument("--crs", metavar="CRS", help=about)
+    about = "outlines with fewer corners that move by at most this much, as 0.5m (default: along the pixels)"
+    group.add_argument("--simplify", type=metres, metavar="METRES", default=0.0, help=about)
+    group.add_argument(
+        "--min_area", type=square_metres, metavar="M2", default=0.0, help="smaller objects are left out, as 4m2"
+    )
+
+
+def square_metres(text: str) -> float:
+    """An area as a command line has it: 4, 4m2 or 0.1ha."""
+    number, unit = (text[:-2], 10_000.0) if text.endswith("ha") else (text.removesuffix("m2"), 1.0)
+    return float(number) * unit
+
+
 def add_split(sub: argparse.ArgumentParser) -> None:
     """The options of how pictures are dealt out."""
     sub.add_argument("--train_percent", type=int, metavar="N", help="share of the training split")

@@ -14,6 +14,7 @@ import numpy as np
 
 from instseg_jax.files import read_regular_text
 from instseg_jax.geo.georeference import WGS84, Georeference
+from instseg_jax.geo.layer_files import read_layer_file
 from instseg_jax.messages import quote, shorten
 from instseg_jax.windows import Window
 
@@ -40,30 +41,21 @@ def read_layer(
     Classes are the values of `class_field`, or `class_name` for all. `crs` overrules what the file says. Invalid rings
     are mended; what is mended or left out is counted in `notes`. Raises ValueError or FileNotFoundError that names it.
     """
-    import pyogrio
     import pyproj
     import shapely
 
     path, layer_name = _split_source(source)
-    try:
-        meta, _, geometry, columns = pyogrio.raw.read(
-            path, layer=layer_name, columns=[class_field] if class_field else []
-        )
-    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, ValueError) as error:
-        raise ValueError(f"{path} can't be read as a layer of polygons ({shorten(error)}).") from error
-    if class_field and class_field not in meta["fields"]:
-        known = ", ".join(map(str, pyogrio.read_info(path, layer=layer_name)["fields"]))
-        raise ValueError(f"The layer {path} has no field {quote(class_field)}; it has {shorten(known) or 'none'}.")
+    geometry, columns, said = read_layer_file(path, layer_name, [class_field] if class_field else [])
     if not class_field and not class_name:
         raise ValueError(
             f"Classes of {path} are unknown: --class_field names a field, --class_name is for all objects."
         )
-    values = columns[0] if class_field else [class_name] * len(geometry)
+    values = columns[class_field] if class_field else [class_name] * len(geometry)
     is_assumed = path.suffix.lower() in GEOJSON_SUFFIXES and crs is None and not _has_crs(path)
     try:
-        found = pyproj.CRS.from_user_input(crs or meta["crs"]) if crs or meta["crs"] else None
+        found = pyproj.CRS.from_user_input(crs or said) if crs or said else None
     except pyproj.exceptions.CRSError as error:
-        raise ValueError(f"The CRS {quote(crs or meta['crs'])} of {path} is unknown ({shorten(error)}).") from error
+        raise ValueError(f"The CRS {quote(crs or said)} of {path} is unknown ({shorten(error)}).") from error
     shapes, names = [], []
     seen: set[tuple[bytes, str]] = set()
     for blob, value in zip(geometry, values, strict=True):

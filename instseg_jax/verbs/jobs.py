@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.progress import Progress
@@ -32,6 +32,7 @@ from instseg_jax.jobs.workers import (
     work_until_done,
 )
 from instseg_jax.progress import say_duration
+from instseg_jax.results.layer import Layer, Shaping, open_layer
 from instseg_jax.results.saving import save_results
 from instseg_jax.weights.locate import is_there
 
@@ -174,10 +175,14 @@ def _merge(
     while True:
         with lease(job, "merge") as is_mine:
             if is_mine:
-                results = merged_results(plan, job, failed, with_images="img" in formats)
+                layer = begin_layer(options, plan.settings["class_names"])
+                results: Iterator = merged_results(plan, job, failed, with_images="img" in formats)
+                results = results if layer is None else layer.follow(results)
                 summary = save_results(
                     results, folder, formats=formats, masks_format=options.masks_format, overwrite=options.overwrite
                 )
+                if layer is not None:
+                    layer.write()
                 _note(job, folder, plan, failed)
                 break
         time.sleep(POLL_SECONDS)
@@ -186,8 +191,21 @@ def _merge(
     seconds = time.monotonic() - started
     pace = f"{seconds:.1f} s, {len(plan.parts)} parts"
     say(summary, folder, pace, plan.settings["class_names"], min(plan.settings["thresholds"]))
+    if layer is not None:
+        print("\n".join(layer.say()))
     print_next("status", str(job), comment="the same command again computes nothing, and merges")
     return 1 if summary.failed else 0
+
+
+def begin_layer(options: argparse.Namespace, class_names: Sequence[str]) -> Layer | None:
+    """The layer of a map that the options ask for. Raises ValueError for options that need one and have none."""
+    if not options.layer:
+        for name in ("crs", "simplify", "min_area"):
+            if getattr(options, name):
+                raise ValueError(f"--{name} is for --layer, which names the file of a layer")
+        return None
+    shaping = Shaping(simplify=options.simplify, min_area=options.min_area)
+    return open_layer(options.layer, class_names, options.crs, shaping)
 
 
 def _note(job: Path, folder: Path, plan: Plan, failed: list[Failure]) -> None:

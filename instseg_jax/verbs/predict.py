@@ -41,18 +41,27 @@ def predict(options: argparse.Namespace) -> int:
             yield from bars.track(found, task_id=bar)
             bars.remove_task(bar)
 
+        layer = jobs.begin_layer(options, pipeline.class_names)
         results = pipeline.predict(given, **tiles, progress=windows)
         started = time.monotonic()
         pipeline.warm_up()
         ready = time.monotonic()
         shown = bars.track(results, total=count, description="predicting")
         summary = save_results(
-            shown, folder, formats=formats, masks_format=options.masks_format, overwrite=options.overwrite
+            shown if layer is None else layer.follow(shown),
+            folder,
+            formats=formats,
+            masks_format=options.masks_format,
+            overwrite=options.overwrite,
         )
         seconds = time.monotonic() - ready
+    if layer is not None:
+        layer.write()
     pace = f"{seconds:.1f} s, {seconds / max(1, summary.images):.2f} s each, {summary.images / seconds:.1f} a second; "
     pace += f"before that {ready - started:.1f} s to get ready"
     _say(summary, folder, pace, pipeline.class_names, float(min(pipeline.thresholds)))
+    if layer is not None:
+        print("\n".join(layer.say()))
     weights = [f"--weights={options.weights}"] if options.weights else [f"--workdir={options.workdir}"]
     print_next("serve", *weights, comment="the same over HTTP; `export` writes the model for other programs")
     return 1 if summary.failed else 0

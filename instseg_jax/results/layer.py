@@ -1,0 +1,208 @@
+"""One layer of a map for everything that a prediction finds, whatever raster it lies on (extra `geo`).
+
+Each feature has class, score, area and perimeter on the ellipsoid, and the raster that it was found on. A file that is
+there keeps the features of other rasters; those of the same ones are replaced, so that the same command may come again.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+import numpy as np
+
+from instseg_jax.geo.layer_files import WGS84, driver_of, read_layer_file, write_layer
+from instseg_jax.messages import quote, shorten
+from instseg_jax.results.large import LargeResult
+from instseg_jax.results.result import Result
+from instseg_jax.results.visualize import class_color
+
+FIELDS = ("label", "cls_id", "score", "area_m2", "perimeter_m", "source")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shaping:
+    """What is done to outlines before they are written."""
+
+    simplify: float = 0.0  # metres that they may move, to have fewer corners
+    min_area: float = 0.0  # square metres; smaller objects are left out
+
+
+@dataclasses.dataclass
+class Layer:
+    """The features of a prediction, in the CRS of the layer, as they come."""
+
+    path: Path
+    class_names: tuple[str, ...]
+    crs: Any  # of pyproj
+    shaping: Shaping
+    geometries: list[Any]
+    rows: list[tuple]
+    sources: set[str]
+    unplaced: list[str]  # inputs that don't say where they lie
+    moved: list[tuple[float, float]]  # of each simplified outline: metres that it moved, change of its area as a share
+    small: int = 0  # objects below the least area
+
+    def follow(self, results: Iterable[Result | LargeResult]) -> Iterator[Result | LargeResult]:
+        """Give results on, and keep their instances."""
+        for result in results:
+            self.add(result)
+            yield result
+
+    def add(self, result: Result | LargeResult) -> None:
+        """Keep the instances of a result that lies on the ground."""
+        import pyproj
+
+        place = result.georeference
+        if place is None or place.wkt is None:
+            if len(result):
+                self.unplaced.append(result.input_path)
+            return
+        self.sources.add(result.input_path)
+        own = pyproj.CRS.from_wkt(place.wkt)
+        if self.crs is None:
+            self.crs = own
+        there = pyproj.Transformer.from_crs(own, self.crs, always_xy=True)
+        globe = pyproj.Transformer.from_crs(own, WGS84, always_xy=True)
+        geod = pyproj.Geod(ellps="WGS84")
+        for box, polygons in result.outlines():
+            if polygons:
+                self._add(box, polygons, place, there, globe, geod, result.input_path)
+
+    def _add(self, box: dict, polygons: Any, place: Any, there: Any, globe: Any, geod: Any, source: str) -> None:
+        import shapely
+
+        shape = shapely.multipolygons([shapely.Polygon(p.outer, p.holes) for p in polygons])
+        sides = _pixel_metres(place, globe, geod, shape)
+        if self.shaping.simplify and sides is not None:
+            shape = self._simplify(shape, np.array(sides))
+        ground = shapely.transform(shape, lambda xy: place.to_ground(xy))
+        degrees = shapely.transform(ground, lambda xy: np.stack(globe.transform(xy[:, 0], xy[:, 1]), axis=1))
+        area = abs(geod.geometry_area_perimeter(shapely.orient_polygons(degrees))[0])
+        perimeter = geod.geometry_length(degrees.boundary) if math.isfinite(area) else math.nan
+        if area < self.shaping.min_area:
+            self.small += 1
+            return
+        placed = shapely.transform(ground, lambda xy: np.stack(there.transform(xy[:, 0], xy[:, 1]), axis=1))
+        self.geometries.append(placed)
+        label = box["label"]
+        self.rows.append((label, int(box["cls_id"]), float(box["score"]), area, perimeter, source))
+
+    def _simplify(self, shape: Any, sides: np.ndarray) -> Any:
+        """Fewer corners, none of them and no edge farther off than the tolerance, in pixels of these sides."""
+        import shapely
+
+        metres = shapely.transform(shape, lambda xy: xy * sides)
+        simple = shapely.make_valid(shapely.simplify(metres, self.shaping.simplify, preserve_topology=True))
+        parts = [part for part in shapely.get_parts(simple) if part.geom_type == "Polygon" and part.area > 0]
+        if not parts:
+            return shape
+        simple = shapely.multipolygons(parts)
+        self.moved.append((shapely.hausdorff_distance(metres, simple), abs(simple.area / metres.area - 1)))
+        return shapely.transform(simple, lambda xy: xy / sides)
+
+    def write(self) -> Path:
+        """Write the file; what it held of other rasters stays. Raises ValueError for a layer of somebody else."""
+        import shapely
+
+        geometries = np.array([*self.geometries, None], object)[:-1]
+        columns = {name: np.array([row[k] for row in self.rows], _TYPES[name]) for k, name in enumerate(FIELDS)}
+        if self.path.exists():
+            kept, known = self._others()
+            geometries = np.concatenate([kept, geometries])
+            columns = {name: np.concatenate([known[name].astype(_TYPES[name]), columns[name]]) for name in FIELDS}
+        assert all(shapely.is_geometry(geometry) for geometry in geometries)
+        return write_layer(self.path, geometries, columns, self.crs, style=make_style(self.class_names))
+
+    def _others(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Features of the file that are of other rasters, in the CRS of this layer."""
+        import pyproj
+        import shapely
+
+        try:
+            blobs, columns, crs = read_layer_file(self.path, None, FIELDS)
+        except ValueError as error:
+            raise ValueError(f"{self.path} is no layer of ours, nothing is added to it ({shorten(error)})") from error
+        is_other = np.array([source not in self.sources for source in columns["source"]], bool)
+        shapes = shapely.from_wkb(blobs[is_other])
+        if crs is not None and len(shapes):
+            step = pyproj.Transformer.from_crs(crs, self.crs or crs, always_xy=True)
+            shapes = shapely.transform(shapes, lambda xy: np.stack(step.transform(xy[:, 0], xy[:, 1]), axis=1))
+        return shapes, {name: values[is_other] for name, values in columns.items()}
+
+    def say(self) -> list[str]:
+        """What a person should know about it, a line each."""
+        lines = [f"layer: {self.path}, {len(self.rows)} features of {len(self.sources)} rasters"]
+        if self.small:
+            lines.append(f"{self.small} objects of less than {self.shaping.min_area:g} m2 are left out")
+        if self.moved:
+            far, change = np.array(self.moved).T
+            lines.append(
+                f"outlines simplified: moved by {np.median(far):.2f} m (median), at most {far.max():.2f} m; "
+                f"areas differ by {100 * np.median(change):.2f} % (median), at most {100 * change.max():.2f} %"
+            )
+        if self.unplaced:
+            more = f" and {len(self.unplaced) - 1} more" if len(self.unplaced) > 1 else ""
+            lines.append(f"not in the layer, they don't say where they lie: {self.unplaced[0]}{more}")
+        return lines
+
+
+_TYPES = {"label": object, "cls_id": np.int64, "score": np.float64}
+_TYPES |= {"area_m2": np.float64, "perimeter_m": np.float64, "source": object}
+
+
+def open_layer(path: str | Path, class_names: Sequence[str], crs: str | None, shaping: Shaping) -> Layer:
+    """Begin a layer; `crs` None: WGS 84 for GeoJSON, else that of the file that is there, else of the first raster.
+
+    Raises ValueError for a suffix or CRS that is unknown, and where an extra is missing.
+    """
+    try:
+        import pyogrio  # noqa: F401
+        import pyproj
+    except ImportError as error:
+        raise ValueError(f'A layer needs pip install "instseg_jax[geo]" ({error}).') from error
+    known: Any = None
+    is_geojson = driver_of(path) == "GeoJSON"
+    try:
+        if crs is not None or is_geojson:
+            known = pyproj.CRS.from_user_input(crs or WGS84)
+        elif Path(path).exists():
+            known = read_layer_file(Path(path), None, FIELDS)[2]
+            known = None if known is None else pyproj.CRS.from_user_input(known)
+    except pyproj.exceptions.CRSError as error:
+        raise ValueError(f"The CRS {quote(crs)} is unknown ({shorten(error)}); one is EPSG:4326.") from error
+    return Layer(Path(path), tuple(class_names), known, shaping, [], [], set(), [], [])
+
+
+def make_style(class_names: Sequence[str]) -> str:
+    """QGIS' style (QML) that gives each class the colour it has in our pictures."""
+    categories, symbols = [], []
+    for index, name in enumerate(class_names):
+        color = ",".join(map(str, class_color(index)))
+        options = {"color": f"{color},90", "outline_color": f"{color},255", "outline_width": "0.4", "style": "solid"}
+        listed = "".join(f'<Option type="QString" name="{key}" value="{value}"/>' for key, value in options.items())
+        shown = quoteattr(name)
+        categories.append(f'<category render="true" symbol="{index}" value={shown} label={shown}/>')
+        symbols.append(
+            f'<symbol type="fill" name="{index}" alpha="1" clip_to_extent="1" force_rhr="0"><layer class="SimpleFill" '
+            f'enabled="1" locked="0" pass="0"><Option type="Map">{listed}</Option></layer></symbol>'
+        )
+    return (
+        "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n"
+        '<qgis version="3.22" styleCategories="Symbology"><renderer-v2 type="categorizedSymbol" attr="label" '
+        'forceraster="0" symbollevels="0" enableorderby="0">'
+        f"<categories>{''.join(categories)}</categories><symbols>{''.join(symbols)}</symbols></renderer-v2></qgis>\n"
+    )
+
+
+def _pixel_metres(place: Any, globe: Any, geod: Any, shape: Any) -> tuple[float, float] | None:
+    """Width and height in metres of a pixel where a shape lies; None off the domain of the CRS."""
+    x, y = shape.centroid.coords[0]
+    corners = place.to_ground(np.array([[x, y], [x + 1, y], [x, y + 1]]))
+    lon, lat = globe.transform(corners[:, 0], corners[:, 1])
+    if not np.isfinite([*lon, *lat]).all():
+        return None
+    _, _, lengths = geod.inv([lon[0]] * 2, [lat[0]] * 2, lon[1:], lat[1:])
+    return float(lengths[0]), float(lengths[1])
