@@ -89,7 +89,7 @@ def read_layer_file(
         if path.suffix.lower() == ".parquet":
             geometry, found, crs = _read_parquet(path)
         else:
-            meta, _, geometry, data = pyogrio.raw.read(path, layer=layer)
+            meta, _, geometry, data = pyogrio.raw.read(path, layer=layer or _only_layer(path))
             found, crs = dict(zip(map(str, meta["fields"]), data, strict=True)), meta["crs"]
     except ValueError:
         raise
@@ -101,6 +101,17 @@ def read_layer_file(
         known = ", ".join(found) or "none"
         raise ValueError(f"The layer {path} has no field {quote(missing[0])}; it has {shorten(known)}.")
     return geometry, found if columns is None else {name: found[name] for name in columns}, crs
+
+
+def _only_layer(path: Path) -> str:
+    """The layer of a file that has one with shapes. Raises ValueError that names them, where there are several."""
+    import pyogrio
+
+    layers = [str(name) for name, geometry in pyogrio.list_layers(path).tolist() if geometry is not None]
+    if len(layers) != 1:
+        several = f"several layers, name one as {path}:LAYER: {', '.join(layers)}" if layers else "no layer of shapes"
+        raise ValueError(f"{path} has {shorten(several)}.")
+    return layers[0]
 
 
 def _write_parquet(path: Path, geometry: np.ndarray, columns: Mapping[str, np.ndarray], crs: Any) -> None:

@@ -100,7 +100,10 @@ class Layer:
         if not parts:
             return shape
         simple = shapely.multipolygons(parts)
-        self.moved.append((shapely.hausdorff_distance(metres, simple), abs(simple.area / metres.area - 1)))
+        distance = shapely.hausdorff_distance(metres, simple)
+        if distance > self.shaping.simplify * (1 + 1e-6):  # a part or hole has gone
+            return shape
+        self.moved.append((distance, abs(simple.area / metres.area - 1)))
         return shapely.transform(simple, lambda xy: xy / sides)
 
     def write(self) -> Path:

@@ -15,6 +15,7 @@ pyproj = pytest.importorskip("pyproj")
 shapely = pytest.importorskip("shapely")
 
 from instseg_jax.cli import main  # noqa: E402
+from instseg_jax.geo.layer_files import write_layer as write_layer_file  # noqa: E402
 from instseg_jax.outlines import rle_to_polygons  # noqa: E402
 
 SIDE = 128
@@ -364,3 +365,25 @@ def test_there_and_back(tmp_path):
         assert (shape & best).area / (shape | best).area >= 0.98
     total = sum(shape.area for shape in shapes.values())
     assert sum(shape.area for shape in found) == pytest.approx(total, rel=0.005)
+
+
+def test_a_file_of_several_layers_is_asked_which_one(tmp_path, capsys):
+    raster = write_raster(tmp_path / "a.tif", scene(), UTM, north_up(UTM))
+    layer = write_layer(tmp_path / "a.gpkg", OBJECTS, north_up(UTM), UTM)
+    pyogrio.raw.write(
+        layer, shapely.to_wkb(np.array([shapely.box(0, 0, 1, 1)], object)), [np.array(["x"], object)], ["kind"],
+        geometry_type="Polygon", crs=f"EPSG:{UTM}", driver="GPKG", layer="roads", append=True,
+    )  # fmt: skip
+    options = [f"--rasters={raster}", f"--labels={layer}", "--class_field=kind", f"--save_path={tmp_path / 'out'}"]
+    assert main(["convert", "--src_dataset_type=geo", *options]) != 0
+    assert "several layers, name one as" in capsys.readouterr().err
+    check_whole(tmp_path, cut(tmp_path, raster, f"{layer}:a"))
+
+
+def test_labels_from_geoparquet(tmp_path):
+    pytest.importorskip("pyarrow")
+    raster = write_raster(tmp_path / "a.tif", scene(), UTM, north_up(UTM))
+    placed = [shapely.transform(s, lambda xy: xy * [1, -1] + ORIGIN[UTM]) for s in OBJECTS.values()]
+    columns = {"kind": np.array(list(OBJECTS), object)}
+    write_layer_file(tmp_path / "a.parquet", np.array(placed, object), columns, pyproj.CRS(UTM))
+    check_whole(tmp_path, cut(tmp_path, raster, tmp_path / "a.parquet"))
