@@ -31,7 +31,7 @@ def test_the_file_is_small_and_says_itself_what_it_is():
 
 def test_fields_of_the_model_change_before_it_is_built():
     as_saved, changed = load_model(PRETRAINED), load_model(PRETRAINED, overrides={"model.num_queries": "7"})
-    assert as_saved.network.num_queries == 50
+    assert as_saved.network.num_queries == 100
     assert changed.network.num_queries == 7
     with pytest.raises(ValueError, match="num_query"):
         load_model(PRETRAINED, overrides={"model.num_query": "7"})
