@@ -3,7 +3,6 @@
 Where an image lies on the ground, and files of maps, are in `geo.py`.
 """
 
-import contextlib
 import importlib.util
 import logging
 import math
@@ -176,8 +175,10 @@ class RasterImage:
 
     def close(self) -> None:
         """Close the file; also done when nobody holds the raster any more."""
-        with contextlib.suppress(Exception):
+        try:  # not suppress(), which is gone when Python ends
             self._file.close()
+        except Exception:
+            return
 
     __del__ = close
 

@@ -60,12 +60,19 @@ class Layer:
             if len(result):
                 self.unplaced.append(result.input_path)
             return
+        try:
+            own = pyproj.CRS.from_wkt(place.wkt)
+            is_there = self.crs is None or own.equals(self.crs)
+            there = None if is_there else pyproj.Transformer.from_crs(own, self.crs, always_xy=True)
+        except pyproj.exceptions.ProjError:  # of another planet, or of a drawing
+            self.unplaced.append(result.input_path)
+            return
+        try:
+            globe = pyproj.Transformer.from_crs(own, WGS84, always_xy=True)
+        except pyproj.exceptions.ProjError:
+            globe = None
         self.sources.add(result.input_path)
-        own = pyproj.CRS.from_wkt(place.wkt)
-        if self.crs is None:
-            self.crs = own
-        there = pyproj.Transformer.from_crs(own, self.crs, always_xy=True)
-        globe = pyproj.Transformer.from_crs(own, WGS84, always_xy=True)
+        self.crs = self.crs or own
         geod = pyproj.Geod(ellps="WGS84")
         for box, polygons in result.outlines():
             if polygons:
@@ -75,18 +82,21 @@ class Layer:
         import shapely
 
         shape = shapely.multipolygons([shapely.Polygon(p.outer, p.holes) for p in polygons])
-        sides = _pixel_metres(place, globe, geod, shape)
+        sides = None if globe is None else _pixel_metres(place, globe, geod, shape)
         if self.shaping.simplify and sides is not None:
             shape = self._simplify(shape, np.array(sides))
         ground = shapely.transform(shape, lambda xy: place.to_ground(xy))
-        degrees = shapely.transform(ground, lambda xy: np.stack(globe.transform(xy[:, 0], xy[:, 1]), axis=1))
-        area = abs(geod.geometry_area_perimeter(shapely.orient_polygons(degrees))[0])
-        perimeter = geod.geometry_length(degrees.boundary) if math.isfinite(area) else math.nan
+        area = perimeter = math.nan
+        if sides is not None:
+            degrees = shapely.transform(ground, lambda xy: np.stack(globe.transform(xy[:, 0], xy[:, 1]), axis=1))
+            area = abs(geod.geometry_area_perimeter(shapely.orient_polygons(degrees))[0])
+            perimeter = geod.geometry_length(degrees.boundary) if math.isfinite(area) else math.nan
         if area < self.shaping.min_area:
             self.small += 1
             return
-        placed = shapely.transform(ground, lambda xy: np.stack(there.transform(xy[:, 0], xy[:, 1]), axis=1))
-        self.geometries.append(placed)
+        if there is not None:
+            ground = shapely.transform(ground, lambda xy: np.stack(there.transform(xy[:, 0], xy[:, 1]), axis=1))
+        self.geometries.append(ground)
         label = box["label"]
         self.rows.append((label, int(box["cls_id"]), float(box["score"]), area, perimeter, source))
 
@@ -148,7 +158,9 @@ class Layer:
             )
         if self.unplaced:
             more = f" and {len(self.unplaced) - 1} more" if len(self.unplaced) > 1 else ""
-            lines.append(f"not in the layer, they don't say where they lie: {self.unplaced[0]}{more}")
+            lines.append(
+                f"not in the layer, they don't say where they lie, or have no way to it: {self.unplaced[0]}{more}"
+            )
         return lines
 
 

@@ -161,8 +161,17 @@ def test_small_objects_are_left_out_and_counted(tmp_path):
 def test_pictures_without_a_place_are_named(tmp_path):
     lost = result("c.png", where=Georeference((1, 0, 0, 0, -1, 0), None, None))
     layer = written(tmp_path / "found.gpkg", [lost, result()])
-    assert layer.say()[-1] == "not in the layer, they don't say where they lie: c.png"
+    assert layer.say()[-1] == "not in the layer, they don't say where they lie, or have no way to it: c.png"
     assert len(read(tmp_path / "found.gpkg")[0]) == 2
+
+
+def test_a_crs_without_a_way_to_the_others_ends_nothing(tmp_path):
+    local = Georeference((1, 0, 0, 0, -1, 0), 'LOCAL_CS["drawing",UNIT["metre",1]]', None)
+    layer = written(tmp_path / "found.gpkg", [result(), result("drawing.tif", where=local), result("c.tif")])
+    assert layer.say()[-1].endswith(": drawing.tif") and len(read(tmp_path / "found.gpkg")[0]) == 4
+    alone = written(tmp_path / "alone.gpkg", [result("drawing.tif", where=local)], shaping=Shaping(simplify=1.0))
+    blobs, columns, _ = read_layer_file(tmp_path / "alone.gpkg", None, FIELDS)
+    assert len(blobs) == 2 and np.isnan(columns["area_m2"].astype(float)).all() and not alone.unplaced
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
