@@ -17,6 +17,7 @@ import instseg_jax
 from instseg_jax import peers
 from instseg_jax.commands import program
 from instseg_jax.options import (
+    add_against,
     add_export,
     add_job,
     add_layer,
@@ -116,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--predictions", metavar="FILE", help="score this COCO results file; needs no model and no config")
     sub.add_argument("--annotations", metavar="FILE", help="with --predictions: the COCO ground truth")
     sub.add_argument("--images", metavar="DIR", help="with --predictions: the pictures, for the report's galleries")
+    add_against(sub)
     add_processes(sub)
     sub = add("compare", "metrics of several runs side by side, with bootstrap intervals over the images", None)
     sub.add_argument("runs", nargs="+", metavar="RUN", help="workdir of an evaluated run, or a COCO results file")

@@ -56,6 +56,19 @@ def add_tiles(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--whole_image", action=argparse.BooleanOptionalAction, default=True, help=about)
 
 
+def add_against(sub: argparse.ArgumentParser) -> None:
+    """The options with which layers of maps are held against each other."""
+    group = sub.add_argument_group("a layer of a map: --predictions=found.gpkg --against=true.gpkg")
+    group.add_argument("--against", metavar="FILE", help="FILE[:LAYER] of true polygons")
+    about = "the field of --against that names the class (%(default)s)"
+    group.add_argument("--class_field", metavar="NAME", default="label", help=about)
+    group.add_argument("--class_name", metavar="NAME", help="the class of all true polygons, instead of a field")
+    group.add_argument("--labels_crs", metavar="CRS", help="of --against, where it says none: EPSG:32616")
+    group.add_argument("--aoi", metavar="FILE", help="FILE[:LAYER] of polygons within which both are complete")
+    group.add_argument("--iou", type=float, default=0.5, help="least IoU of a pair (%(default)s)")
+    group.add_argument("--block", type=metres, metavar="METRES", help="also by squares of this side, as 200m")
+
+
 def add_layer(sub: argparse.ArgumentParser) -> None:
     """The options of a map's layer of what is found."""
     group = sub.add_argument_group("one layer of a map for all rasters")

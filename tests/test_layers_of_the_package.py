@@ -37,7 +37,7 @@ ALLOWED = {
     "inference": {"inference", "models", "weights", "runtimes", "geo", "results"},
     "jobs": {"jobs", "inference", "results", "geo"},
     "evaluation": {"evaluation", "inference.postprocess"},
-    "scoring": {"scoring", "data", "evaluation", "inference", "results"},
+    "scoring": {"scoring", "data", "evaluation", "geo", "inference", "results"},
     "training": {"training", "models", "data", "weights", "evaluation", "inference", "scoring"},
     "export": {"export", "inference", "models", "weights", "runtimes"},
     "serving": {"serving", "inference", "results"},

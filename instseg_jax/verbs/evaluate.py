@@ -20,6 +20,7 @@ from instseg_jax.runtimes.exported import read_export, save_export_thresholds
 from instseg_jax.scoring import tta as tta_room
 from instseg_jax.scoring.outcome import Evaluated, score_results, write_outcome
 from instseg_jax.scoring.run import score_model
+from instseg_jax.verbs.maps import evaluate_map
 from instseg_jax.weights import checkpoint
 from instseg_jax.weights.locate import locate
 
@@ -29,6 +30,8 @@ DEFAULTS = "configs/mask_rtdetr.py:l"  # where there is no model
 
 def evaluate(options: argparse.Namespace) -> int:
     """Score a model, or a results file, and write numbers, results and report."""
+    if options.against:
+        return evaluate_map(options)
     workdir = Path(options.workdir)
     try:
         _check_options(options)

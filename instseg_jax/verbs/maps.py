@@ -1,0 +1,84 @@
+"""`evaluate --against`: a layer that was found, held against one that is true."""
+
+import argparse
+import collections
+from pathlib import Path
+
+import numpy as np
+
+from instseg_jax.commands import print_next
+from instseg_jax.files import write_json
+from instseg_jax.geo.layer_files import read_layer_file
+from instseg_jax.geo.layers import read_layer
+from instseg_jax.messages import quote
+from instseg_jax.scoring.maps import ALL, MapLayer, by_block, by_class, check_classes, match_layers, write_map_report
+
+
+def evaluate_map(options: argparse.Namespace) -> int:
+    """Precision, recall and F1 of a layer of `predict --layer`, by class and block; numbers, a page with the map."""
+    if not options.predictions:
+        raise ValueError("--against needs --predictions, the layer that predict --layer wrote")
+    notes: collections.Counter[str] = collections.Counter()
+    true, found = _true_layer(options, notes), _found_layer(options.predictions)
+    check_classes(found, true)
+    area = None
+    if options.aoi:
+        layer = read_layer(options.aoi, class_field=None, class_name="area", crs=None, notes=collections.Counter())
+        area = _in_crs(layer, true.crs)
+    pairs = match_layers(found, true, iou=options.iou, area=area)
+    tables = {"Classes": by_class(pairs)} | (
+        {} if options.block is None else {"Blocks": by_block(pairs, options.block)}
+    )
+    workdir = Path(options.workdir)
+    facts = [
+        f"found: {options.predictions}",
+        f"true: {options.against}",
+        f"pairs: same class, IoU at least {options.iou:g}",
+    ]
+    facts += [f"within: {options.aoi}"] if options.aoi else []
+    report = write_map_report(workdir / "map_report.html", pairs, tables, facts)
+    numbers = {"iou": options.iou, "classes": tables["Classes"], "blocks": tables.get("Blocks", {})}
+    write_json(workdir / "map_result.json", numbers | {"notes": dict(notes)}, indent=2)
+    for note, count in notes.items():
+        print(f"note: {note}: {count}")
+    for name, row in tables["Classes"].items():
+        if name != ALL or len(tables["Classes"]) > 2:
+            score = ", ".join(
+                f"{key} {'-' if row[key] is None else f'{row[key]:.3f}'}" for key in ("precision", "recall", "f1")
+            )
+            print(f"{name}: {row['true']} true, {row['found']} found, {row['pairs']} pairs; {score}")
+    print(f"all numbers: {workdir / 'map_result.json'}")
+    print(f"report:      {report}")
+    print_next("predict", "...", f"--layer={options.predictions}", comment="finds more, on other rasters")
+    return 0
+
+
+def _true_layer(options: argparse.Namespace, notes: collections.Counter[str]) -> MapLayer:
+    field = None if options.class_name else options.class_field
+    layer = read_layer(
+        options.against, class_field=field, class_name=options.class_name, crs=options.labels_crs, notes=notes
+    )
+    return MapLayer(layer.shapes, np.array(layer.names, object), np.ones(len(layer.names)), layer.crs)
+
+
+def _found_layer(source: str) -> MapLayer:
+    import pyproj
+    import shapely
+
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no layer {quote(source)}.")
+    blobs, columns, crs = read_layer_file(path, None, ("label", "score"))
+    shapes = np.array([*shapely.from_wkb(blobs), None], object)[:-1]
+    scores = np.array(columns["score"], np.float64)
+    return MapLayer(
+        shapes, np.array(columns["label"], object), scores, None if crs is None else pyproj.CRS.from_user_input(crs)
+    )
+
+
+def _in_crs(layer, crs) -> np.ndarray:
+    import pyproj
+    import shapely
+
+    step = pyproj.Transformer.from_crs(layer.crs, crs, always_xy=True)
+    return shapely.transform(layer.shapes, lambda xy: np.stack(step.transform(xy[:, 0], xy[:, 1]), axis=1))
