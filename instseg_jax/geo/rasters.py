@@ -134,7 +134,9 @@ class RasterImage:
         from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 
         self._lock = threading.Lock()
-        self._environment = rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES)
+        # What lies elsewhere is read by its address alone: listing the folder asks for more.
+        listing = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"} if is_remote(path) else {}
+        self._environment = rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES, **listing)
         try:
             with self._environment, warnings.catch_warnings():
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)
