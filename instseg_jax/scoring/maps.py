@@ -143,9 +143,9 @@ def _draw(pairs: Pairs) -> str:
     import shapely
 
     groups = {
-        "missed": pairs.true.shapes[pairs.of_true < 0],
         "wrong": pairs.found.shapes[pairs.of_found < 0],
         "found": pairs.found.shapes[pairs.of_found >= 0],
+        "missed": pairs.true.shapes[pairs.of_true < 0],  # last, so that nothing covers them
     }
     total = sum(map(len, groups.values()))
     if not total:

@@ -291,6 +291,7 @@ def _run_steps(run: Training, step_function, state: TrainState, manager, history
     def save(*, wait: bool = False) -> None:
         nonlocal saved
         if done > saved:
+            settle()  # killed right after, the run would go on from here without its last row
             checkpoint.save(manager, done, state, run.metadata(done, history.best), wait=wait)
             saved = done
 
@@ -324,6 +325,13 @@ def _run_steps(run: Training, step_function, state: TrainState, manager, history
             progress.update(step + 1, row)
         return skipped
 
+    def settle() -> None:
+        """Write the numbers of the last step, if they are not yet."""
+        nonlocal pending, bad_steps
+        if pending is not None:
+            bad_steps = bad_steps + 1 if fetch(*pending) else 0
+            pending = None
+
     closing = contextlib.closing
     with closing(metrics_file), closing(progress), closing(batches), StopSignals() as stop:
         try:
@@ -339,8 +347,7 @@ def _run_steps(run: Training, step_function, state: TrainState, manager, history
                 batch = next(batches)
                 parts = put_micro_batches(batch, run.mesh, config.train.micro_batches)
                 state, metrics = advance(batch.images.shape, parts)
-                if pending is not None:
-                    bad_steps = bad_steps + 1 if fetch(*pending) else 0
+                settle()
                 pending = (done, metrics, np.asarray(batch.image_index))
                 if bad_steps >= config.train.max_skipped_steps:
                     raise RuntimeError(
@@ -359,8 +366,7 @@ def _run_steps(run: Training, step_function, state: TrainState, manager, history
             what = f"stopped by a signal at step {done}" if done else "stopped by a signal before the first step"
             run.logger.info("%s; the same command goes on from there", what)
             end = "requeue" if stop.is_to_be_requeued() else "stopped"
-        if pending is not None:
-            fetch(*pending)
+        settle()
     return done, end
 
 

@@ -105,6 +105,20 @@ def test_every_evaluated_step_is_saved_before_its_evaluation(tmp_path, monkeypat
     assert result["models"]["best"]["score"] == 0.25
 
 
+def test_a_checkpoint_never_knows_more_than_the_rows(tmp_path, monkeypatch):
+    """Killed right after a save, a run goes on from there: what is not written then never will be."""
+    trial = Trial(tmp_path, monkeypatch, **{"checkpoint.every_steps": 1})
+    rows_at_save, save = {}, loop.checkpoint.save
+
+    def look(manager, step, *arguments, **options):
+        rows_at_save[step] = [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")]
+        return save(manager, step, *arguments, **options)
+
+    monkeypatch.setattr(loop.checkpoint, "save", look)
+    trial.train()
+    assert rows_at_save == {step: list(range(step)) for step in range(1, 7)}
+
+
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_an_evaluation_that_breaks_loses_no_epoch_and_is_made_again(tmp_path, monkeypatch, epochs):
     trial = Trial(tmp_path, monkeypatch, **{"train.epochs": epochs})
@@ -116,7 +130,7 @@ def test_an_evaluation_that_breaks_loses_no_epoch_and_is_made_again(tmp_path, mo
     with pytest.raises(MemoryError):
         trial.train()
     assert trial.saved == [2] and trial.steps == [0, 1] and trial.scored == []
-    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0]
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1]
     trial.on_score = lambda number: None
     assert trial.train()["end"] == "finished"
     assert trial.steps == list(range(2 * epochs))
