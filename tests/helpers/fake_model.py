@@ -81,6 +81,9 @@ def make_model(*, image_size: int = 64, thresholds: dict | None = None, resize: 
                 "eval_interpolation": "nearest",
                 "channels": 3,
                 "scaling": "none",
+                "map_gsd": None,
+                "map_bands": None,
+                "map_stretch": None,
             },
             "eval": {"num_detections": SLOTS},
         }
