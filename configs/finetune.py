@@ -58,3 +58,11 @@ def get_config(size: str = "l") -> ConfigDict:
     config.eval.every_epochs = 5
     config.checkpoint.every_steps = 500
     return config
+
+
+def search(space) -> None:
+    """What `sweep --search=optuna` tries."""
+    space.float("optimizer.learning_rate", 1e-4, 3e-3, log=True)
+    space.float("data.augment.copy_paste_probability", 0.0, 0.5)
+    space.choice("data.augment.photometric_probability", (0.2, 0.5, 0.8))
+    space.choice("model.num_queries", (50, 100, 200))

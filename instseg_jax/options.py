@@ -30,6 +30,12 @@ def add_sweep(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--folds", type=int, metavar="N", help=about)
     about = "runs at the same time, on a device each (%(default)s)"
     sub.add_argument("--jobs", type=int, metavar="N", default=1, help=about)
+    about = "have Optuna propose the values, within what the config's function search(space) allows"
+    sub.add_argument("--search", choices=("optuna",), help=about)
+    sub.add_argument("--trials", type=int, metavar="N", help="with --search: runs in all, of all processes together")
+    sub.add_argument(
+        "--prune", action="store_true", help="with --search: give up runs whose evaluations promise little"
+    )
     sub.add_argument("--sweep_list", action="store_true", help="list the runs, how far they are, and their commands")
     sub.add_argument("--sweep_index", type=int, metavar="I", help="only run number I of the list, for array jobs")
     sub.add_argument("--sweep_table", action="store_true", help="only write the tables of what is there so far")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from instseg_jax.files import write_json
@@ -70,34 +70,42 @@ class _Place:
     device: str | None
     run: Run
     process: subprocess.Popen
+    is_given_up: bool = False
 
 
 def launch(
-    runs: Sequence[Run],
+    runs: Iterable[Run],
     workdir: Path,
     *,
     spec: str,
     devices: Sequence[str | None],
     tell: Callable[[str, Run, State], None],
     wait: Callable[[list[Run]], None],
+    give_up: Callable[[Run], bool] = lambda run: False,
 ) -> bool:
     """Train runs, each in a process and a folder of its own; a run that breaks leaves the others alone.
 
     Args:
+      runs: asked for the next one when there is a place for it.
       workdir: of all; the runs' folders are below it.
       devices: one entry a place; as many runs go on at the same time.
       tell: called with "start" or "end", the run and its state.
       wait: called about twice a second with the runs that go on.
+      give_up: asked as often of each; a run for which it says yes is stopped, with its state saved.
 
     Returns: whether all were tried; False when SIGINT or SIGTERM ended it. Runs that went on then have saved their
       state, a second signal kills them.
     """
-    waiting, free = collections.deque(runs), collections.deque(devices)
+    waiting, free, is_more = iter(runs), collections.deque(devices), True
     places: list[_Place] = []
     with _Stop(places) as stop:
-        while places or (waiting and not stop.asked):
-            while waiting and free and not stop.asked:
-                run, device = waiting.popleft(), free.popleft()
+        while places or (is_more and not stop.asked):
+            while is_more and free and not stop.asked:
+                run = next(waiting, None)
+                if run is None:
+                    is_more = False
+                    break
+                device = free.popleft()
                 process = _start(run, workdir, spec, device)
                 if process is None:  # somebody else trains in this folder
                     free.append(device)
@@ -108,6 +116,10 @@ def launch(
                     process.terminate()
                 tell("start", run, State("running"))
             wait([place.run for place in places])
+            for place in places:
+                if not place.is_given_up and give_up(place.run):
+                    place.is_given_up = True
+                    place.process.terminate()
             for place in [place for place in places if place.process.poll() is not None]:
                 places.remove(place)
                 free.append(place.device)

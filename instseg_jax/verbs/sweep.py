@@ -20,6 +20,7 @@ from instseg_jax.sweeps.launch import CONSOLE, assign_devices, command_of, launc
 from instseg_jax.sweeps.plan import Plan, Run, build_plan
 from instseg_jax.sweeps.state import State, read_state
 from instseg_jax.training.workdir import FREE_TO_CHANGE, check_same_config
+from instseg_jax.verbs.search import run_search
 from instseg_jax.weights import checkpoint
 
 PLAIN_SECONDS = 60.0  # between lines that say how far the runs are, where there is no terminal
@@ -31,6 +32,10 @@ def sweep(options: argparse.Namespace) -> int:
     Returns: 0 when all runs (or the one that was asked for) are finished, 1 when some broke or were not run,
       130 after an interruption.
     """
+    if options.search:
+        return run_search(options)
+    if options.prune or options.trials is not None:
+        raise ValueError("--trials and --prune are for --search=optuna")
     axes, seeds, workdir = options.axis, options.seeds, Path(options.workdir)
     plan = build_plan(
         options.config,
