@@ -197,6 +197,10 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path, own: Own):
         check_tensorboard()
     if config.train.epochs < 0:  # none at all makes everything ready, and trains nothing
         raise ValueError(f"train.epochs is {config.train.epochs}, it must not be negative")
+    if config.train.early_stopping is not None and config.train.early_stopping < 1:
+        raise ValueError(
+            f"train.early_stopping is {config.train.early_stopping}, it must be at least 1, or None for none"
+        )
     if config.eval.every_epochs <= 0:
         raise ValueError(f"eval.every_epochs is {config.eval.every_epochs}, it must be above 0")
     if own.dataset is None:

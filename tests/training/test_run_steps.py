@@ -105,6 +105,12 @@ def test_every_evaluated_step_is_saved_before_its_evaluation(tmp_path, monkeypat
     assert result["models"]["best"]["score"] == 0.25
 
 
+def test_early_stopping_after_no_evaluation_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"train\.early_stopping is 0, it must be at least 1"):
+        loop.train(load_config("quickstart", {"train.early_stopping": "0"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_never_knows_more_than_the_rows(tmp_path, monkeypatch):
     """Killed right after a save, a run goes on from there: what is not written then never will be."""
     trial = Trial(tmp_path, monkeypatch, **{"checkpoint.every_steps": 1})
