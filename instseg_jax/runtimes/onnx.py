@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 OPSET = 21
 LEAST_HALVED = 1024  # values of a weight that is stored as float16; smaller ones are not worth it
 LARGEST_HALF = 65504.0
+# Of the package's N an 8-bit export finds 0.66 of the detections again with none of them in float32, 0.83 with one,
+# 0.95 with three (its stem and first block) and with six; its mask IoU is 0.75, 0.81, 0.87 and 0.88.
+FIRST_IN_FLOAT = 3
 
 
 def write_onnx(
@@ -97,7 +100,8 @@ def halve_weights(graph: "onnx.ModelProto") -> "onnx.ModelProto":
 def quantize_onnx(graph: "onnx.ModelProto", images: Sequence[np.ndarray], input_name: str) -> "onnx.ModelProto":
     """The graph with 8-bit convolutions (QDQ, a scale for each output channel), calibrated on images [H, W, C].
 
-    The projections behind the last convolutions, attention, heads and selection stay float32 (stored as float16).
+    The first convolutions, the projections behind the last ones, attention, heads and selection stay float32 (stored as
+    float16).
     """
     import onnx
     from onnxruntime import quantization
@@ -122,13 +126,18 @@ def quantize_onnx(graph: "onnx.ModelProto", images: Sequence[np.ndarray], input_
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=["Conv"],
-            nodes_to_exclude=last_convolutions(graph),
+            nodes_to_exclude=[*first_convolutions(graph), *last_convolutions(graph)],
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             extra_options={"CalibMovingAverage": True},  # extremes of single images would widen the ranges
         )
         return onnx.load(str(quantized))
+
+
+def first_convolutions(graph: "onnx.ModelProto") -> list[str]:
+    """Names of the first convolutions, in the order of computing: those that see the picture itself."""
+    return [node.name for node in graph.graph.node if node.op_type == "Conv"][:FIRST_IN_FLOAT]
 
 
 def last_convolutions(graph: "onnx.ModelProto") -> list[str]:
