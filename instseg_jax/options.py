@@ -84,6 +84,12 @@ def add_layer(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--crs", metavar="CRS", help=about)
     about = "outlines with fewer corners that move by at most this much, as 0.5m (default: along the pixels)"
     group.add_argument("--simplify", type=metres, metavar="METRES", default=0.0, help=about)
+    about = "outlines rounded off, that move by at most this much, as 1m"
+    group.add_argument("--smooth", type=metres, metavar="METRES", default=0.0, help=about)
+    about = "right angles, as of buildings, where they fit within this much, as 1m"
+    group.add_argument("--regularize", type=metres, metavar="METRES", default=0.0, help=about)
+    about = "with --regularize: only these classes, as building,shed (default: all)"
+    group.add_argument("--regularize_classes", metavar="NAMES", help=about)
     group.add_argument(
         "--min_area", type=square_metres, metavar="M2", default=0.0, help="smaller objects are left out, as 4m2"
     )

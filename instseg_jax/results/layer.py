@@ -14,20 +14,13 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 
 from instseg_jax.geo.layer_files import WGS84, driver_of, read_layer_file, write_layer
+from instseg_jax.geo.shaping import Shaped, Shaping, reshape
 from instseg_jax.messages import quote, shorten
 from instseg_jax.results.large import LargeResult
 from instseg_jax.results.result import Result
 from instseg_jax.results.visualize import class_color
 
 FIELDS = ("label", "cls_id", "score", "area_m2", "perimeter_m", "source")
-
-
-@dataclasses.dataclass(frozen=True)
-class Shaping:
-    """What is done to outlines before they are written."""
-
-    simplify: float = 0.0  # metres that they may move, to have fewer corners
-    min_area: float = 0.0  # square metres; smaller objects are left out
 
 
 @dataclasses.dataclass
@@ -42,7 +35,7 @@ class Layer:
     rows: list[tuple]
     sources: set[str]
     unplaced: list[str]  # inputs that don't say where they lie
-    moved: list[tuple[float, float]]  # of each simplified outline: metres that it moved, change of its area as a share
+    shaped: list[Shaped]  # outlines that were changed; their shapes are dropped
     small: int = 0  # objects below the least area
 
     def follow(self, results: Iterable[Result | LargeResult]) -> Iterator[Result | LargeResult]:
@@ -83,8 +76,8 @@ class Layer:
 
         shape = shapely.multipolygons([shapely.Polygon(p.outer, p.holes) for p in polygons])
         sides = None if globe is None else _pixel_metres(place, globe, geod, shape)
-        if self.shaping.simplify and sides is not None:
-            shape = self._simplify(shape, np.array(sides))
+        if sides is not None:
+            shape = self._reshape(shape, np.array(sides), box["label"])
         ground = shapely.transform(shape, lambda xy: place.to_ground(xy))
         area = perimeter = math.nan
         if sides is not None:
@@ -100,21 +93,15 @@ class Layer:
         label = box["label"]
         self.rows.append((label, int(box["cls_id"]), float(box["score"]), area, perimeter, source))
 
-    def _simplify(self, shape: Any, sides: np.ndarray) -> Any:
-        """Fewer corners, none of them and no edge farther off than the tolerance, in pixels of these sides."""
+    def _reshape(self, shape: Any, sides: np.ndarray, label: str) -> Any:
+        """A shape in pixels of these sides in metres, its outlines as they shall be."""
         import shapely
 
-        metres = shapely.transform(shape, lambda xy: xy * sides)
-        simple = shapely.make_valid(shapely.simplify(metres, self.shaping.simplify, preserve_topology=True))
-        parts = [part for part in shapely.get_parts(simple) if part.geom_type == "Polygon" and part.area > 0]
-        if not parts:
+        shaped = reshape(shapely.transform(shape, lambda xy: xy * sides), self.shaping, label)
+        if shaped is None:
             return shape
-        simple = shapely.multipolygons(parts)
-        distance = shapely.hausdorff_distance(metres, simple)
-        if distance > self.shaping.simplify * (1 + 1e-6):  # a part or hole has gone
-            return shape
-        self.moved.append((distance, abs(simple.area / metres.area - 1)))
-        return shapely.transform(simple, lambda xy: xy / sides)
+        self.shaped.append(dataclasses.replace(shaped, shape=None))
+        return shapely.transform(shaped.shape, lambda xy: xy / sides)
 
     def write(self) -> Path:
         """Write the file; what it held of other rasters stays. Raises ValueError for a layer of somebody else."""
@@ -150,10 +137,11 @@ class Layer:
         lines = [f"layer: {self.path}, {len(self.rows)} features of {len(self.sources)} rasters"]
         if self.small:
             lines.append(f"{self.small} objects of less than {self.shaping.min_area:g} m2 are left out")
-        if self.moved:
-            far, change = np.array(self.moved).T
+        for how in sorted({one.how for one in self.shaped}):
+            far, change = np.array([(one.moved, one.area_change) for one in self.shaped if one.how == how]).T
             lines.append(
-                f"outlines simplified: moved by {np.median(far):.2f} m (median), at most {far.max():.2f} m; "
+                f"outlines {how}: {len(far)} of {len(self.rows) + self.small}, "
+                f"moved by {np.median(far):.2f} m (median), at most {far.max():.2f} m; "
                 f"areas differ by {100 * np.median(change):.2f} % (median), at most {100 * change.max():.2f} %"
             )
         if self.unplaced:

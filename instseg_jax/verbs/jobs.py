@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from instseg_jax.commands import print_next
 from instseg_jax.files import write_json
+from instseg_jax.geo.shaping import Shaping
 from instseg_jax.inference.pipeline import DEFAULT_WEIGHTS, Pipeline
 from instseg_jax.inference.sources import URL_PREFIXES, find_files
 from instseg_jax.jobs.merge import merged_results
@@ -31,8 +32,9 @@ from instseg_jax.jobs.workers import (
     work,
     work_until_done,
 )
+from instseg_jax.messages import quote, shorten
 from instseg_jax.progress import say_duration
-from instseg_jax.results.layer import Layer, Shaping, open_layer
+from instseg_jax.results.layer import Layer, open_layer
 from instseg_jax.results.saving import save_results
 from instseg_jax.weights.locate import is_there
 
@@ -200,11 +202,20 @@ def _merge(
 def begin_layer(options: argparse.Namespace, class_names: Sequence[str]) -> Layer | None:
     """The layer of a map that the options ask for. Raises ValueError for options that need one and have none."""
     if not options.layer:
-        for name in ("crs", "simplify", "min_area"):
+        for name in ("crs", "simplify", "smooth", "regularize", "regularize_classes", "min_area"):
             if getattr(options, name):
                 raise ValueError(f"--{name} is for --layer, which names the file of a layer")
         return None
-    shaping = Shaping(simplify=options.simplify, min_area=options.min_area)
+    classes = None
+    if options.regularize_classes:
+        if not options.regularize:
+            raise ValueError("--regularize_classes goes with --regularize, which says how far outlines may move")
+        classes = tuple(name.strip() for name in options.regularize_classes.split(","))
+        unknown = [name for name in classes if name not in class_names]
+        if unknown:
+            known = shorten(", ".join(class_names))
+            raise ValueError(f"--regularize_classes has {quote(unknown[0])}, the model's classes are {known}")
+    shaping = Shaping(options.simplify, options.smooth, options.regularize, classes, options.min_area)
     return open_layer(options.layer, class_names, options.crs, shaping)
 
 

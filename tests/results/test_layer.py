@@ -14,8 +14,9 @@ pytest.importorskip("pyarrow")
 
 from instseg_jax.geo.georeference import Georeference  # noqa: E402
 from instseg_jax.geo.layer_files import read_layer_file  # noqa: E402
+from instseg_jax.geo.shaping import Shaping  # noqa: E402
 from instseg_jax.masks import encode_mask  # noqa: E402
-from instseg_jax.results.layer import FIELDS, Shaping, open_layer  # noqa: E402
+from instseg_jax.results.layer import FIELDS, open_layer  # noqa: E402
 from instseg_jax.results.result import Result  # noqa: E402
 from instseg_jax.results.visualize import class_color  # noqa: E402
 
@@ -185,3 +186,12 @@ def test_errors_say_what_is_allowed(tmp_path):
         open_layer(tmp_path / "found.shp", NAMES, None, AS_IT_IS)
     with pytest.raises(ValueError, match="The CRS 'EPSG:1' is unknown"):
         open_layer(tmp_path / "found.gpkg", NAMES, "EPSG:1", AS_IT_IS)
+
+
+def test_houses_are_squared_and_trees_are_rounded(tmp_path):
+    shaping = Shaping(smooth=1.0, regularize=1.0, regularize_classes=("house",))
+    layer = written(tmp_path / "found.gpkg", [result()], shaping=shaping)
+    shapes, _, _ = read(tmp_path / "found.gpkg")
+    assert shapely.get_num_coordinates(shapes[0]) == 5 + 5  # with its court
+    told = [line.split(",")[0] for line in layer.say() if line.startswith("outlines")]
+    assert told == ["outlines regularized: 1 of 2", "outlines smoothed: 1 of 2"]

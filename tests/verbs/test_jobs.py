@@ -103,3 +103,17 @@ def test_a_video_is_a_part(run, tmp_path):
     for name in ("v_res.json", "coco.json"):
         folders = [tmp_path / where / "predictions" / name for where in ("job", "output")]
         assert folders[0].read_bytes() == folders[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--smooth=1m"], "--smooth is for --layer"),
+        (["--regularize=1m"], "--regularize is for --layer"),
+        (["--layer=found.gpkg", "--regularize_classes=a"], "--regularize_classes goes with --regularize"),
+        (["--layer=found.gpkg", "--regularize=1m", "--regularize_classes=barn"], "--regularize_classes has 'barn'"),
+    ],
+)
+def test_options_of_outlines_that_mean_nothing_are_refused(run, tmp_path, options, told):
+    code, said = run("predict", "--input=in", "--save_path=out", "--formats=json", *options)
+    assert code == 1 and told in said and not (tmp_path / "found.gpkg").exists()
