@@ -166,6 +166,9 @@ def open_layer(path: str | Path, class_names: Sequence[str], crs: str | None, sh
         import pyproj
     except ImportError as error:
         raise ValueError(f'A layer needs pip install "instseg_jax[geo]" ({error}).') from error
+    for name in ("simplify", "smooth", "regularize", "min_area"):
+        if not getattr(shaping, name) >= 0:
+            raise ValueError(f"--{name} is {getattr(shaping, name):g}, it must be at least 0.")
     known: Any = None
     is_geojson = driver_of(path) == "GeoJSON"
     try:

@@ -5,6 +5,7 @@ A config file says what may vary in `search(space)`: `space.float("optimizer.lea
 study is a journal in the workdir: any number of processes share it, and what was killed goes on.
 """
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from instseg_jax.sweeps.plan import Run, Variant, get_field
 from instseg_jax.sweeps.state import State, is_locked, read_state
 from instseg_jax.training.workdir import VALIDATION, read_rows
 
-JOURNAL = "study.log"
+JOURNAL, PROPOSING = "study.log", "study.lock"
 STUDY = "search"
 
 
@@ -63,6 +64,7 @@ class Search:
     metric: str  # of validation.jsonl; the more, the better
     num_trials: int
     is_pruning: bool
+    seed: int
     _trials: dict[str, Any] = dataclasses.field(default_factory=dict)  # those of this process, by name of the run
     _reported: dict[str, int] = dataclasses.field(default_factory=dict)
     _pruned: set[str] = dataclasses.field(default_factory=set)
@@ -70,11 +72,20 @@ class Search:
     def begin(self) -> Run | None:
         """The run that comes next: one that a process left when it was killed, else a new one; None: there are enough.
 
-        What a process has finished and not told is told.
+        What a process has finished and not told is told. One process at a time proposes, so that there are no more
+        trials than asked for, and each is drawn with a seed of its own: two with one seed propose the same.
         """
+        with _alone(self.workdir / PROPOSING):
+            return self._propose()
+
+    def _propose(self) -> Run | None:
+        from optuna.samplers import TPESampler
         from optuna.trial import Trial, TrialState
 
         for left in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            if left.params.keys() != self.space.distributions.keys():  # killed while it was proposed
+                self.study.tell(left.number, state=TrialState.FAIL)
+                continue
             run = self.run_of(left)
             if run.name in self._trials or is_locked(self.workdir / run.name):
                 continue
@@ -83,8 +94,10 @@ class Search:
             if state.status not in ("finished", "failed"):
                 return run
             self.end(run, state)
-        if len(self.study.get_trials(deepcopy=False)) >= self.num_trials:
+        number = len(self.study.get_trials(deepcopy=False))
+        if number >= self.num_trials:
             return None
+        self.study.sampler = TPESampler(seed=self.seed + number)
         trial = self.study.ask(fixed_distributions=self.space.distributions)
         run = self.run_of(trial)
         self._trials[run.name] = trial
@@ -139,6 +152,7 @@ def open_search(spec: str, overrides: Mapping[str, str], workdir: Path, *, num_t
     """
     try:
         import optuna
+        from optuna.storages.journal import JournalFileBackend
     except ImportError as error:
         raise ValueError('--search=optuna needs pip install "instseg_jax[search]"') from error
     if num_trials < 1:
@@ -154,22 +168,35 @@ def open_search(spec: str, overrides: Mapping[str, str], workdir: Path, *, num_t
     _check_ends(spec, dict(overrides), space)
     optuna.logging.set_verbosity(logging.WARNING)
     workdir.mkdir(parents=True, exist_ok=True)
-    backend = optuna.storages.journal.JournalFileBackend(str(workdir / JOURNAL))
+    backend = JournalFileBackend(str(workdir / JOURNAL))
     storage = optuna.storages.JournalStorage(backend)
-    known = {study.study_name for study in optuna.get_all_study_summaries(storage)}
-    number = len(optuna.load_study(study_name=STUDY, storage=storage).trials) if STUDY in known else 0
-    study = optuna.create_study(
-        storage=storage,
-        study_name=STUDY,
-        direction="maximize",
-        load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=base.seed + number),
-        pruner=optuna.pruners.HyperbandPruner() if is_pruning else optuna.pruners.NopPruner(),
+    with _alone(workdir / PROPOSING):
+        study = optuna.create_study(
+            storage=storage,
+            study_name=STUDY,
+            direction="maximize",
+            load_if_exists=True,
+            pruner=optuna.pruners.HyperbandPruner() if is_pruning else optuna.pruners.NopPruner(),
+        )
+        for trial in study.get_trials(deepcopy=False):
+            if any(space.distributions.get(field) != known for field, known in trial.distributions.items()):
+                raise ValueError(f"{workdir} holds a search of another space; name another --workdir")
+    return Search(
+        spec, dict(overrides), workdir, space, study, base.eval.best_metric, num_trials, is_pruning, base.seed
     )
-    for trial in study.get_trials(deepcopy=False):
-        if trial.distributions != space.distributions:
-            raise ValueError(f"{workdir} holds a search of another space; name another --workdir")
-    return Search(spec, dict(overrides), workdir, space, study, base.eval.best_metric, num_trials, is_pruning)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is inside; where there are no such locks, go on."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def num_evaluations(run: Run) -> int:

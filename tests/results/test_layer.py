@@ -184,6 +184,8 @@ def test_nothing_found_is_an_empty_layer(tmp_path, suffix):
 def test_errors_say_what_is_allowed(tmp_path):
     with pytest.raises(ValueError, match=r"\.gpkg, \.geojson, .* is none of them"):
         open_layer(tmp_path / "found.shp", NAMES, None, AS_IT_IS)
+    with pytest.raises(ValueError, match="--smooth is -1, it must be at least 0"):
+        open_layer(tmp_path / "found.gpkg", NAMES, None, Shaping(smooth=-1.0))
     with pytest.raises(ValueError, match="The CRS 'EPSG:1' is unknown"):
         open_layer(tmp_path / "found.gpkg", NAMES, "EPSG:1", AS_IT_IS)
 

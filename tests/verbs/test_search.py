@@ -15,6 +15,7 @@ optuna = pytest.importorskip("optuna")
 from instseg_jax.cli import main  # noqa: E402
 from instseg_jax.sweeps import launch  # noqa: E402
 from instseg_jax.sweeps.search import open_search  # noqa: E402
+from instseg_jax.sweeps.state import lock  # noqa: E402
 
 STAND_IN = (sys.executable, str(HELPERS / "sweep_run.py"))
 CONFIG = """
@@ -92,6 +93,34 @@ def test_what_was_killed_goes_on_as_the_same_trial(tmp_path):
         assert len(starts.splitlines()) == 1
 
 
+def test_a_process_that_was_killed_while_it_proposed_ends_nothing(tmp_path):
+    spec = command(tmp_path)[1].removeprefix("--config=")
+    overrides, out = {"data.dir": str(tmp_path / "data")}, tmp_path / "out"
+    search = open_search(spec, overrides, out, num_trials=3, is_pruning=False)
+    some = dict(list(search.space.distributions.items())[:1])
+    search.study.ask(fixed_distributions=some)
+    assert main(command(tmp_path)) == 0
+    assert [row["state"] for row in rows(tmp_path)] == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_processes_that_propose_in_turn_never_propose_the_same(tmp_path):
+    """Two that open the study at the same moment know the same trials and have the same seed."""
+    spec = command(tmp_path)[1].removeprefix("--config=")
+    overrides, out = {"data.dir": str(tmp_path / "data")}, tmp_path / "out"
+    both = [open_search(spec, overrides, out, num_trials=12, is_pruning=False) for _ in range(2)]
+    runs, held = [], []
+    for number in range(12):
+        run = both[number % 2].begin()
+        assert run.name == f"trial={number:04d}"
+        folder = out / run.name
+        folder.mkdir()
+        held.append(lock(folder))  # it trains
+        runs.append(tuple(run.overrides[field] for field in both[0].space.distributions))
+    assert len(set(runs)) == 12 and both[0].begin() is None
+    for descriptor in held:
+        os.close(descriptor)
+
+
 def test_a_run_that_breaks_is_a_failed_trial(tmp_path):
     space = '\n    space.choice("train.epochs", (13, 3))\n'
     assert main(command(tmp_path, space=space, trials=8)) == 0
@@ -113,7 +142,7 @@ def test_two_processes_share_a_study(tmp_path):
         command(tmp_path)[1].removeprefix("--config="), {}, tmp_path / "out", num_trials=8, is_pruning=False
     )
     trials = search.study.get_trials()
-    assert len(trials) in (8, 9) and all(trial.state.name == "COMPLETE" for trial in trials)  # both may ask at once
+    assert len(trials) == 8 and all(trial.state.name == "COMPLETE" for trial in trials)
     for trial in trials:
         starts = (tmp_path / "out" / f"trial={trial.number:04d}" / "starts.txt").read_text()
         assert len(starts.splitlines()) == 1
