@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from instseg_jax.data.split import Content, deal_groups, take_images
+from instseg_jax.geo.plane import to_plane
 from instseg_jax.messages import quote
-
-METRES_PER_DEGREE = 111_195.0  # of a great circle on the mean sphere; blocks need no ellipsoid
 
 
 def split_blocks(
@@ -47,7 +46,8 @@ def fold_blocks(
         ids = _ids(content, [groups[g] for g in left])
         known = {i for group in ids for i in group}
         share = 1 / (folds - number)
-        chosen = deal_groups(take_images(content, known), ids, share, seed)
+        spare = len(left) - (folds - number - 1)  # a block at least stays for each fold to come
+        chosen = set(sorted(deal_groups(take_images(content, known), ids, share, seed))[:spare])
         parts.append([left[k] for k in sorted(chosen)])
         left = [g for k, g in enumerate(left) if k not in chosen]
     parts.append(left)
@@ -67,9 +67,8 @@ def place_images(entries: Sequence[dict[str, Any]]) -> np.ndarray:
         middles.append(place)
         sides.append(extent)
     lon_lat = np.array(middles, np.float64).reshape(-1, 2)
-    lon = (lon_lat[:, 0] - lon_lat[0, 0] + 180) % 360 - 180  # across the date line, too
-    x = lon * np.cos(np.radians(lon_lat[:, 1].mean())) * METRES_PER_DEGREE
-    middle, half = np.stack([x, lon_lat[:, 1] * METRES_PER_DEGREE], axis=1), np.array(sides, np.float64) / 2
+    middle = to_plane(lon_lat, np.array([lon_lat[0, 0], lon_lat[:, 1].mean()]))
+    half = np.array(sides, np.float64) / 2
     return np.concatenate([middle - half, middle + half], axis=1)
 
 
@@ -97,8 +96,11 @@ def _part(
     is_val = np.zeros(len(places), bool)
     is_val[list(validated)] = True
     is_near = np.zeros(len(places), bool)
+    # The plane is true to about 0.3 %, so pictures that only touch may seem to overlap by a little.
+    slack = 0.01 * (places[:, 2:] - places[:, :2])
+    low, high = places[:, :2] + slack, places[:, 2:] - slack
     for x1, y1, x2, y2 in places[is_val] + [-gap, -gap, gap, gap]:
-        is_near |= (places[:, 0] < x2) & (places[:, 2] > x1) & (places[:, 1] < y2) & (places[:, 3] > y1)
+        is_near |= (low[:, 0] < x2) & (high[:, 0] > x1) & (low[:, 1] < y2) & (high[:, 1] > y1)
     parts = (~is_val & ~is_near, is_val, ~is_val & is_near)
     if not parts[0].any():
         raise ValueError(

@@ -269,7 +269,7 @@ def to_coco(dataset: CocoDataset) -> dict[str, Any]:
                 }
             )
     return {
-        "info": {"description": dataset.name},  # pycocotools 2.0.9 and 2.0.10 ask for it
+        "info": dataset.info | {"description": dataset.name},  # pycocotools 2.0.9 and 2.0.10 ask for it
         "images": [dataclasses.asdict(image) for image in dataset.images],
         "annotations": annotations,
         "categories": [

@@ -129,11 +129,30 @@ def write_converted(
         contents = {"train": train, "val": val}
     written = {part: target / "annotations" / f"instance_{part}.json" for part in contents}
     split.replace_files({written[part]: content for part, content in contents.items()})
+    names_now = {entry["file_name"] for content in contents.values() for entry in content["images"]}
+    for file in _put_stale_aside(target / "annotations", set(written.values()), names_now):
+        notes[f"files of an earlier split of these pictures, now .bak, as {file.name}"] += 1
     return Conversion(
         parts={part: (written[part], len(c["images"]), len(c["annotations"])) for part, c in contents.items()},
         categories=tuple(names),
         notes=tuple(f"{note}: {count}" for note, count in notes.items()),
     )
+
+
+def _put_stale_aside(folder: Path, written: set[Path], pictures: set[str]) -> list[Path]:
+    """Put splits aside that list some of these pictures, or none: what was dealt out before would be in two at once."""
+    stale = []
+    for file in sorted(folder.glob("instance_*.json")):
+        if file in written or not files.is_regular(file):
+            continue
+        try:
+            listed = {str(entry.get("file_name")) for entry in coco_entries.read_json(file)["images"]}
+        except (ValueError, OSError, AttributeError):  # not ours to judge
+            continue
+        if not listed or listed & pictures:
+            split.put_aside(file)
+            stale.append(file)
+    return stale
 
 
 def _with_names(image: ConvertedImage, path: Path) -> ConvertedImage:

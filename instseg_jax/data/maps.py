@@ -14,6 +14,7 @@ from instseg_jax import masks
 from instseg_jax.data import coco_entries
 from instseg_jax.data.convert import Conversion, write_converted
 from instseg_jax.data.converted import ConvertedImage, ConvertedObject
+from instseg_jax.geo.layer_files import require_extra
 from instseg_jax.geo.layers import Layer, find_center, pixel_sides, read_layer, shapes_in_pixels
 from instseg_jax.geo.rasters import SAME_GSD, SUFFIXES, RasterImage, find_stretch, is_remote
 from instseg_jax.messages import quote
@@ -67,6 +68,7 @@ def convert_maps(
     polygons, or without one within the hull of the labels; outside of `aoi` all is black. Resolution, bands and stretch
     are kept in the annotation files. Raises ValueError or FileNotFoundError.
     """
+    require_extra("--src_dataset_type=geo")
     _check_cutting(cutting)
     notes: collections.Counter[str] = collections.Counter()
     layer = read_layer(labels, class_field=class_field, class_name=class_name, crs=labels_crs, notes=notes)
@@ -75,7 +77,10 @@ def convert_maps(
         area = read_layer(aoi, class_field=None, class_name="area", crs=None, notes=collections.Counter())
     files = _find_rasters(rasters)
     stretch, gsd = _look_at(files, cutting, notes)
-    names = list(dict.fromkeys(coco_entries.read_name(name, f"A class of {labels}") for name in layer.names))
+    layer = dataclasses.replace(
+        layer, names=tuple(coco_entries.read_name(name, f"A class of {labels}") for name in layer.names)
+    )
+    names = list(dict.fromkeys(layer.names))
     is_used = np.zeros(len(layer.shapes), bool)
 
     def images() -> Iterator[ConvertedImage]:
@@ -87,7 +92,8 @@ def convert_maps(
                 raster.close()
         if not is_used.any():
             raise ValueError(
-                f"No polygon of {labels} lies on a raster: compare their CRS, or name it with --labels_crs."
+                f"No polygon of {labels} lies on a raster: compare their CRS, or name that of the labels with "
+                "--labels_crs=EPSG:NUMBER."
             )
         notes["polygons that lie on no raster, or on none with content"] += int((~is_used).sum())
         for note in [note for note, count in notes.items() if not count]:
@@ -221,7 +227,7 @@ def _cut_raster(
             continue
         objects = []
         for index, shape, is_whole in chosen[window]:
-            objects.append(_to_object(shape, layer.names[on_it[index]].strip(), is_whole, cutting.tile))
+            objects.append(_to_object(shape, layer.names[on_it[index]], is_whole, cutting.tile))
             is_used[on_it[index]] |= is_whole
             notes["objects that a border cuts, marked to be ignored there"] += not is_whole
         facts = {"raster": raster.name, "window": [window.x, window.y, window.width, window.height]}

@@ -54,7 +54,7 @@ def split_dataset(dir: str | Path, deal: Callable[[Content], dict[str, Content]]
     old = set(listed) - set(targets.values())
     replace_files({targets[part]: content for part, content in parts.items()})
     for file in old if "train" in parts else ():  # COCO's own names would otherwise stand beside the new files
-        file.rename(_backup_name(file))
+        put_aside(file)
     return {part: (targets[part], len(c["images"]), len(c["annotations"])) for part, c in parts.items()}
 
 
@@ -154,7 +154,7 @@ def replace_files(contents: dict[Path, Content]) -> None:
             )
         for path, new in aside.items():
             if path.exists():
-                path.rename(_backup_name(path))
+                put_aside(path)
             new.rename(path)
     finally:
         for new in aside.values():
@@ -264,6 +264,11 @@ def _join_entries(entries: Sequence[Content], key: str, joined: dict[str, Conten
             joined[str(entry[key])] = dict(entry, id=free.take(entry["id"]))
         new[entry["id"]] = joined[str(entry[key])]["id"]
     return new
+
+
+def put_aside(path: Path) -> Path:
+    """Rename a file to .bak (.bak2, ... where there is one already); the new path."""
+    return path.rename(_backup_name(path))
 
 
 def _backup_name(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """Layers of polygons as files: GeoPackage, GeoJSON (RFC 7946), FlatGeobuf and GeoParquet (extra `geo`)."""
 
 import contextlib
+import importlib.util
 import json
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from instseg_jax.messages import quote, shorten
 
 DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".json": "GeoJSON", ".fgb": "FlatGeobuf", ".parquet": "Parquet"}
 LAYER = "instances"
+EXTRA = ("rasterio", "pyogrio", "shapely", "pyproj")
 GEOJSON_DECIMALS = 8  # of degrees: a millimetre
 WGS84 = "EPSG:4326"
 
@@ -44,9 +46,10 @@ def write_layer(
 
     driver = driver_of(path)
     shapes = np.array([shapely.multipolygons([g]) if g.geom_type == "Polygon" else g for g in geometries], object)
+    blobs = shapely.to_wkb(shapely.orient_polygons(shapes))
     with written_aside(path) as aside:
         if driver == "Parquet":
-            _write_parquet(aside, shapely.to_wkb(shapes), columns, crs)
+            _write_parquet(aside, blobs, columns, crs)
         else:
             options: dict[str, Any] = {}
             named = aside.with_name(f"{aside.name}{Path(path).suffix}")  # without it FlatGeobuf makes a folder
@@ -55,7 +58,7 @@ def write_layer(
             try:
                 pyogrio.raw.write(
                     named,
-                    geometry=shapely.to_wkb(shapely.orient_polygons(shapes)),
+                    geometry=blobs,
                     field_data=list(columns.values()),
                     fields=np.array(list(columns), object),
                     geometry_type="MultiPolygon",
@@ -101,6 +104,22 @@ def read_layer_file(
         known = ", ".join(found) or "none"
         raise ValueError(f"The layer {path} has no field {quote(missing[0])}; it has {shorten(known)}.")
     return geometry, found if columns is None else {name: found[name] for name in columns}, crs
+
+
+def reproject(shapes: np.ndarray, source: Any, target: Any) -> np.ndarray:
+    """Shapes [n] of shapely from one CRS to another, of pyproj or its text; x is east in both, whatever a CRS says."""
+    import pyproj
+    import shapely
+
+    step = pyproj.Transformer.from_crs(source, target, always_xy=True)
+    return shapely.transform(shapes, lambda xy: np.stack(step.transform(xy[:, 0], xy[:, 1]), axis=1))
+
+
+def require_extra(what: str) -> None:
+    """Raise ValueError that names the extra, where a package that `what` needs is missing."""
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f'{what} needs pip install "instseg_jax[geo]"; {", ".join(missing)} is not installed.')
 
 
 def _only_layer(path: Path) -> str:

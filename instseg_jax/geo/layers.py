@@ -87,8 +87,8 @@ def read_layer(
 def shapes_in_pixels(layer: Layer, place: Georeference, raster: str, size: tuple[int, int]) -> np.ndarray:
     """The layer's shapes [n] in pixels (x, y) of a raster of `size` (height, width) that lies at `place`.
 
-    A layer that says no CRS lies in the raster's where its coordinates meet the raster. Raises ValueError for one that
-    must be told, or has no way to the raster's CRS.
+    A layer that says no CRS lies in the raster's, unless its coordinates are degrees that don't meet the raster. Raises
+    ValueError for one that has no way to the raster's CRS.
     """
     import pyproj
     import shapely
@@ -99,19 +99,14 @@ def shapes_in_pixels(layer: Layer, place: Georeference, raster: str, size: tuple
     def to_pixels(ground: np.ndarray) -> np.ndarray:
         return (ground - [c, f]) @ inverse.T
 
-    as_they_are = shapely.transform(layer.shapes, to_pixels)
     if place.wkt is None or layer.crs is None or layer.is_assumed:
-        raw = shapely.total_bounds(layer.shapes)
-        is_globe = raw[0] >= -180.5 and raw[2] <= 180.5 and raw[1] >= -90.5 and raw[3] <= 90.5
+        as_they_are = shapely.transform(layer.shapes, to_pixels)
         if _meets(as_they_are, size) and not (layer.is_assumed and place.epsg == WGS84):
             if layer.is_assumed:
                 log.warning("%s says no CRS and is not in WGS 84: its coordinates are those of %s", layer.path, raster)
             return as_they_are
-        if place.wkt is None or layer.crs is None or not is_globe:
-            raise ValueError(
-                f"The layer {layer.path} says no CRS that fits, and its coordinates ({_say_bounds(raw)}) don't lie on "
-                f"{raster}: name its CRS with --labels_crs=EPSG:NUMBER."
-            )
+        if place.wkt is None or layer.crs is None or not _is_globe(shapely.total_bounds(layer.shapes)):
+            return as_they_are  # it may lie on another raster
     try:
         transformer = pyproj.Transformer.from_crs(layer.crs, pyproj.CRS.from_wkt(place.wkt), always_xy=True)
         return shapely.transform(
@@ -159,6 +154,24 @@ def find_center(place: Georeference, window: Window) -> list[float] | None:
     except pyproj.exceptions.ProjError:
         return None
     return [round(float(value), 9) for value in found]
+
+
+def known_crs(layer: Layer) -> Any:
+    """The CRS of a layer that no raster can tell. Raises ValueError where the file says none that can be."""
+    import shapely
+
+    bounds = shapely.total_bounds(layer.shapes)
+    if layer.crs is None or (layer.is_assumed and not _is_globe(bounds)):
+        raise ValueError(
+            f"The layer {layer.path} says no CRS that fits its coordinates ({_say_bounds(bounds)}): "
+            "name it with --labels_crs=EPSG:NUMBER."
+        )
+    return layer.crs
+
+
+def _is_globe(bounds: np.ndarray) -> bool:
+    """Whether coordinates can be degrees."""
+    return bool(bounds[0] >= -180.5 and bounds[2] <= 180.5 and bounds[1] >= -90.5 and bounds[3] <= 90.5)
 
 
 def _split_source(source: str) -> tuple[Path, str | None]:

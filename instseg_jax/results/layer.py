@@ -13,7 +13,14 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
-from instseg_jax.geo.layer_files import WGS84, driver_of, read_layer_file, write_layer
+from instseg_jax.geo.layer_files import (
+    WGS84,
+    driver_of,
+    read_layer_file,
+    reproject,
+    require_extra,
+    write_layer,
+)
 from instseg_jax.geo.shaping import Shaped, Shaping, reshape
 from instseg_jax.messages import quote, shorten
 from instseg_jax.results.large import LargeResult
@@ -24,7 +31,7 @@ FIELDS = ("label", "cls_id", "score", "area_m2", "perimeter_m", "source")
 
 
 @dataclasses.dataclass
-class Layer:
+class FoundLayer:
     """The features of a prediction, in the CRS of the layer, as they come."""
 
     path: Path
@@ -118,18 +125,13 @@ class Layer:
 
     def _others(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Features of the file that are of other rasters, in the CRS of this layer."""
-        import pyproj
         import shapely
 
-        try:
-            blobs, columns, crs = read_layer_file(self.path, None, FIELDS)
-        except ValueError as error:
-            raise ValueError(f"{self.path} is no layer of ours, nothing is added to it ({shorten(error)})") from error
+        blobs, columns, crs = _read_ours(self.path)
         is_other = np.array([source not in self.sources for source in columns["source"]], bool)
         shapes = shapely.from_wkb(blobs[is_other])
         if crs is not None and len(shapes):
-            step = pyproj.Transformer.from_crs(crs, self.crs or crs, always_xy=True)
-            shapes = shapely.transform(shapes, lambda xy: np.stack(step.transform(xy[:, 0], xy[:, 1]), axis=1))
+            shapes = reproject(shapes, crs, self.crs or crs)
         return shapes, {name: values[is_other] for name, values in columns.items()}
 
     def say(self) -> list[str]:
@@ -156,30 +158,35 @@ _TYPES = {"label": object, "cls_id": np.int64, "score": np.float64}
 _TYPES |= {"area_m2": np.float64, "perimeter_m": np.float64, "source": object}
 
 
-def open_layer(path: str | Path, class_names: Sequence[str], crs: str | None, shaping: Shaping) -> Layer:
+def open_layer(path: str | Path, class_names: Sequence[str], crs: str | None, shaping: Shaping) -> FoundLayer:
     """Begin a layer; `crs` None: WGS 84 for GeoJSON, else that of the file that is there, else of the first raster.
 
-    Raises ValueError for a suffix or CRS that is unknown, and where an extra is missing.
+    Raises ValueError for a suffix or CRS that is unknown, for a layer of somebody else, and where an extra is missing.
     """
-    try:
-        import pyogrio  # noqa: F401
-        import pyproj
-    except ImportError as error:
-        raise ValueError(f'A layer needs pip install "instseg_jax[geo]" ({error}).') from error
+    require_extra("--layer")
+    import pyproj
+
     for name in ("simplify", "smooth", "regularize", "min_area"):
         if not getattr(shaping, name) >= 0:
             raise ValueError(f"--{name} is {getattr(shaping, name):g}, it must be at least 0.")
     known: Any = None
     is_geojson = driver_of(path) == "GeoJSON"
+    there = _read_ours(Path(path))[2] if Path(path).exists() else None  # what can't be added to is told at once
     try:
         if crs is not None or is_geojson:
             known = pyproj.CRS.from_user_input(crs or WGS84)
-        elif Path(path).exists():
-            known = read_layer_file(Path(path), None, FIELDS)[2]
-            known = None if known is None else pyproj.CRS.from_user_input(known)
+        elif there is not None:
+            known = pyproj.CRS.from_user_input(there)
     except pyproj.exceptions.CRSError as error:
         raise ValueError(f"The CRS {quote(crs)} is unknown ({shorten(error)}); one is EPSG:4326.") from error
-    return Layer(Path(path), tuple(class_names), known, shaping, [], [], set(), [], [])
+    return FoundLayer(Path(path), tuple(class_names), known, shaping, [], [], set(), [], [])
+
+
+def _read_ours(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray], str | None]:
+    try:
+        return read_layer_file(path, None, FIELDS)
+    except ValueError as error:
+        raise ValueError(f"{path} is no layer of ours, nothing is added to it ({error})") from error
 
 
 def make_style(class_names: Sequence[str]) -> str:

@@ -14,10 +14,10 @@ import numpy as np
 
 from instseg_jax.evaluation import charts
 from instseg_jax.files import write_text
-from instseg_jax.geo.layer_files import WGS84
+from instseg_jax.geo.layer_files import WGS84, reproject
+from instseg_jax.geo.plane import to_plane
 from instseg_jax.messages import quote
 
-METRES_PER_DEGREE = 111_195.0  # of a great circle on the mean sphere; ratios of areas need no ellipsoid
 ALL = "all classes"
 DRAWN = 20_000  # polygons in the picture of the map; of more, every n-th
 MAP_SIDE = 1100  # units of its longer side
@@ -185,27 +185,16 @@ def _origin(layer: MapLayer) -> np.ndarray:
 
 
 def _to_degrees(shapes: np.ndarray, crs: Any) -> np.ndarray:
-    import pyproj
-    import shapely
-
     if crs is None:
         raise ValueError("a layer says no CRS, it can't be held against another one")
-    step = pyproj.Transformer.from_crs(crs, WGS84, always_xy=True)
-    return shapely.transform(shapes, lambda xy: np.stack(step.transform(xy[:, 0], xy[:, 1]), axis=1))
+    return reproject(shapes, crs, WGS84)
 
 
 def _to_plane(shapes: np.ndarray, crs: Any, origin: np.ndarray) -> np.ndarray:
     """In metres around `origin`."""
     import shapely
 
-    stretch = np.array([np.cos(np.radians(origin[1])), 1.0]) * METRES_PER_DEGREE
-
-    def place(degrees: np.ndarray) -> np.ndarray:
-        off = degrees - origin
-        off[:, 0] = (off[:, 0] + 180) % 360 - 180
-        return off * stretch
-
-    return shapely.transform(_to_degrees(shapes, crs), place)
+    return shapely.transform(_to_degrees(shapes, crs), lambda xy: to_plane(xy, origin))
 
 
 def _on_plane(layer: MapLayer, origin: np.ndarray) -> MapLayer:

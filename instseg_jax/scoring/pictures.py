@@ -10,6 +10,7 @@ from instseg_jax import images
 from instseg_jax.bands import build_bands
 from instseg_jax.data import coco
 from instseg_jax.data.source import build_dataset
+from instseg_jax.geo.reading import build_reading
 from instseg_jax.inference.predictor import LoadedModel
 from instseg_jax.inference.sources import find_sources
 
@@ -42,7 +43,8 @@ def calibration_images(model: LoadedModel, size: int, folder: str | None) -> lis
     Raises: ValueError where there are none.
     """
     if folder is not None and not (Path(folder) / "annotations").is_dir():
-        sources, _ = find_sources(folder, channels="rgb", bands=build_bands(model.config.data))
+        data = model.config.data
+        sources, _ = find_sources(folder, channels="rgb", bands=build_bands(data), reading=build_reading(data))
         listed = list(sources)
         chosen = [listed[i] for i in _evenly(len(listed), CALIBRATION_IMAGES)]
         return [_prepare(source.read(), model, size) for source in chosen]

@@ -34,7 +34,7 @@ from instseg_jax.jobs.workers import (
 )
 from instseg_jax.messages import quote, shorten
 from instseg_jax.progress import say_duration
-from instseg_jax.results.layer import Layer, open_layer
+from instseg_jax.results.layer import FoundLayer, open_layer
 from instseg_jax.results.saving import save_results
 from instseg_jax.weights.locate import is_there
 
@@ -79,6 +79,7 @@ def predict_job(
             return 1
         return _merge(options, formats, plan, say, started)
     pipeline = make_pipeline()
+    begin_layer(options, pipeline.class_names)  # a layer that can't be written is told before hours of work
     plan = build_plan(names, _settings(options, pipeline))
     _agree(plan, job)
     again = failed_parts(job, plan) if options.retry_failed else {}
@@ -199,7 +200,7 @@ def _merge(
     return 1 if summary.failed else 0
 
 
-def begin_layer(options: argparse.Namespace, class_names: Sequence[str]) -> Layer | None:
+def begin_layer(options: argparse.Namespace, class_names: Sequence[str]) -> FoundLayer | None:
     """The layer of a map that the options ask for. Raises ValueError for options that need one and have none."""
     if not options.layer:
         for name in ("crs", "simplify", "smooth", "regularize", "regularize_classes", "min_area"):

@@ -8,8 +8,8 @@ import numpy as np
 
 from instseg_jax.commands import print_next
 from instseg_jax.files import write_json
-from instseg_jax.geo.layer_files import read_layer_file
-from instseg_jax.geo.layers import read_layer
+from instseg_jax.geo.layer_files import read_layer_file, reproject, require_extra
+from instseg_jax.geo.layers import known_crs, read_layer
 from instseg_jax.messages import quote
 from instseg_jax.scoring.maps import ALL, MapLayer, by_block, by_class, check_classes, match_layers, write_map_report
 
@@ -18,13 +18,14 @@ def evaluate_map(options: argparse.Namespace) -> int:
     """Precision, recall and F1 of a layer of `predict --layer`, by class and block; numbers, a page with the map."""
     if not options.predictions:
         raise ValueError("--against needs --predictions, the layer that predict --layer wrote")
+    require_extra("--against")
     notes: collections.Counter[str] = collections.Counter()
     true, found = _true_layer(options, notes), _found_layer(options.predictions)
     check_classes(found, true)
     area = None
     if options.aoi:
         layer = read_layer(options.aoi, class_field=None, class_name="area", crs=None, notes=collections.Counter())
-        area = _in_crs(layer, true.crs)
+        area = reproject(layer.shapes, known_crs(layer), true.crs)
     pairs = match_layers(found, true, iou=options.iou, area=area)
     tables = {"Classes": by_class(pairs)} | (
         {} if options.block is None else {"Blocks": by_block(pairs, options.block)}
@@ -58,7 +59,7 @@ def _true_layer(options: argparse.Namespace, notes: collections.Counter[str]) ->
     layer = read_layer(
         options.against, class_field=field, class_name=options.class_name, crs=options.labels_crs, notes=notes
     )
-    return MapLayer(layer.shapes, np.array(layer.names, object), np.ones(len(layer.names)), layer.crs)
+    return MapLayer(layer.shapes, np.array(layer.names, object), np.ones(len(layer.names)), known_crs(layer))
 
 
 def _found_layer(source: str) -> MapLayer:
@@ -74,11 +75,3 @@ def _found_layer(source: str) -> MapLayer:
     return MapLayer(
         shapes, np.array(columns["label"], object), scores, None if crs is None else pyproj.CRS.from_user_input(crs)
     )
-
-
-def _in_crs(layer, crs) -> np.ndarray:
-    import pyproj
-    import shapely
-
-    step = pyproj.Transformer.from_crs(layer.crs, crs, always_xy=True)
-    return shapely.transform(layer.shapes, lambda xy: np.stack(step.transform(xy[:, 0], xy[:, 1]), axis=1))

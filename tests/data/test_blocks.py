@@ -58,6 +58,11 @@ def nearest_of(image: dict, part: dict) -> dict:
     return min(part["images"], key=lambda other: distance(image, other))
 
 
+def test_pictures_that_touch_share_no_ground():
+    content = grid(4, 1, side=50.1, step=50)  # the metres of a projection are not quite those of the plane
+    assert not blocks.split_blocks(content, val_share=0.5, block=50, gap=0, seed=0)[2]["images"]
+
+
 def test_each_picture_is_validated_in_one_fold():
     content = grid(10, 10, side=50, step=50)
     folds = blocks.fold_blocks(content, folds=4, block=120, gap=0, seed=0)
@@ -66,6 +71,17 @@ def test_each_picture_is_validated_in_one_fold():
     for train, val, _ in folds:
         assert min(distance(a, b) for a in train["images"] for b in val["images"]) >= -0.5
         assert 15 <= len(val["images"]) <= 35
+
+
+def test_one_large_block_leaves_no_fold_empty():
+    content = grid(1, 4, side=10, step=1000)
+    heavy = grid(30, 1, side=10, step=20, lat=45.1)
+    for entry in heavy["images"]:
+        entry.update(id=entry["id"] + 100, file_name=f"h{entry['file_name']}")
+    content["images"] += heavy["images"]
+    folds = blocks.fold_blocks(content, folds=5, block=900, gap=0, seed=0)
+    assert all(val["images"] and train["images"] for train, val, _ in folds)
+    assert sum(len(val["images"]) for _, val, _ in folds) == 34
 
 
 def test_across_the_date_line():

@@ -387,3 +387,39 @@ def test_labels_from_geoparquet(tmp_path):
     columns = {"kind": np.array(list(OBJECTS), object)}
     write_layer_file(tmp_path / "a.parquet", np.array(placed, object), columns, pyproj.CRS(UTM))
     check_whole(tmp_path, cut(tmp_path, raster, tmp_path / "a.parquet"))
+
+
+def test_a_layer_without_crs_on_one_of_several_rasters(tmp_path):
+    folder = tmp_path / "rasters"
+    folder.mkdir()
+    write_raster(folder / "a.tif", scene(), UTM, north_up(UTM) @ rasterio.Affine.translation(9000, 0))
+    write_raster(folder / "b.tif", scene(), UTM, north_up(UTM))
+    layer = write_layer(tmp_path / "a.shp", OBJECTS, north_up(UTM), UTM, UTM, "ESRI Shapefile")
+    layer.with_suffix(".prj").unlink()
+    check_whole(tmp_path, cut(tmp_path, folder, layer))
+
+
+def test_class_names_are_what_the_reader_of_coco_makes_of_them(tmp_path):
+    raster = write_raster(tmp_path / "a.tif", scene(), UTM, north_up(UTM))
+    shapes = {"flat\nroof": OBJECTS["house"], " tree ": OBJECTS["tree"]}
+    content = cut(tmp_path, raster, write_layer(tmp_path / "a.gpkg", shapes, north_up(UTM), UTM))
+    assert {category["name"] for category in content["categories"]} == {"flat roof", "tree"}
+
+
+def test_what_was_dealt_out_before_is_put_aside(tmp_path, capsys):
+    """Else the old validation part would list pictures that the new training part has as well."""
+    raster = write_raster(tmp_path / "a.tif", np.full((400, 400), 90, np.uint8), UTM, north_up(UTM))
+    shapes = {f"house#{n}": shapely.box(20 + 90 * n, 30, 40 + 90 * n, 50) for n in range(4)}
+    layer = write_layer(tmp_path / "a.gpkg", shapes, north_up(UTM), UTM)
+    cut(tmp_path, raster, layer, "--tile=64", "--overlap=0")
+    split = ["split", f"--config.data.dir={tmp_path / 'out'}", "--by=blocks", "--block=50m"]
+    assert main([*split, "--train_percent=70", "--val_percent=30"]) == 0 and main([*split, "--folds=2"]) == 0
+    capsys.readouterr()
+    folder = tmp_path / "out" / "annotations"
+    foreign = {"images": [{"id": 1, "file_name": "other.png"}], "annotations": [], "categories": []}
+    (folder / "instance_mine.json").write_text(json.dumps(foreign))
+    cut(tmp_path, raster, layer, "--tile=64", "--overlap=0")
+    left = {path.name for path in folder.glob("*.json")}
+    assert left == {"instance_train.json", "instance_mine.json"}
+    assert "files of an earlier split of these pictures, now .bak" in capsys.readouterr().out
+    assert (folder / "instance_val.json.bak").is_file() and (folder / "instance_fold1_val.json.bak").is_file()

@@ -77,6 +77,15 @@ def test_every_format_holds_the_same(tmp_path, suffix):
     assert crs.equals(pyproj.CRS(4326)) == (suffix == "geojson")
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_rings_turn_as_the_formats_say(tmp_path, suffix):
+    """Outer rings counter-clockwise: in GeoJSON by its RFC, in GeoParquet by what the file says of itself."""
+    written(tmp_path / f"found.{suffix}", [result()])
+    for shape in read(tmp_path / f"found.{suffix}")[0]:
+        for part in shape.geoms:
+            assert part.exterior.is_ccw and not any(hole.is_ccw for hole in part.interiors)
+
+
 def test_geojson_is_what_the_rfc_asks_for(tmp_path):
     path = tmp_path / "found.geojson"
     written(path, [result()])
@@ -122,6 +131,8 @@ def test_a_layer_of_somebody_else_stays_as_it_is(tmp_path):
         geometry_type="Polygon", crs="EPSG:4326", driver="GPKG",
     )  # fmt: skip
     before = path.read_bytes()
+    with pytest.raises(ValueError, match="has no field 'label'"):  # before anything is predicted
+        open_layer(path, NAMES, None, AS_IT_IS)
     with pytest.raises(ValueError, match="has no field 'label'"):
         written(path, [result()])
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["trees.gpkg"]

@@ -11,7 +11,7 @@ pyproj = pytest.importorskip("pyproj")
 shapely = pytest.importorskip("shapely")
 
 from instseg_jax.cli import main  # noqa: E402
-from instseg_jax.geo.layer_files import write_layer  # noqa: E402
+from instseg_jax.geo.layer_files import read_layer_file, write_layer  # noqa: E402
 from instseg_jax.scoring.maps import ALL, MapLayer, by_block, match_layers  # noqa: E402
 
 UTM = 32633
@@ -102,6 +102,22 @@ def test_pairs_of_many_are_those_of_all_against_all():
     assert {i: int(j) for i, j in enumerate(pairs.of_found) if j >= 0} == expected and len(expected) > 30
     blocks = by_block(pairs, 100.0)
     assert sum(row["pairs"] for row in blocks.values()) == len(expected)
+
+
+def test_true_polygons_that_say_no_crs_are_asked_for(tmp_path, capsys):
+    """Nothing but the file itself can tell where they lie: as degrees they would be nowhere."""
+    true, found = layers(tmp_path)
+    blobs, columns, _ = read_layer_file(true, None, None)
+    write_layer(tmp_path / "true.geojson", shapely.from_wkb(blobs), columns, pyproj.CRS(UTM))
+    said = json.loads((tmp_path / "true.geojson").read_text())
+    del said["crs"]
+    (tmp_path / "true.geojson").write_text(json.dumps(said))
+    options = [f"--against={tmp_path / 'true.geojson'}", f"--predictions={found}", "--class_field=kind"]
+    assert main(["evaluate", *options, f"--workdir={tmp_path / 'out'}"]) != 0
+    assert "--labels_crs=EPSG:" in capsys.readouterr().err
+    assert main(["evaluate", *options, f"--labels_crs=EPSG:{UTM}", f"--workdir={tmp_path / 'out'}"]) == 0
+    said = json.loads((tmp_path / "out" / "map_result.json").read_text())
+    assert said["classes"]["house"]["pairs"] == 2
 
 
 @pytest.mark.parametrize(
