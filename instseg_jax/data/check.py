@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from instseg_jax.bands import Bands
-from instseg_jax.data import check_annotations, check_images, check_numbers, coco, coco_entries
+from instseg_jax.data import check_annotations, check_images, check_numbers, coco, coco_entries, overview
 from instseg_jax.data.check_annotations import CheckedFile, CheckedObject
 from instseg_jax.data.check_images import PictureFacts
 from instseg_jax.data.coco_entries import ImageRecord
@@ -135,6 +135,7 @@ def check_dataset(
     if len(files) == len(SPLITS):
         flaws += check_annotations.compare_categories(files["train"], files["val"])
         flaws += check_images.find_leaks(*(_pairs(files[split], facts_of[split]) for split in SPLITS))
+    flaws += overview.find_shift_flaws(overview.find_tiles(_folders(source), contents, files, facts_of))
     measured = {
         split: check_numbers.measure_split(file, image_size, layout.resize) | {"objects_trained": trained[split]}
         for split, file in files.items()
@@ -145,6 +146,15 @@ def check_dataset(
     if not has_errors(flaws):
         flaws += _reading_flaws(source)
     return Check(source, flaws, contents, files, facts_of, measured, bands, allow_outside)
+
+
+def find_map_tiles(check: Check) -> dict[str, list[overview.MapTile]]:
+    """The pictures of each raster, where the set was cut from a map."""
+    return overview.find_tiles(_folders(check.source), check.contents, check.files, check.pictures)
+
+
+def _folders(source: Source) -> dict[str, Path]:
+    return {split: folder for split, (_, folder) in source.splits.items()}
 
 
 def _pairs(file: CheckedFile, facts: dict[int, PictureFacts]) -> list[tuple[ImageRecord, PictureFacts]]:

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from instseg_jax import bands, files, images, masks
-from instseg_jax.data import check_numbers, findings
-from instseg_jax.data.check import Check
+from instseg_jax.data import check_numbers, findings, overview
+from instseg_jax.data.check import Check, find_map_tiles
 from instseg_jax.messages import shorten
 from instseg_jax.pixels import decode
 
@@ -61,7 +61,12 @@ def write_report(
         "done_flag": True,
         "check_pass": check.passed,
         "attributes": attributes,
-        "analysis": {"histogram": histogram, "objects_of_class": counts, "splits": check.measured},
+        "analysis": {
+            "histogram": histogram,
+            "objects_of_class": counts,
+            "splits": check.measured,
+            "overviews": _draw_overviews(workdir, check),
+        },
         "dataset_path": check.source.root.resolve().name,
         "show_type": "image",
         "dataset_type": "COCOInstSegDataset",
@@ -82,6 +87,7 @@ def summarise(result: dict[str, Any], workdir: Path) -> list[str]:
     for split in ("train", "val"):
         images, objects = (result["attributes"][f"{split}_{what}"] for what in ("images", "samples"))
         lines.append(f"{split}: {images} images, {objects} objects")
+    lines += [f"map: {workdir / one['file']}, {one['caption']}" for one in result["analysis"]["overviews"]]
     lines.append(f"to look at: {workdir / 'check_dataset.html'}")
     if "fixed" in result:
         fixed = result["fixed"]
@@ -157,17 +163,25 @@ def make_page(result: dict[str, Any]) -> str:
     parts.append(
         f"<h2>Classes</h2><img class='wide' src='{result['analysis']['histogram']}' alt='objects of each class'>"
     )
+    if overviews := result["analysis"]["overviews"]:
+        keys = ", ".join(f"<span style='color:{color}'>&#9632;</span> {split}" for split, color in COLORS.items())
+        parts.append(f"<h2>Maps</h2><p>Pictures and their labels on each raster: {keys}</p>")
+        parts += [_figure(one["file"], one["caption"]) for one in overviews]
     for split in ("train", "val"):
         paths = result["attributes"][f"{split}_sample_paths"]
         if paths:
             parts.append(f"<h2>Pictures of {split}</h2><div class='grid'>")
-            parts += [
-                f"<figure><a href='{html.escape(p)}'><img src='{html.escape(p)}' loading='lazy'></a>"
-                f"<figcaption>{html.escape(Path(p).name)}</figcaption></figure>"
-                for p in paths
-            ]
+            parts += [_figure(path, Path(path).name) for path in paths]
             parts.append("</div>")
     return "\n".join([*parts, "</body></html>\n"])
+
+
+def _figure(path: str, caption: str) -> str:
+    shown = html.escape(path)
+    return (
+        f"<figure><a href='{shown}'><img src='{shown}' loading='lazy'></a>"
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
 
 
 _STYLE = """
@@ -260,6 +274,21 @@ def _draw_pictures(
         _save(workdir / path, Image.fromarray(_shrink(drawn)))
         paths.append(path)
     return paths
+
+
+def _draw_overviews(workdir: Path, check: Check) -> list[dict[str, str]]:
+    """Draw the rasters that pictures were cut from; a file, relative to the workdir, and a caption for each."""
+    rasters, drawn = find_map_tiles(check), []
+    for number, (raster, tiles) in enumerate(list(rasters.items())[: overview.MOST_RASTERS], start=1):
+        base, size = overview.read_base(check.source.root, check.contents[tiles[0].split], raster)
+        path = f"{FOLDER}/overview_{number}.jpg"
+        _save(workdir / path, Image.fromarray(overview.draw_overview(tiles, base, size)))
+        counts = {split: sum(tile.split == split for tile in tiles) for split in COLORS}
+        caption = f"{raster}: " + ", ".join(f"{count} pictures of {split}" for split, count in counts.items() if count)
+        drawn.append({"file": path, "caption": caption})
+    if len(rasters) > len(drawn):
+        drawn[-1]["caption"] += f"; {len(rasters) - len(drawn)} more rasters are not drawn"
+    return drawn
 
 
 def _num_classes(check: Check) -> int:

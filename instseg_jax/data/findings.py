@@ -107,6 +107,13 @@ CODES: dict[str, tuple[str, str, str]] = {
         "Look at the drawings. Run-length codes count down the columns, from top left; an export that counts along "
         "the rows has to be made again. --fix leaves such a file as it is.",
     ),
+    "shifted_labels": (
+        WARNING,
+        "the labels of a map are off, all by the same way: their layer's CRS or datum is another, or they were drawn "
+        "on other pictures",
+        "Look at the overview. Convert again with --labels_crs=EPSG:NUMBER, if the file says a wrong CRS, or move the "
+        "layer by as much.",
+    ),
     "duplicate_object": (
         WARNING,
         "the same object is there twice: perfect predictions could find only one of the two",

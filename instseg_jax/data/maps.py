@@ -14,8 +14,9 @@ from instseg_jax import masks
 from instseg_jax.data import coco_entries
 from instseg_jax.data.convert import Conversion, write_converted
 from instseg_jax.data.converted import ConvertedImage, ConvertedObject
+from instseg_jax.files import write_bytes
 from instseg_jax.geo.layer_files import require_extra
-from instseg_jax.geo.layers import Layer, find_center, pixel_sides, read_layer, shapes_in_pixels
+from instseg_jax.geo.layers import Layer, find_ground, pixel_sides, read_layer, shapes_in_pixels
 from instseg_jax.geo.rasters import SAME_GSD, SUFFIXES, RasterImage, find_stretch, is_remote
 from instseg_jax.messages import quote
 from instseg_jax.progress import Track
@@ -23,6 +24,7 @@ from instseg_jax.windows import Window
 
 SLIVER_PX = 1.0  # pixels of a picture: an object, or what a border leaves of it, that is smaller is none
 LARGE_SHARE = 0.25  # of a picture: so much of an object is worth learning, however little of the object it is
+OVERVIEWS, OVERVIEW_SIDE = "overviews", 1600  # folder of the data set; pixels
 UNKNOWN_STRETCH = np.zeros((2, 3))
 
 
@@ -82,12 +84,18 @@ def convert_maps(
     )
     names = list(dict.fromkeys(layer.names))
     is_used = np.zeros(len(layer.shapes), bool)
+    overviews: dict[str, dict[str, Any]] = {}
 
     def images() -> Iterator[ConvertedImage]:
         for path in progress(files, len(files)):
             raster = RasterImage(path, driver=None, bands=cutting.bands, stretch=stretch)
             try:
-                yield from _cut_raster(raster, Labels(layer, area), cutting, notes, is_used)
+                pictures = 0
+                for picture in _cut_raster(raster, Labels(layer, area), cutting, notes, is_used):
+                    yield picture
+                    pictures += 1
+                if pictures > 1 and not is_remote(path):  # those would be read as a whole
+                    overviews[path] = _write_overview(raster, target / OVERVIEWS, len(overviews) + 1)
             finally:
                 raster.close()
         if not is_used.any():
@@ -112,8 +120,19 @@ def convert_maps(
         group_by=None,
         seed=cutting.seed,
         notes=notes,
-        info={"description": f"{labels} on {len(files)} raster{'s' * (len(files) > 1)}", "map": known},
+        info={
+            "description": f"{labels} on {len(files)} raster{'s' * (len(files) > 1)}",
+            "map": known,
+            "overviews": overviews,
+        },
     )
+
+
+def _write_overview(raster: RasterImage, folder: Path, number: int) -> dict[str, Any]:
+    """Keep a small picture of a whole raster, on which check_dataset draws; returns what the annotation file says."""
+    file = folder / f"{number}.jpg"
+    write_bytes(file, cv2.imencode(".jpg", np.ascontiguousarray(raster.view(OVERVIEW_SIDE)[..., ::-1]))[1].tobytes())
+    return {"file": f"{OVERVIEWS}/{file.name}", "size": list(raster.size)}
 
 
 def _check_cutting(cutting: Cutting) -> None:
@@ -231,9 +250,10 @@ def _cut_raster(
             is_used[on_it[index]] |= is_whole
             notes["objects that a border cuts, marked to be ignored there"] += not is_whole
         facts = {"raster": raster.name, "window": [window.x, window.y, window.width, window.height]}
-        center = find_center(place, window)
-        if center is not None:
-            facts |= {"lon_lat": center, "metres": [window.width * lengths[0], window.height * lengths[1]]}
+        ground = find_ground(place, window)
+        if ground is not None:
+            facts |= {"lon_lat": ground[0], "metres": [window.width * lengths[0], window.height * lengths[1]]}
+            facts["east_north"] = (ground[1] / cutting.tile).round(9).tolist()  # of a pixel to the right, and down
         name = f"{stem}_x{window.x}_y{window.y}.png"
         yield ConvertedImage(None, data, name, cutting.tile, cutting.tile, tuple(objects), facts)
 

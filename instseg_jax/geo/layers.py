@@ -15,6 +15,7 @@ import numpy as np
 from instseg_jax.files import read_regular_text
 from instseg_jax.geo.georeference import WGS84, Georeference
 from instseg_jax.geo.layer_files import read_layer_file
+from instseg_jax.geo.plane import to_plane
 from instseg_jax.messages import quote, shorten
 from instseg_jax.windows import Window
 
@@ -140,20 +141,25 @@ def pixel_sides(place: Georeference, size: tuple[int, int]) -> tuple[float, floa
     return float(lengths[0]), float(lengths[1])
 
 
-def find_center(place: Georeference, window: Window) -> list[float] | None:
-    """Longitude and latitude of a window's middle; None where the CRS is unknown or has no way to the globe."""
+def find_ground(place: Georeference, window: Window) -> tuple[list[float], np.ndarray] | None:
+    """Longitude and latitude of a window's middle, and how many metres (east, north) its width and its height are.
+
+    The metres are [2, 2], a row for the way from its left to its right, and one for that from its top to its bottom.
+    None where the CRS is unknown or has no way to the globe.
+    """
     import pyproj
 
     if place.wkt is None:
         return None
-    x, y = place.to_ground(np.array([[window.x + window.width / 2, window.y + window.height / 2]]))[0]
+    ways = np.array([[0.0, 0.0], [-0.5, 0.0], [0.5, 0.0], [0.0, -0.5], [0.0, 0.5]])
+    ground = place.to_ground((ways + 0.5) * [window.width, window.height] + [window.x, window.y])
     try:
-        found = pyproj.Transformer.from_crs(pyproj.CRS.from_wkt(place.wkt), WGS84, always_xy=True).transform(
-            x, y, errcheck=True
-        )
+        transformer = pyproj.Transformer.from_crs(pyproj.CRS.from_wkt(place.wkt), WGS84, always_xy=True)
+        found = np.stack(transformer.transform(ground[:, 0], ground[:, 1], errcheck=True), axis=1)
     except pyproj.exceptions.ProjError:
         return None
-    return [round(float(value), 9) for value in found]
+    plane = to_plane(found, found[0])
+    return [round(value, 9) for value in found[0].tolist()], plane[[2, 4]] - plane[[1, 3]]
 
 
 def known_crs(layer: Layer) -> Any:

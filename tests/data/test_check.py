@@ -37,7 +37,7 @@ ERRORS = {
     "broken_json",
 }  # fmt: skip
 WARNINGS = {"leak", "box_mask_mismatch", "crowd", "empty_image", "class_imbalance", "not_trained", "vanishing_mask"}
-WARNINGS |= {"duplicate_object"}
+WARNINGS |= {"duplicate_object", "shifted_labels"}
 
 
 def codes_of(result) -> set[str]:

@@ -1,0 +1,64 @@
+"""From raster and layer to `check_dataset`: a layer that is off is named with how far, a right one passes."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+from places import EMBEDDED
+
+pytest.importorskip("rasterio")
+pytest.importorskip("pyogrio")
+pyproj = pytest.importorskip("pyproj")
+shapely = pytest.importorskip("shapely")
+
+from instseg_jax import masks  # noqa: E402
+from instseg_jax.cli import main  # noqa: E402
+from instseg_jax.data import coco, scenes  # noqa: E402
+from instseg_jax.geo.layer_files import write_layer  # noqa: E402
+from instseg_jax.geo.rasters import write_geotiff  # noqa: E402
+from instseg_jax.outlines import rle_to_polygons  # noqa: E402
+
+UTM, ORIGIN, PX = 32632, np.array([395_000.0, 5_268_000.0]), 0.5
+
+
+def make_map(folder, offset):
+    """A raster of houses and a layer of their outlines, `offset` metres (east, north) off."""
+    dataset = coco.read_coco(EMBEDDED / "annotations" / "instance_train.json", EMBEDDED / "images")
+    scene = scenes.scatter_objects(dataset, (700, 900), np.random.default_rng(3), count=50, scale_range=(0.3, 0.5))
+    write_geotiff(folder / "a.tif", scene.image, epsg=UTM, origin=tuple(ORIGIN), pixel_size=PX)
+    shapes = []
+    for segmentation in scene.segmentations:
+        parts = rle_to_polygons(masks.segmentation_to_rle(segmentation, 700, 900))
+        shape = shapely.union_all([shapely.Polygon(part.outer, part.holes) for part in parts])
+        shapes.append(shapely.transform(shape, lambda xy: xy * [PX, -PX] + ORIGIN + offset))
+    kinds = {"kind": np.array(["house"] * len(shapes), object)}
+    write_layer(folder / "a.gpkg", np.array(shapes, object), kinds, pyproj.CRS(UTM))
+
+
+@pytest.mark.parametrize("offset", [(0.0, 0.0), (9.0, -12.0)])
+def test_a_layer_that_is_off_is_named(tmp_path, capsys, monkeypatch, offset):
+    monkeypatch.setenv("INSTSEG_HUGE_PAGES", "0")
+    monkeypatch.setenv("INSTSEG_COMPILED", "")
+    make_map(tmp_path, offset)
+    options = [f"--rasters={tmp_path / 'a.tif'}", f"--labels={tmp_path / 'a.gpkg'}", "--class_field=kind"]
+    target = f"--save_path={tmp_path / 'out'}"
+    assert main(["convert", "--src_dataset_type=geo", "--tile=192", "--overlap=0", *options, target]) == 0
+    data = f"--config.data.dir={tmp_path / 'out'}"
+    assert main(["split", data, "--by=blocks", "--block=100m", "--train_percent=70", "--val_percent=30"]) == 0
+    capsys.readouterr()
+    work = tmp_path / "work"
+    assert main(["check_dataset", "--config=configs/quickstart.py", data, f"--workdir={work}"]) == 0
+    said = capsys.readouterr().out
+    found = [line for line in said.splitlines() if "labels lie" in line]
+    if offset == (0.0, 0.0):
+        assert not found
+    else:
+        (line,) = found
+        assert "m south-east of what they show" in line and "a.tif" in line
+        east, north = (float(word) for word in line.split("(")[1].replace(" m", "").split() if word[0] in "+-")
+        assert (east, north) == pytest.approx(offset, abs=1.0)
+    (drawn,) = json.loads((work / "check_dataset_result.json").read_text())["analysis"]["overviews"]
+    picture = cv2.imread(str(work / drawn["file"]))
+    assert picture.shape == (700, 900, 3) and "pictures of val" in drawn["caption"]
+    assert drawn["file"] in (work / "check_dataset.html").read_text()
