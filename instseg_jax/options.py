@@ -73,6 +73,13 @@ def add_against(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--aoi", metavar="FILE", help="FILE[:LAYER] of polygons within which both are complete")
     group.add_argument("--iou", type=float, default=0.5, help="least IoU of a pair (%(default)s)")
     group.add_argument("--block", type=metres, metavar="METRES", help="also by squares of this side, as 200m")
+    about = "FILE[:LAYER] of polygons: how much is there, with intervals that the squares of --aoi tell; needs --block"
+    group.add_argument("--regions", metavar="FILE", help=about)
+    group.add_argument(
+        "--region_field", metavar="NAME", help="the field of --regions that names them (default: numbers)"
+    )
+    about = "how often intervals of --regions hold the truth, percent (%(default)g)"
+    group.add_argument("--coverage", type=float, default=90.0, metavar="PERCENT", help=about)
 
 
 def add_layer(sub: argparse.ArgumentParser) -> None:

@@ -54,10 +54,10 @@ def match_layers(found: MapLayer, true: MapLayer, *, iou: float, area: np.ndarra
 
     if not 0 < iou <= 1:
         raise ValueError(f"--iou is {iou:g}, it must be above 0 and at most 1.")
-    origin = _origin(true)
-    found, true = _on_plane(found, origin), _on_plane(true, origin)
+    origin = find_origin(true)
+    found, true = layer_on_plane(found, origin), layer_on_plane(true, origin)
     if area is not None:
-        within = shapely.union_all(_to_plane(area, true.crs, origin))
+        within = shapely.union_all(shapes_on_plane(area, true.crs, origin))
         found, true = (_within(layer, within) for layer in (found, true))
     first, second = shapely.STRtree(true.shapes).query(found.shapes, predicate="intersects")
     same = found.labels[first] == true.labels[second]
@@ -123,13 +123,23 @@ def by_block(pairs: Pairs, block: float) -> dict[str, dict]:
     return {name: count_pairs(pairs, of_found == name, of_true == name) for name in sorted({*of_found, *of_true})}
 
 
-def write_map_report(path: Path, pairs: Pairs, tables: dict[str, dict[str, dict]], facts: Sequence[str]) -> Path:
-    """Write the page: a table for each grouping, and the map with what is right, wrong and missed."""
+def write_map_report(
+    path: Path, pairs: Pairs, tables: dict[str, dict[str, dict]], regions: dict[str, dict], facts: Sequence[str]
+) -> Path:
+    """Write the page: a table for each grouping, what regions hold, the map with what is right, wrong and missed."""
     header = ("", "true", "found", "pairs", "precision", "recall", "F1", "median IoU", "true m2", "found m2")
     sections = [f"<h1>Found against true</h1><p class='dim'>{'<br>'.join(map(html.escape, facts))}</p>"]
     for title, rows in tables.items():
         cells = [[name, *(_shown(value) for value in row.values())] for name, row in rows.items()]
         sections.append(f"<h2>{html.escape(title)}</h2>{charts.table(header, cells)}")
+    if regions:
+        lines = [
+            [name, label, *(_shown(value) for value in row.values())]
+            for name, of_classes in regions.items()
+            for label, row in of_classes.items()
+        ]
+        named = ("", "class", "found", "there are", "from", "to", "m2", "from", "to")
+        sections.append(f"<h2>Regions</h2>{charts.table(named, lines)}")
     sections.append(f"<h2>Map</h2>{_draw(pairs)}")
     return write_text(
         path,
@@ -176,8 +186,8 @@ def _draw(pairs: Pairs) -> str:
     )
 
 
-def _origin(layer: MapLayer) -> np.ndarray:
-    """Longitude and latitude in the middle of a layer."""
+def find_origin(layer: MapLayer) -> np.ndarray:
+    """Longitude and latitude in the middle of a layer: where its plane touches the globe."""
     import shapely
 
     bounds = shapely.total_bounds(_to_degrees(layer.shapes, layer.crs))
@@ -190,17 +200,18 @@ def _to_degrees(shapes: np.ndarray, crs: Any) -> np.ndarray:
     return reproject(shapes, crs, WGS84)
 
 
-def _to_plane(shapes: np.ndarray, crs: Any, origin: np.ndarray) -> np.ndarray:
-    """In metres around `origin`."""
+def shapes_on_plane(shapes: np.ndarray, crs: Any, origin: np.ndarray) -> np.ndarray:
+    """Shapes of a CRS in metres around `origin`."""
     import shapely
 
     return shapely.transform(_to_degrees(shapes, crs), lambda xy: to_plane(xy, origin))
 
 
-def _on_plane(layer: MapLayer, origin: np.ndarray) -> MapLayer:
+def layer_on_plane(layer: MapLayer, origin: np.ndarray) -> MapLayer:
+    """A layer in metres around `origin`, its shapes valid."""
     import shapely
 
-    return dataclasses.replace(layer, shapes=shapely.make_valid(_to_plane(layer.shapes, layer.crs, origin)))
+    return dataclasses.replace(layer, shapes=shapely.make_valid(shapes_on_plane(layer.shapes, layer.crs, origin)))
 
 
 def _within(layer: MapLayer, area: Any) -> MapLayer:

@@ -73,6 +73,8 @@ def print_metrics(metrics: dict[str, float | None]) -> None:
 
 
 def _check_options(options: argparse.Namespace) -> None:
+    if options.regions:
+        raise ValueError("--regions goes with --predictions and --against, layers of a map")
     if tta_room.parse_views(options.tta) and options.tile is not None:
         raise ValueError("--tta and --tile can't be combined")
     if options.predictions:
