@@ -3,7 +3,7 @@
 import pathlib
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 OURS = ("instseg", "run.py", "cli.py")  # names under which this program is started
 
@@ -36,3 +36,14 @@ def changed(verb: str, options: Mapping[str, str]) -> str:
         elif not equals:
             next(arguments, None)
     return shown(*kept, *new)
+
+
+def without(arguments: list[str], names: Sequence[str]) -> list[str]:
+    """Command line arguments without some options that have values, each `--name=value` or `--name value`."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument in names:
+            next(rest, None)
+        elif not argument.startswith(tuple(f"{name}=" for name in names)):
+            kept.append(argument)
+    return kept

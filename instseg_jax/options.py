@@ -28,8 +28,10 @@ def add_sweep(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seeds", type=int, metavar="N", default=1, help=about)
     about = "runs of each variant on each of the N folds of `split --by=blocks --folds=N`"
     sub.add_argument("--folds", type=int, metavar="N", help=about)
-    about = "runs at the same time, on a device each (%(default)s)"
-    sub.add_argument("--jobs", type=int, metavar="N", default=1, help=about)
+    about = "runs at the same time, on a device each (default: 1, of Ray as many as it has GPUs or cores)"
+    sub.add_argument("--jobs", type=int, metavar="N", help=about)
+    sub.add_argument("--engine", choices=("ray",), help="run on a Ray cluster, whose nodes all see this folder")
+    add_address(sub)
     about = "have Optuna propose the values, within what the config's function search(space) allows"
     sub.add_argument("--search", choices=("optuna",), help=about)
     sub.add_argument("--trials", type=int, metavar="N", help="with --search: runs in all, of all processes together")
@@ -156,8 +158,16 @@ def add_job(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--compute_only", action="store_true", help="compute parts that nobody has, and don't merge")
     sub.add_argument("--merge_only", action="store_true", help="merge what is computed, or say what is missing")
     sub.add_argument("--retry_failed", action="store_true", help="compute again the parts in which something failed")
-    sub.add_argument("--engine", choices=("local",), help="who runs the workers: local, processes of this machine")
-    sub.add_argument("--jobs", type=int, metavar="N", help="workers of --engine")
+    about = "who runs the workers: processes of this machine, or a Ray cluster, whose nodes all see this folder"
+    sub.add_argument("--engine", choices=("local", "ray"), help=about)
+    sub.add_argument("--jobs", type=int, metavar="N", help="workers of --engine (default: 1, of Ray one a GPU or core)")
+    add_address(sub)
+
+
+def add_address(sub: argparse.ArgumentParser) -> None:
+    """Where a Ray cluster is."""
+    about = "of the Ray cluster (default: $RAY_ADDRESS, else one that runs here or is begun)"
+    sub.add_argument("--address", metavar="HOST:PORT", help=about)
 
 
 def add_export(sub: argparse.ArgumentParser) -> None:

@@ -5,14 +5,14 @@ import dataclasses
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.progress import Progress
 
-from instseg_jax.commands import print_next
+from instseg_jax.cluster import PROGRAM, join_ray, run_commands
+from instseg_jax.commands import print_next, without
 from instseg_jax.files import write_json
 from instseg_jax.geo.shaping import Shaping
 from instseg_jax.inference.pipeline import DEFAULT_WEIGHTS, Pipeline
@@ -39,8 +39,7 @@ from instseg_jax.results.saving import save_results
 from instseg_jax.weights.locate import is_there
 
 FAILED, MERGED = "failed.json", "merged.json"
-PROGRAM = (sys.executable, "-m", "instseg_jax.cli")
-OURS = ("shard", "compute_only", "merge_only", "retry_failed", "engine", "jobs")
+OURS = ("shard", "compute_only", "merge_only", "retry_failed", "engine", "jobs", "address")
 
 
 def is_job(options: argparse.Namespace) -> bool:
@@ -68,7 +67,9 @@ def predict_job(
     """Plan what is given, compute what is missing, and merge; or what the options ask of that."""
     job, share, started = Path(options.workdir), _parse_shard(options.shard), time.monotonic()
     if options.jobs is not None and (options.jobs < 1 or not options.engine):
-        raise ValueError(f"--jobs is {options.jobs}, it must be at least 1, with --engine=local")
+        raise ValueError(f"--jobs is {options.jobs}, it must be at least 1, with --engine=local or ray")
+    if options.address and options.engine != "ray":
+        raise ValueError(f"--address is {options.address}, it goes with --engine=ray")
     names = [given] if given.startswith(URL_PREFIXES) else [str(path) for path in find_files(given)]
     if options.merge_only:
         plan = _known_plan(job)
@@ -84,7 +85,7 @@ def predict_job(
     _agree(plan, job)
     again = failed_parts(job, plan) if options.retry_failed else {}
     if options.engine and (again or missing_parts(job, plan)):
-        _run_workers(options)
+        _run_workers(options, job, plan)
         again = {}
     with Progress(transient=False) as bars:
         bar = bars.add_task("parts", total=len(plan.parts), completed=len(finished_parts(job)) - len(again))
@@ -238,36 +239,49 @@ def _parse_shard(text: str | None) -> tuple[int, int] | None:
     return int(number), int(count)
 
 
-def _run_workers(options: argparse.Namespace) -> None:
-    """Run workers as processes of this machine until they find nothing more to do; each has a share of the cores."""
+def _run_workers(options: argparse.Namespace, job: Path, plan: Plan) -> None:
+    """Run workers until they find nothing more to do: as processes of this machine, or as tasks of a Ray cluster."""
+    arguments = [*without(options.arguments, ("--engine", "--jobs", "--address")), "--compute_only"]
+    codes = _run_on_ray(options, arguments, job, plan) if options.engine == "ray" else _run_here(options, arguments)
+    if any(codes):
+        failed = sum(map(bool, codes))
+        print(f"{failed} of {len(codes)} workers ended with an error; what they left is computed here")
+
+
+def _run_here(options: argparse.Namespace, arguments: list[str]) -> list[int]:
+    """Each worker has a share of the cores; their exit codes."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     count = options.jobs or 1
-    arguments = _without(options.arguments, ("--engine", "--jobs"))
     workers = []
     try:
         for i in range(count):
             share = cores[i * len(cores) // count : (i + 1) * len(cores) // count]
             if share:
                 os.sched_setaffinity(0, share)  # which the process inherits
-            command = [*PROGRAM, *arguments, "--compute_only"]
-            workers.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
+            workers.append(
+                subprocess.Popen([*PROGRAM, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            )
             if share:
                 os.sched_setaffinity(0, cores)
-        codes = [worker.wait() for worker in workers]
+        return [worker.wait() for worker in workers]
     except BaseException:
         for worker in workers:
             worker.terminate()
         raise
-    if any(codes):
-        print(f"{sum(map(bool, codes))} of {count} workers ended with an error; what they left is computed here")
 
 
-def _without(arguments: list[str], names: Sequence[str]) -> list[str]:
-    """Command line arguments without some options that have values."""
-    kept, rest = [], iter(arguments)
-    for argument in rest:
-        if argument in names:
-            next(rest, None)
-        elif not argument.startswith(tuple(f"{name}=" for name in names)):
-            kept.append(argument)
-    return kept
+def _run_on_ray(options: argparse.Namespace, arguments: list[str], job: Path, plan: Plan) -> list[int]:
+    """A worker for each GPU, or core, of the cluster, if --jobs names no other number; their exit codes."""
+    cluster = join_ray(options.address)
+    count, codes = options.jobs or cluster.places, []
+    with Progress(transient=True) as bars:
+        bar = bars.add_task(f"parts, {count} workers", total=len(plan.parts))
+
+        def show() -> None:
+            bars.update(bar, completed=len(finished_parts(job)))
+
+        for ended in run_commands(cluster, [arguments] * count, wait=show):
+            codes.append(ended.code)
+            if ended.code:
+                bars.console.print(ended.error, markup=False)
+    return codes

@@ -27,7 +27,7 @@ def run_search(options: argparse.Namespace) -> int:
     search = open_search(
         options.config, options.overrides, workdir, num_trials=options.trials, is_pruning=options.prune
     )
-    devices = assign_devices(options.overrides.get("device", "auto"), options.jobs)
+    devices = assign_devices(options.overrides.get("device", "auto"), 1 if options.jobs is None else options.jobs)
     print(f"search of {', '.join(search.space.distributions)} in {workdir}, {options.trials} trials in all")
 
     def tell(event: str, run: Run, state: State) -> None:

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from instseg_jax.commands import print_next, shown
+from instseg_jax.cluster import join_ray, run_commands
+from instseg_jax.commands import print_next, shown, without
 from instseg_jax.config import check_sizes
 from instseg_jax.data import coco
 from instseg_jax.data.split import fold_split
@@ -32,7 +33,11 @@ def sweep(options: argparse.Namespace) -> int:
     Returns: 0 when all runs (or the one that was asked for) are finished, 1 when some broke or were not run,
       130 after an interruption.
     """
+    if options.address and not options.engine:
+        raise ValueError(f"--address is {options.address}, it goes with --engine=ray")
     if options.search:
+        if options.engine:
+            raise ValueError("--engine=ray is not there with --search: start the same command on each node")
         return run_search(options)
     if options.prune or options.trials is not None:
         raise ValueError("--trials and --prune are for --search=optuna")
@@ -61,7 +66,8 @@ def sweep(options: argparse.Namespace) -> int:
         selected = [plan.runs[options.sweep_index]]
     finished = [run for run in selected if read_state(workdir / run.name).status == "finished"]
     open_runs = [run for run in selected if run not in finished]
-    devices = assign_devices(plan.base.config.device, options.jobs)
+    jobs = 1 if options.jobs is None else options.jobs
+    devices = [None] if options.engine and jobs > 0 else assign_devices(plan.base.config.device, jobs)
     if options.sweep_index is not None:
         print(f"run {options.sweep_index} of {len(plan.runs)}: {selected[0].name}")
     else:
@@ -70,16 +76,37 @@ def sweep(options: argparse.Namespace) -> int:
     is_whole = True
     if open_runs:
         with _Bar(plan, workdir, len(finished), len(selected)) as progress:
-            is_whole = launch(
-                open_runs,
-                workdir,
-                spec=options.config,
-                devices=devices,
-                tell=progress.tell,
-                wait=progress.wait,
-            )
+            if options.engine:
+                _run_on_ray(options, plan, open_runs, progress)
+            else:
+                is_whole = launch(
+                    open_runs,
+                    workdir,
+                    spec=options.config,
+                    devices=devices,
+                    tell=progress.tell,
+                    wait=progress.wait,
+                )
     code = _finish(plan, workdir, selected)
     return code if is_whole else 130
+
+
+def _run_on_ray(options: argparse.Namespace, plan: Plan, runs: list[Run], progress: "_Bar") -> None:
+    """Train runs on a Ray cluster, each by the command that an array job has."""
+    cluster = join_ray(options.address)
+    arguments = without(options.arguments, ("--engine", "--address", "--jobs", "--sweep_index"))
+    workdir, left = Path(options.workdir), list(runs)
+
+    def wait() -> None:
+        progress.wait([run for run in left if read_state(workdir / run.name).status == "running"])
+
+    commands = [[*arguments, f"--sweep_index={plan.runs.index(run)}"] for run in runs]
+    for ended in run_commands(cluster, commands, at_once=options.jobs, wait=wait):
+        run = runs[ended.number]
+        left.remove(run)
+        state = read_state(workdir / run.name)
+        is_silent = ended.code and state.status != "failed"  # its node was lost, or it broke before it had a folder
+        progress.tell("end", run, State("failed", ended.error) if is_silent else state)
 
 
 def _folds(count: int | None) -> list[dict[str, str]]:

@@ -1,0 +1,131 @@
+"""Jobs of any size: gigapixels that survive kills and a bad block, two workers for one, and what a plan costs."""
+
+import filecmp
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from places import HELPERS, ROOT
+from repeating_raster import BLOCK, write_repeating
+
+pytest.importorskip("rasterio")
+pytestmark = pytest.mark.slow
+GIGAPIXELS = float(os.environ.get("INSTSEG_GIGAPIXELS", "20"))
+KILLS = 20
+TILE, STRIDE = 1280, 1200
+SECONDS = 4 * 3600
+
+
+def start(*arguments: str, standin: str = "160,0") -> subprocess.Popen:
+    paths = os.pathsep.join([str(ROOT), str(HELPERS)])
+    environment = os.environ | {"PYTHONPATH": paths, "INSTSEG_HUGE_PAGES": "0", "INSTSEG_STANDIN": standin}
+    command = [sys.executable, str(HELPERS / "standin_cli.py"), "predict", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> tuple[float, float, float, float]:
+    """CPU seconds, MB at most, and when the stand-in was called first and the command ended."""
+    output, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == code, output + errors
+    cpu, memory, began, ended = map(float, output.partition("standin:")[2].split())
+    return cpu, memory, began, ended
+
+
+def memory_mb(process: subprocess.Popen) -> float:
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
+
+
+def num_parts(job: Path) -> int:
+    return len(list((job / "parts").glob("*.npz")))
+
+
+def is_computed(job: Path) -> bool:
+    plan = job / "plan.json"
+    return plan.is_file() and num_parts(job) == json.loads(plan.read_text())["parts"]
+
+
+def kill_at_random(arguments: list[str], job: Path, seconds: float) -> tuple[int, float]:
+    """Start a command KILLS times and kill it; how many had not ended before, and the most memory of one in MB.
+
+    Most are killed in the parts; the last five in the merge, when all parts are there.
+    """
+    rng, killed, most = random.Random(0), 0, 0.0
+    for i in range(KILLS):
+        process = start(*arguments)
+        in_parts = i < KILLS - 5
+        begun, patience = time.monotonic(), rng.uniform(1, 2 * seconds / KILLS) if in_parts else rng.uniform(0, 20)
+        while process.poll() is None and time.monotonic() - begun < patience:
+            time.sleep(0.05)
+            if not in_parts and not is_computed(job):
+                begun = time.monotonic()
+        if process.poll() is None:
+            most = max(most, memory_mb(process))
+            process.kill()
+            killed += 1
+        process.communicate()
+    return killed, most
+
+
+def test_gigapixels_survive_kills_and_a_bad_block(tmp_path):
+    """INSTSEG_GIGAPIXELS (20) in at most 1.5 GB: killed 20 times, the files are those of an undisturbed run."""
+    side = round((GIGAPIXELS * 1e9) ** 0.5)
+    bad = (side // BLOCK // 2, side // BLOCK // 2)
+    path = write_repeating(tmp_path / "huge.tif", side, bad=bad)
+    options = [f"--input={path}", f"--tile={TILE}", f"--overlap={1 - STRIDE / TILE}", "--no-whole_image"]
+    options.append("--formats=json,geojson")
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    cpu, memory, began, ended = finish(start(*options, f"--workdir={calm}"), code=1)
+    print(f"{side} x {side}: undisturbed {ended - began:.0f} s, {cpu:.0f} s of CPU time, {memory:.0f} MB")
+    arguments = [*options, f"--workdir={killed}"]
+    kills, most = kill_at_random(arguments, killed, ended - began)
+    _, last, *_ = finish(start(*arguments), code=1)
+    print(f"killed {kills} times of {KILLS}: {max(most, last):.0f} MB at most")
+    names = sorted(file.name for file in (calm / "predictions").iterdir())
+    assert names == ["failed.json", "huge_res.geojson", "huge_res.json"]
+    assert filecmp.cmpfiles(calm / "predictions", killed / "predictions", names, shallow=False)[1:] == ([], [])
+    assert sorted(p.name for p in (calm / "parts").iterdir()) == sorted(p.name for p in (killed / "parts").iterdir())
+    assert kills >= KILLS - 5 and max(memory, most, last) <= 1500
+
+    starts = [x for x in range(0, side, STRIDE) if x < (bad[0] + 1) * BLOCK and x + TILE > bad[0] * BLOCK]
+    failed = {tuple(one["window"]) for one in json.loads((calm / "predictions" / "failed.json").read_text())}
+    assert failed == {(x, y, x + TILE, y + TILE) for x in starts for y in starts}
+    # Of the last block only the edge lies in the image, not its object.
+    objects, touched = (side // BLOCK) ** 2, ((starts[-1] + TILE - starts[0]) // BLOCK + 2) ** 2
+    with (calm / "predictions" / "huge_res.geojson").open() as file:
+        found = sum(line.count('"Polygon"') for line in file)
+    print(f"{found} of {objects} objects, {len(failed)} windows failed")
+    assert objects - touched <= found < objects
+
+
+def test_two_workers_take_half_the_time(tmp_path):
+    """At least 0.95 of linear, with a stand-in that waits as for a device: what workers share is no bottleneck."""
+    path = write_repeating(tmp_path / "map.tif", 6000)
+    options = [f"--input={path}", "--tile=64", "--overlap=0", "--no-whole_image", "--compute_only"]
+    seconds = {}
+    for count in (1, 2):
+        arguments = [*options, f"--workdir={tmp_path / str(count)}"]
+        workers = [start(*arguments, standin="64,0.04") for _ in range(count)]
+        times = [finish(worker)[2:] for worker in workers]
+        end = max(ended for _, ended in times)
+        seconds[count] = sum(end - began for began, _ in times)
+    print(f"one worker {seconds[1]:.1f} s, two {seconds[2]:.1f} s together: {seconds[1] / seconds[2]:.3f} of linear")
+    assert num_parts(tmp_path / "1") == num_parts(tmp_path / "2") == 36
+    assert seconds[1] / seconds[2] >= 0.95
+
+
+def test_a_plan_costs_little(tmp_path):
+    """Planned in parts and merged from them, 20,000 x 20,000 pixels take at most 5 % more than without."""
+    path = write_repeating(tmp_path / "map.tif", 20_000)
+    options = [f"--input={path}", "--tile=640", "--formats=json"]
+    plain = finish(start(*options, f"--save_path={tmp_path / 'plain'}"))[0]
+    planned = finish(start(*options, f"--workdir={tmp_path / 'job'}"))[0]
+    print(f"plain {plain:.1f} s of CPU time, planned {planned:.1f} s")
+    assert filecmp.cmp(tmp_path / "plain/map_res.json", tmp_path / "job/predictions/map_res.json", shallow=False)
+    assert planned <= 1.05 * plain
