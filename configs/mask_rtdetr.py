@@ -148,7 +148,8 @@ def get_config(size: str = "l") -> ConfigDict:
 
     config.log = log = ConfigDict()
     log.every_steps = 1  # rows of metrics.jsonl
-    log.tensorboard = False  # the same numbers for TensorBoard, in WORKDIR/tensorboard
+    log.trackers = ()  # of tensorboard, trackio, wandb, mlflow: they get the same numbers, and the pictures
+    log.pictures = 4  # validation pictures drawn at an evaluation, into WORKDIR/validation
     if size == "n":
         _without_pretrained_backbone(config)
     return config

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from instseg_jax.results.result import Result
     from instseg_jax.training.functional import Assign, ExtraLoss, Init, Losses, Step
     from instseg_jax.training.optimizer import Optimizer
+    from instseg_jax.training.trackers import Tracker
     from instseg_jax.types import Batch
 
 __version__ = "0.1.0"
@@ -33,11 +34,12 @@ _ELSEWHERE = {  # public names that are defined in a room: they are imported whe
     "look_inside": "models.anatomy",
     "make_example": "data.own",
     "own_data": "data.own",
+    "Tracker": "training.trackers",
 }
 # fmt: off
 __all__ = [
-    "__version__", "batches", "create_model", "create_pipeline", "dense_masks", "evaluate", "features", "load",
-    "load_config", "look_inside", "losses", "make_example", "make_train_step", "own_data", "predict", "train",
+    "Tracker", "__version__", "batches", "create_model", "create_pipeline", "dense_masks", "evaluate", "features",
+    "load", "load_config", "look_inside", "losses", "make_example", "make_train_step", "own_data", "predict", "train",
 ]
 # fmt: on
 
@@ -295,6 +297,7 @@ def train(
     val_dataset: "CocoDataset | None" = None,
     optimizer: "Optimizer | None" = None,
     transforms: "Sequence[Transform]" = (),
+    trackers: "Mapping[str, Tracker] | None" = None,
 ) -> dict:
     """Train as the verb `train` does; the same call on the same workdir goes on where it stopped.
 
@@ -305,6 +308,7 @@ def train(
       val_dataset: to validate on, where `dataset` is given; None: no validation, the last weights count as the best.
       optimizer: any of Optax, in place of AdamW and schedule of the config, whose frozen parts stay frozen.
       transforms: functions (example, rng) -> example for training pictures, before the augmentation of the config.
+      trackers: of one's own, by name, beside those that `log.trackers` names.
 
     Returns: what train_result.json holds: done_flag, steps, best_score (0..1), models, seconds, and so on.
 
@@ -319,7 +323,9 @@ def train(
             raise ValueError(f"{name} is a {type(given).__name__}; make it one with own_data(items, class_names)")
     if val_dataset is not None and dataset is None:
         raise ValueError("val_dataset is given without dataset; give both, or name both in the config")
-    return run(_config_of(config), os.fspath(workdir), Own(dataset, val_dataset, optimizer, tuple(transforms)))
+    return run(
+        _config_of(config), os.fspath(workdir), Own(dataset, val_dataset, optimizer, tuple(transforms), trackers or {})
+    )
 
 
 def evaluate(config: "ConfigDict | str", weights: str | os.PathLike[str]) -> dict:

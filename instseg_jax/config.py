@@ -6,8 +6,10 @@ and in the folders above it up to `configs`, can be imported by name.
 
 import ast
 import difflib
+import functools
 import importlib.util
 import math
+import operator
 import os
 import pathlib
 import sys
@@ -196,13 +198,19 @@ def list_fields(config: ConfigDict, prefix: str = "") -> list[str]:
     return names
 
 
+def field_values(config: ConfigDict) -> dict[str, Any]:
+    """Every field of a config, dotted, with its value."""
+    return {name: functools.reduce(operator.getitem, name.split("."), config) for name in list_fields(config)}
+
+
 def _parse(text: str, old: object) -> object:
     if isinstance(old, str):
         return text
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+        return tuple(text.split(",")) if value == text and isinstance(old, tuple) else value
     return _fitted(value, old)
 
 

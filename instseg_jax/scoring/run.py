@@ -73,7 +73,7 @@ def score_model(model: LoadedModel, weights: str, tta: Sequence[str], tiles: Til
             "batch size": str(evaluation.batch_size),
             "devices": ", ".join(f"{d.platform}:{d.id}" for d in devices),
         },
-        images={image.id: functools.partial(_read_shown, dataset, i) for i, image in enumerate(dataset.images)},
+        images={image.id: functools.partial(read_shown, dataset, i) for i, image in enumerate(dataset.images)},
         annotations=str(dataset.annotation_file.resolve()),
         gallery_size=evaluation.gallery_size,
     )
@@ -180,7 +180,7 @@ def detect(
             yield found[0], views[0]
 
 
-def _read_shown(dataset: coco.CocoDataset, index: int) -> np.ndarray:
+def read_shown(dataset: coco.CocoDataset, index: int) -> np.ndarray:
     """A picture as RGB, from wherever it is and of however many channels."""
     image = dataset.read_image(index)
     return image if dataset.bands is None else show_bands(image)

@@ -14,14 +14,14 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from instseg_jax.config import check_sizes
+from instseg_jax.config import check_sizes, field_values
 from instseg_jax.data import coco, loader
 from instseg_jax.data.source import build_dataset, with_channel_ranges, with_reading
 from instseg_jax.data.transforms import Transform
@@ -30,14 +30,18 @@ from instseg_jax.files import write_json
 from instseg_jax.models.mask_rtdetr import MaskRTDETR, build_model, count_parameters, initial_variables
 from instseg_jax.peers import write_here_if_lost
 from instseg_jax.training.curves import draw_training
-from instseg_jax.training.metrics import MetricsFile, TrainingProgress, check_tensorboard, open_log
+from instseg_jax.training.metrics import MetricsFile, TrainingProgress, open_log
 from instseg_jax.training.optimizer import build_optimizer, build_schedule, say_longer, train_alone
 from instseg_jax.training.signals import Interrupted, StopSignals
 from instseg_jax.training.state import TrainState, initial_state, start_from_weights
 from instseg_jax.training.step import build_train_step
+from instseg_jax.training.trackers import Tracker, check_trackers, make_trackers, open_own
+from instseg_jax.training.tracking import Tracking, open_tracking
 from instseg_jax.training.validation import (
+    Draw,
     History,
     Score,
+    build_draw,
     build_score,
     keep_best,
     keep_weights,
@@ -78,6 +82,7 @@ class Training:
     total_steps: int
     logger: logging.Logger
     data: dict[str, dict]  # what it is trained on, see `workdir.describe_data`
+    draw: Draw | None = None  # None: no pictures of the validation
 
     @property
     def steps_per_epoch(self) -> int:
@@ -109,14 +114,16 @@ class Own:
     val_dataset: coco.CocoDataset | None = None
     optimizer: optax.GradientTransformation | None = None  # in place of AdamW and the schedule
     transforms: tuple[Transform, ...] = ()
+    trackers: Mapping[str, Tracker] = dataclasses.field(default_factory=dict)  # beside those of the config
 
 
 def train(config: ConfigDict, workdir: str | pathlib.Path, own: Own | None = None) -> dict:
     """Train as `config` says; the same call on the same workdir goes on where it stopped.
 
     Writes below `workdir`: checkpoints/ (the last few training states), best_model/ (averaged weights of the
-    best evaluation), metrics.jsonl (a row a step), validation.jsonl, train.log, config.json, training.png,
-    train_result.json. Of several processes (`jax.distributed`) all call this, and the first one writes.
+    best evaluation), metrics.jsonl (a row a step), validation.jsonl and validation/ (a few pictures of the last
+    evaluation), train.log, config.json, training.png, train_result.json. Of several processes (`jax.distributed`) all
+    call this, and the first one writes.
 
     Returns: what train_result.json holds: done_flag, steps, best_score, models, seconds, and so on.
 
@@ -158,10 +165,13 @@ def _train(config: ConfigDict, workdir: pathlib.Path, own: Own) -> dict:
         run.logger.info("resuming at step %d of %d", int(state.step), run.total_steps)
     for before, after in find_gaps(workdir / METRICS, config.log.every_steps):
         run.logger.warning("%s has no rows of the steps between %d and %d", METRICS, before, after)
+    makers = make_trackers(config.log.trackers, workdir, field_values(run.config))
+    makers |= {name: functools.partial(open_own, name, tracker) for name, tracker in own.trackers.items()}
+    tracking = open_tracking(workdir, makers, run.logger)
     history = open_history(workdir, config.eval.best_metric, int(state.step))
     started = time.monotonic()
     try:
-        steps, end = _run_steps(run, step_function, state, manager, history)
+        steps, end = _run_steps(run, step_function, state, manager, history, tracking)
     finally:
         manager.wait_until_finished()
         manager.close()
@@ -193,8 +203,9 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path, own: Own):
     devices = select_devices(config.device)
     mesh = make_mesh(devices)
     check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.micro_batches)
-    if config.log.tensorboard:
-        check_tensorboard()
+    check_trackers(config.log.trackers)
+    if config.log.pictures < 0:
+        raise ValueError(f"log.pictures is {config.log.pictures}, it must not be negative")
     if config.train.epochs < 0:  # none at all makes everything ready, and trains nothing
         raise ValueError(f"train.epochs is {config.train.epochs}, it must not be negative")
     if config.train.early_stopping is not None and config.train.early_stopping < 1:
@@ -259,6 +270,8 @@ def _set_up(config: ConfigDict, workdir: pathlib.Path, own: Own):
         logger.info("memory comes in huge pages (GLIBC_TUNABLES is set; INSTSEG_HUGE_PAGES=0 leaves it alone)")
     run = Training(config, workdir, mesh, model, train_loader, score, total_steps, logger, describe_data(splits))
     shown = schedule if own.optimizer is None else None
+    if val_set is not None and config.log.pictures and jax.process_index() == 0:
+        run = dataclasses.replace(run, draw=build_draw(workdir, val_set, config.log.pictures, logger))
     step_function = build_train_step(config, model, optimizer, shown, multipliers, mesh)
     return run, put_replicated(state, mesh), step_function
 
@@ -270,7 +283,9 @@ def count_reasons(skipped: Sequence[tuple[int, str]]) -> dict[str, int]:
     return dict(collections.Counter(named).most_common())
 
 
-def _run_steps(run: Training, step_function, state: TrainState, manager, history: History) -> tuple[int, str]:
+def _run_steps(
+    run: Training, step_function, state: TrainState, manager, history: History, tracking: Tracking
+) -> tuple[int, str]:
     """The loop: a step, its predecessor's numbers, now and then a checkpoint or an evaluation.
 
     A step is saved before it is evaluated, so no evaluation can lose what was trained; one that did not come to its
@@ -280,7 +295,8 @@ def _run_steps(run: Training, step_function, state: TrainState, manager, history
       long), "stopped" (by a signal) or "requeue" (by SIGUSR1: it is to be started again).
     """
     config, done = run.config, int(state.step)
-    metrics_file = MetricsFile(run.workdir, done, use_tensorboard=config.log.tensorboard)
+    metrics_file = MetricsFile(run.workdir, done)
+    tracking.start(done)
     evaluate_every = max(1, round(config.eval.every_epochs * run.steps_per_epoch))
     progress = TrainingProgress(run.total_steps, done, run.logger, evaluate_every=evaluate_every)
     patience = config.train.early_stopping
@@ -310,7 +326,7 @@ def _run_steps(run: Training, step_function, state: TrainState, manager, history
 
     def evaluate() -> None:
         with progress.evaluating():
-            _evaluate(run, state, done, history, metrics_file, stop)
+            _evaluate(run, state, done, history, tracking, stop)
 
     def fetch(step: int, metrics: dict, image_index: np.ndarray) -> bool:
         """Write the numbers of a step that has ended; says whether it was skipped."""
@@ -324,7 +340,9 @@ def _run_steps(run: Training, step_function, state: TrainState, manager, history
             )
         if step % config.log.every_steps == 0 or skipped:
             finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-            metrics_file.write({"step": step, "epoch": step / run.steps_per_epoch, **finite})
+            written = {"step": step, "epoch": step / run.steps_per_epoch, **finite}
+            metrics_file.write(written)
+            tracking.log(written)
         if not skipped:
             progress.update(step + 1, row)
         return skipped
@@ -337,7 +355,7 @@ def _run_steps(run: Training, step_function, state: TrainState, manager, history
             pending = None
 
     closing = contextlib.closing
-    with closing(metrics_file), closing(progress), closing(batches), StopSignals() as stop:
+    with closing(tracking), closing(metrics_file), closing(progress), closing(batches), StopSignals() as stop:
         try:
             if is_due(done) and not history.has(done):
                 evaluate()
@@ -375,7 +393,7 @@ def _run_steps(run: Training, step_function, state: TrainState, manager, history
 
 
 def _evaluate(
-    run: Training, state: TrainState, step: int, history: History, metrics_file: MetricsFile, stop: StopSignals
+    run: Training, state: TrainState, step: int, history: History, tracking: Tracking, stop: StopSignals
 ) -> None:
     """Score the averaged weights on the validation images; keep them when they are the best so far."""
     if run.score is None:
@@ -384,7 +402,6 @@ def _evaluate(
     metrics, results = stop.listen(functools.partial(run.score, state.ema_variables))
     score = metrics[history.metric]
     is_best = history.add(step, metrics)
-    metrics_file.write_events(step, metrics)
     text = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_SCORES if metrics[name] is not None)
     run.logger.info("step %d  validation: %s", step, text or "no objects to find")
     dropped = run.train_loader.counters
@@ -400,3 +417,4 @@ def _evaluate(
         keep_best(run.workdir, variables, run.metadata(step, history.best, score), metrics, results)
     if jax.process_index() == 0:
         draw_training(run.workdir)
+        tracking.score(step, metrics, run.draw(step, results) if run.draw else {})

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import importlib.util
 import json
 import logging
 import math
@@ -22,52 +21,29 @@ COMPILING_SECONDS = 40  # with the first step, on two idle CPU cores: 24 (N, 192
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, in the order of the steps; the same for TensorBoard if asked for.
+    """metrics.jsonl: one JSON object a line, in the order of the steps.
 
     Rows from `start_step` on are dropped at opening: they come from a run that went further than the
     checkpoint it resumes from, and will be written again. Of several processes only the first one writes.
     """
 
-    def __init__(self, workdir: pathlib.Path, start_step: int, *, use_tensorboard: bool):
-        self._file, self._events = None, None
+    def __init__(self, workdir: pathlib.Path, start_step: int):
+        self._file = None
         if jax.process_index() != 0:
             return
         keep_rows(workdir / METRICS, lambda row: row["step"] < start_step)
         self._file = (workdir / METRICS).open("a", encoding="utf-8")
-        if use_tensorboard:
-            self._events = _open_events(workdir / "tensorboard", start_step)
 
     def write(self, row: dict) -> None:
         """Append the row of a step (plain numbers, with `step`) and send it to the disk."""
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-        self.write_events(row["step"], row)
-
-    def write_events(self, step: int, values: dict) -> None:
-        """Numbers for TensorBoard alone, such as validation scores."""
-        if self._events is not None:
-            for name, value in values.items():
-                if isinstance(value, float):
-                    self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Close the files; nothing may be written afterwards."""
-        for sink in (self._file, self._events):
-            if sink is not None:
-                sink.close()
-
-
-def check_tensorboard() -> None:
-    """Raise ValueError unless the library that writes TensorBoard's files is here."""
-    if importlib.util.find_spec("tensorboardX") is None:
-        raise ValueError('log.tensorboard needs tensorboardX: pip install "instseg_jax[tensorboard]"')
-
-
-def _open_events(folder: pathlib.Path, start_step: int):
-    from tensorboardX import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=start_step)
+        """Close the file; nothing may be written afterwards."""
+        if self._file is not None:
+            self._file.close()
 
 
 class _ConsoleHandler(logging.StreamHandler):

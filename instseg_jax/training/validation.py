@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 from collections.abc import Callable
 
+import cv2
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -13,16 +15,21 @@ from instseg_jax.data import coco, loader
 from instseg_jax.data.source import build_dataset
 from instseg_jax.devices import put_batch
 from instseg_jax.evaluation.coco import write_evaluation
+from instseg_jax.files import write_bytes
 from instseg_jax.inference.predictor import make_predict
 from instseg_jax.messages import quote
 from instseg_jax.models.mask_rtdetr import MaskRTDETR
 from instseg_jax.scoring.outcome import score_results
 from instseg_jax.scoring.run import KINDS, find_results
+from instseg_jax.scoring.shown import draw_found
 from instseg_jax.training.workdir import VALIDATION, keep_rows, read_rows
 from instseg_jax.types import Detections
 from instseg_jax.weights import checkpoint
 
 Score = Callable[[dict], tuple[dict[str, float | None], list[dict]]]
+Draw = Callable[[int, list[dict]], dict[str, np.ndarray]]
+PICTURES = "validation"  # the folder in a workdir
+SHOWN_SCORE = 0.5  # the lowest that is drawn; the same as `predict` has by itself
 
 
 def open_validation(data: ConfigDict) -> tuple[coco.CocoDataset | None, str]:
@@ -63,6 +70,27 @@ def build_score(config, model: MaskRTDETR, dataset: coco.CocoDataset, mesh: jax.
         return score_results(ground_truth, results, KINDS, engine=config.eval.engine), results
 
     return score
+
+
+def build_draw(workdir: pathlib.Path, dataset: coco.CocoDataset, count: int, logger: logging.Logger) -> Draw:
+    """A function (step, COCO result entries) that draws a few validation pictures into a folder of the workdir.
+
+    It gives them by the names under which trackers get them. What can't be drawn or written is told, and no error.
+    """
+
+    def draw(step: int, results: list[dict]) -> dict[str, np.ndarray]:
+        drawn = {}
+        try:
+            (workdir / PICTURES).mkdir(exist_ok=True)
+            for name, picture in draw_found(dataset, results, count, threshold=SHOWN_SCORE):
+                drawn[f"{PICTURES}/{name}"] = picture
+                data = cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes()
+                write_bytes(workdir / PICTURES / f"{name}.jpg", data)
+        except (OSError, ValueError) as error:
+            logger.warning("pictures of the validation at step %d can't be drawn: %s", step, error)
+        return drawn
+
+    return draw
 
 
 @dataclasses.dataclass

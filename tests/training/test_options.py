@@ -82,7 +82,7 @@ def test_training_ends_early_and_leaves_its_records(data, tmp_path):
         "train.early_stopping": 2,
         "eval.best_metric": "segm/AP_small",
     }
-    said = train(data, tmp_path / "run", tmp_path / "compiled", **options, **{"log.tensorboard": True})
+    said = train(data, tmp_path / "run", tmp_path / "compiled", **options, **{"log.trackers": "tensorboard"})
     result = json.loads((tmp_path / "run/train_result.json").read_text())
     assert "no better segm/AP_small in 2 evaluations" in said
     assert result["end"] == "stopped early" and result["done_flag"]
