@@ -1,7 +1,9 @@
 """Trackers get what a run's files get, once, and never change or end a run; the libraries too, without a network."""
 
+import dataclasses
 import importlib.util
 import json
+import logging
 import re
 import struct
 
@@ -14,6 +16,7 @@ from instseg_jax.masks import segmentation_to_rle
 from instseg_jax.scoring.shown import GAP, draw_found
 from instseg_jax.training import trackers
 from instseg_jax.training.trackers import Tracker, check_trackers
+from instseg_jax.training.validation import build_draw
 from instseg_jax.training.workdir import read_rows
 
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
@@ -116,6 +119,17 @@ def test_pictures_show_objects_and_what_was_found():
         left, right = picture[:, : plain.shape[1]], picture[:, plain.shape[1] + GAP :]
         assert left.shape == right.shape == plain.shape and (left != plain).any()
         assert (right != plain).any() == (index == 2)  # the first has nothing that is certain enough
+
+
+def test_pictures_go_into_the_workdir_or_are_told(tmp_path, caplog):
+    dataset = coco.take_images(coco.read_split(coco.EMBEDDED, "val"), [0, 1])
+    logger = logging.getLogger("pictures")
+    names = [f"validation/{record.file_name.removesuffix('.jpg')}" for record in dataset.images]
+    assert list(build_draw(tmp_path, dataset, 9, logger)(3, [])) == names
+    assert sorted(path.name for path in (tmp_path / "validation").iterdir()) == sorted(f"{n[11:]}.jpg" for n in names)
+    lost = dataclasses.replace(dataset, image_folder=tmp_path / "gone")
+    assert build_draw(tmp_path, lost, 9, logger)(3, []) == {}
+    assert "pictures of the validation at step 3 can't be drawn" in caplog.text
 
 
 def steps_in_tensorboard(workdir):
