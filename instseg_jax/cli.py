@@ -87,10 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     about = "look at every picture and annotation; what passes can be trained on"
     sub = add("check_dataset", about, DEFAULT_CONFIG)
     sub.add_argument("--fix", action="store_true", help="write repaired copies of the annotation files")
-    about = "turn LabelMe, VOC or YOLO annotations, or rasters and polygons of a map, into COCO's"
+    about = "turn LabelMe, VOC, YOLO, Label Studio or CVAT annotations, or rasters and polygons of a map, into COCO's"
     sub = add("convert", about, DEFAULT_CONFIG)
     about = "format of config.data.dir; geo: --rasters and --labels"
-    sub.add_argument("--src_dataset_type", metavar="LabelMe|VOC|YOLO|geo", required=True, help=about)
+    sub.add_argument("--src_dataset_type", metavar="LabelMe|VOC|YOLO|LabelStudio|CVAT|geo", required=True, help=about)
     sub.add_argument("--save_path", metavar="DIR", help="where annotations/ and images/ go (default: config.data.dir)")
     about = "class names, one a line (default: labels.txt and the like); geo: FILE[:LAYER] of polygons"
     sub.add_argument("--labels", metavar="FILE", help=about)
@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     inputs = "a picture, folder, pattern like 'a/**/*.jpg', URL or video; samples: pictures that come with the package"
     sub.add_argument("--input", metavar="PATH|URL", required=True, help=inputs)
     sub.add_argument("--save_path", metavar="DIR", help="where the results go (default: WORKDIR/predictions)")
-    formats = "some of img,json,coco,labelme,yolo,geojson,gpkg (%(default)s)"
+    formats = "some of img,json,coco,labelme,yolo,label_studio,cvat,geojson,gpkg (%(default)s)"
     sub.add_argument("--formats", metavar="NAMES", default="img,json", help=formats)
     about = "replace LabelMe and YOLO files beside the pictures that were made by hand"
     sub.add_argument("--overwrite", action="store_true", help=about)

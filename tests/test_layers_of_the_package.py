@@ -10,6 +10,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "instseg_jax"
 GROUND = {
     "types",
     "boxes",
+    "brush_rle",
     "masks",
     "crops",
     "outlines",

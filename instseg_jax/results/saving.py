@@ -19,12 +19,15 @@ from instseg_jax.files import check_seal, read_json, seal, write_json, write_tex
 from instseg_jax.geo import georeference
 from instseg_jax.images import is_video
 from instseg_jax.results.coco_file import CocoFile
+from instseg_jax.results.label_tools import FILES as LABEL_FILES
+from instseg_jax.results.label_tools import LabelFile, label_studio_config
 from instseg_jax.results.large import LargeResult
 from instseg_jax.results.result import Result
 from instseg_jax.results.video import VideoFile
 
-FORMATS = ("img", "json", "coco", "labelme", "yolo", "geojson", "gpkg")
+FORMATS = ("img", "json", "coco", "labelme", "yolo", "label_studio", "cvat", "geojson", "gpkg")
 COCO_FILE = "coco.json"
+SHARED = {"coco": COCO_FILE, **LABEL_FILES}  # formats that have one file of everything
 THREADS = 2
 PENDING = 4  # results that are being written: they hold their images
 
@@ -61,7 +64,9 @@ def save_results(
     """Write each result into `folder` as it comes; return what was saved.
 
     img: `{stem}_res{suffix}`, of a video one video. json: `{stem}_res.json`, of a video one with all frames. coco: one
-    `coco.json` of everything. labelme: `{stem}.json`. yolo: `{stem}.txt`. geojson, gpkg: `{stem}_res.geojson`, `.gpkg`.
+    `coco.json` of everything. labelme: `{stem}.json`. yolo: `{stem}.txt`. label_studio, cvat: one file of everything
+    but frames of videos, `label_studio.json` with the labelling interface beside it, and `cvat.xml`. geojson, gpkg:
+    `{stem}_res.geojson`, `.gpkg`.
     No file of one input replaces that of another: inputs whose files would share a name get numbers, `a_res.json`,
     `a_2_res.json`. LabelMe and YOLO files beside their picture that are not of an earlier run are a person's, and stay
     unless `overwrite`. Failed results are counted, not written; one that can't be written counts as failed.
@@ -74,6 +79,7 @@ def save_results(
     with ThreadPoolExecutor(THREADS, thread_name_prefix="save") as pool, contextlib.ExitStack() as open_files:
         open_files.enter_context(saver)
         coco = open_files.enter_context(CocoFile(folder / COCO_FILE)) if "coco" in formats else None
+        tools = [open_files.enter_context(LabelFile(name, folder)) for name in LABEL_FILES if name in formats]
         for result in results:
             if isinstance(result, LargeResult):
                 summary.images += 1
@@ -90,12 +96,19 @@ def save_results(
             summary.instances += len(result)
             if coco is not None:
                 coco.add(result)
+            if tools and result.page_index is not None:
+                summary.failed.append((result.input_path, "label_studio and cvat take pictures, and no frames"))
+            else:
+                for tool in tools:
+                    tool.add(result)
+            if "label_studio" in formats and summary.images == 1:
+                write_text(folder / "label_studio_config.xml", label_studio_config(result.class_names))
             pending.append(pool.submit(saver.save, result, saver.stem_of(result)))
             while len(pending) > PENDING:
                 saver.finish(*pending.popleft().result())
         while pending:
             saver.finish(*pending.popleft().result())
-    summary.files = saver.files + ("coco" in formats)
+    summary.files = saver.files + sum(name in SHARED for name in formats)
     summary.failed += saver.failed
     summary.renamed = saver.renamed
     return summary
@@ -108,7 +121,9 @@ class _Saver:
         self.folder, self.formats, self.masks_format, self.overwrite = folder, formats, masks_format, overwrite
         self.files = self.renamed = 0
         self.failed: list[tuple[str, str]] = []
-        self._taken = {COCO_FILE} if "coco" in formats else set()  # names of files of this run, in small letters
+        self._taken = {
+            SHARED[name] for name in formats if name in SHARED
+        }  # names of files of this run, in small letters
         self._count = threading.Lock()
         self._video: VideoFile | None = None
         self._video_stem = ""
@@ -154,7 +169,9 @@ class _Saver:
 
     def _name_of(self, name: str, result: Result) -> str:
         """The file of a format, with {} for the stem; "" where all results share one."""
-        own = {"img": f"{{}}_res{result.image_suffix}", "labelme": "{}.json", "yolo": "{}.txt", "coco": ""}
+        own = {"img": f"{{}}_res{result.image_suffix}", "labelme": "{}.json", "yolo": "{}.txt"} | dict.fromkeys(
+            SHARED, ""
+        )
         return own.get(name, f"{{}}_res.{name}")
 
     def _is_a_persons(self, file: Path, result: Result) -> bool:
@@ -176,7 +193,7 @@ class _Saver:
         is_frame = result.page_index is not None and is_video(result.input_path)
         drawn = np.asarray(result.img["res"]) if is_frame and "img" in self.formats else None
         for name in self.formats:
-            if name == "coco" or (is_frame and name in ("img", "json")):
+            if name in SHARED or (is_frame and name in ("img", "json")):
                 continue
             try:
                 self._write(name, result, stem)
@@ -191,7 +208,7 @@ class _Saver:
     def save_large(self, result: LargeResult, stem: str) -> None:
         """Write the files of a result that is on the disk."""
         for name in self.formats:
-            if name == "coco":
+            if name == "coco":  # written meanwhile
                 continue
             try:
                 result.save(name, self.folder, stem, self.masks_format)
