@@ -27,6 +27,7 @@ GROUND = {
     "devices",
     "memory",
     "options",
+    "packing",
     "progress",
 }
 ALLOWED = {

@@ -35,7 +35,7 @@ def _depthwise(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -
     Automatic differentiation keeps a shifted copy of x for each of the k x k products, a quarter of all that a
     training step of size L remembers.
     """
-    windows = _shifted_windows(x, kernel.shape[0], stride, padding)
+    windows = _shifted_windows(jnp.pad(x, ((0, 0), padding, padding, (0, 0))), kernel.shape[0], stride)
     return functools.reduce(jnp.add, (window * tap for window, tap in zip(windows, _taps(kernel), strict=True)))
 
 
@@ -44,9 +44,8 @@ def _taps(kernel: Array) -> list[Array]:
     return [kernel[dy, dx][None, None] for dy in range(kernel.shape[0]) for dx in range(kernel.shape[0])]
 
 
-def _shifted_windows(x: Array, size: int, stride: int, padding: tuple[int, int]) -> list[Array]:
-    """What each tap of a size x size kernel sees, [B, H', W', C] each."""
-    x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
+def _shifted_windows(x: Array, size: int, stride: int) -> list[Array]:
+    """What each tap of a size x size kernel sees of the padded x, [B, H', W', C] each."""
     height, width = ((n - size) // stride * stride + 1 for n in x.shape[1:3])
     shifts = [(dy, dx) for dy in range(size) for dx in range(size)]
     return [x[:, dy : dy + height : stride, dx : dx + width : stride] for dy, dx in shifts]
@@ -59,13 +58,35 @@ def _depthwise_forward(x: Array, kernel: Array, stride: int, padding: tuple[int,
 def _depthwise_backward(stride: int, padding: tuple[int, int], kept: tuple[Array, Array], gradient: Array):
     x, kernel = kept
     size = kernel.shape[0]
-    windows = _shifted_windows(x, size, stride, padding)
-    to_kernel = jnp.stack([jnp.sum(window * gradient, axis=(0, 1, 2)) for window in windows])
+    to_kernel = jax.lax.platform_dependent(
+        jnp.pad(x, ((0, 0), padding, padding, (0, 0))),
+        gradient,
+        cpu=functools.partial(_sum_in_a_loop, size, stride),
+        default=functools.partial(_sum_at_once, size, stride),
+    )
     # To x: a convolution of the gradient, spread out by the stride, with the kernel turned round.
     unseen = [(n + sum(padding) - size) % stride for n in x.shape[1:3]]
     edges = [(size - 1 - padding[0], size - 1 - padding[1] + rest, stride - 1) for rest in unseen]
     spread = jax.lax.pad(gradient, jnp.zeros((), gradient.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
     return _depthwise(spread, kernel[::-1, ::-1], 1, (0, 0)), to_kernel.reshape(kernel.shape)
+
+
+def _sum_at_once(size: int, stride: int, x: Array, gradient: Array) -> Array:
+    """Gradient to the kernel, [k * k, C], of the padded x."""
+    windows = _shifted_windows(x, size, stride)
+    return jnp.stack([jnp.sum(window * gradient, axis=(0, 1, 2)) for window in windows])
+
+
+def _sum_in_a_loop(size: int, stride: int, x: Array, gradient: Array) -> Array:
+    """As `_sum_at_once`, bit for bit, with one kernel of code for all taps: a CPU compiles for 25 of 5 x 5 else."""
+    batch, height, width, channels = gradient.shape
+    seen = (batch, (height - 1) * stride + 1, (width - 1) * stride + 1, channels)
+
+    def sum_tap(tap: Array) -> Array:
+        window = jax.lax.dynamic_slice(x, (0, tap // size, tap % size, 0), seen)[:, ::stride, ::stride]
+        return jnp.sum(window * gradient, axis=(0, 1, 2))
+
+    return jax.lax.map(sum_tap, jnp.arange(size * size))
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
@@ -128,20 +149,59 @@ class BatchNorm(nn.Module):
         bias = declare(self, "bias", constant(0.0), channels)
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         var = self.variable("batch_stats", "var", jnp.ones, channels)
+        dtype = self.dtype or jnp.result_type(x, scale, bias)
         if train and not self.frozen:
-            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # statistics in at least float32
-            batch_mean = wide.mean(axis=(0, 1, 2))
-            batch_var = jnp.square(wide - with_rank(batch_mean, x.ndim)).mean(axis=(0, 1, 2))
+            y, batch_mean, batch_var = normalize(x, scale, bias, dtype)
             if not self.is_initializing():
                 keep = BATCH_NORM_MOMENTUM
                 mean.value = keep * mean.value + (1 - keep) * batch_mean.astype(mean.value.dtype)
                 var.value = keep * var.value + (1 - keep) * batch_var.astype(var.value.dtype)
-        else:
-            batch_mean, batch_var = mean.value, var.value
-        factor = scale * jax.lax.rsqrt(batch_var + NORM_EPS)
-        offset = bias - batch_mean * factor
-        x, factor, offset = nn.dtypes.promote_dtype(x, factor, offset, dtype=self.dtype)
-        return x * with_rank(factor, x.ndim) + with_rank(offset, x.ndim)
+            return y
+        factor = scale * jax.lax.rsqrt(var.value + NORM_EPS)
+        return _scale_and_shift(x, factor, bias - mean.value * factor, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize(
+    x: Float[Array, "B H W C"], scale: Float[Array, " C"], bias: Float[Array, " C"], dtype: jnp.dtype
+) -> tuple[Float[Array, "B H W C"], Float[Array, " C"], Float[Array, " C"]]:
+    """Batch norm by the batch's own statistics: the result in `dtype`, and mean and biased variance, without gradient.
+
+    Statistics are taken in at least float32. For the backward pass x and vectors are kept; automatic differentiation
+    keeps three arrays of the size of x and makes a dozen kernels of each layer.
+    """
+    return _normalize_forward(x, scale, bias, dtype)[0]
+
+
+def _normalize_forward(x: Array, scale: Array, bias: Array, dtype: jnp.dtype):
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = wide.mean(axis=(0, 1, 2))
+    var = jnp.square(wide - with_rank(mean, x.ndim)).mean(axis=(0, 1, 2))
+    deviation = jax.lax.rsqrt(var + NORM_EPS)
+    factor = scale * deviation
+    y = _scale_and_shift(x, factor, bias - mean * factor, dtype)
+    return (y, mean, var), (x, scale, bias, mean, deviation)
+
+
+def _normalize_backward(dtype: jnp.dtype, kept: tuple[Array, ...], gradients: tuple[Array, Array, Array]):
+    del dtype
+    x, scale, bias, mean, deviation = kept
+    gradient = gradients[0].astype(mean.dtype)
+    unit = (x.astype(mean.dtype) - with_rank(mean, x.ndim)) * with_rank(deviation, x.ndim)
+    to_bias = gradient.sum(axis=(0, 1, 2))
+    to_scale = (gradient * unit).sum(axis=(0, 1, 2))
+    count = x.size // x.shape[-1]
+    rest = with_rank(to_bias / count, x.ndim) + unit * with_rank(to_scale / count, x.ndim)
+    to_x = with_rank(scale * deviation, x.ndim) * (gradient - rest)
+    return to_x.astype(x.dtype), to_scale.astype(scale.dtype), to_bias.astype(bias.dtype)
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def _scale_and_shift(x: Array, factor: Array, offset: Array, dtype: jnp.dtype) -> Array:
+    x, factor, offset = nn.dtypes.promote_dtype(x, factor, offset, dtype=dtype)
+    return x * with_rank(factor, x.ndim) + with_rank(offset, x.ndim)
 
 
 class ConvNorm(nn.Module):

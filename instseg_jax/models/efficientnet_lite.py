@@ -20,10 +20,22 @@ from instseg_jax.models.variants import LiteStage
 PIXEL_MEAN, PIXEL_SCALE = 127 / 255, 128 / 255  # of a value in 0..1: the origin takes (pixel - 127) / 128
 
 
-@jax.jit
+@jax.custom_vjp
 def relu6(x: Array) -> Array:
-    """x within 0..6."""
+    """x within 0..6. The gradient, 0 at the ends too, needs the result alone, which the next layer keeps anyway."""
     return jnp.clip(x, 0, 6)
+
+
+def _relu6_forward(x: Array) -> tuple[Array, Array]:
+    y = relu6(x)
+    return y, y
+
+
+def _relu6_backward(y: Array, gradient: Array) -> tuple[Array]:
+    return (jnp.where((y > 0) & (y < 6), gradient, 0),)
+
+
+relu6.defvjp(_relu6_forward, _relu6_backward)
 
 
 def same_padding(kernel_size: int, stride: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import optax
 from ml_collections import ConfigDict
 
 from instseg_jax.messages import quote
-from instseg_jax.training.packing import pack, unpack
+from instseg_jax.packing import join, pack, unpack
 from instseg_jax.types import Array, HostOrDeviceArray
 
 SCHEDULES = ("constant", "cosine", "step")
@@ -204,8 +204,9 @@ def ema_decay(count: HostOrDeviceArray, *, decay: float, ramp_steps: int) -> Arr
     return decay * -jnp.expm1(-(jnp.asarray(count, jnp.float32) + 1) / ramp_steps)
 
 
-def update_ema(average: dict, values: dict, decay: Array, averaged: dict | None = None) -> dict:
-    """average * decay + values * (1 - decay); where `averaged` is False, the value itself."""
-    if averaged is None:
-        averaged = jax.tree.map(lambda _: True, values)
-    return jax.tree.map(lambda a, v, use: decay * a + (1 - decay) * v if use else v, average, values, averaged)
+def update_ema(average: HostOrDeviceArray, values: dict, decay: Array, averaged: dict | None = None) -> Array:
+    """average * decay + values * (1 - decay), the average as a vector; where `averaged` is False, the value itself."""
+    if averaged is not None and not all(jax.tree.leaves(averaged)):
+        decays = jax.tree.map(lambda value, use: jnp.broadcast_to(decay * use, value.shape), values, averaged)
+        decay = join(decays)
+    return decay * average + (1 - decay) * join(values)

@@ -1,7 +1,7 @@
 """What training carries from step to step, and nothing else: the model and the optimizer are closed over."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from instseg_jax import weights as weights_room
 from instseg_jax.messages import quote
+from instseg_jax.packing import cut
 from instseg_jax.types import HostOrDeviceArray
 from instseg_jax.weights.merge import MergeSummary
 
@@ -27,26 +28,34 @@ class TrainState:
     num_updates: HostOrDeviceArray  # [] int32
     params: dict
     batch_stats: dict
-    ema_params: dict
-    ema_batch_stats: dict
+    average: Mapping[str, HostOrDeviceArray]  # {"params": [P], "batch_stats": [S]}: all leaves joined
     opt_state: tuple
 
     @property
     def ema_variables(self) -> dict:
-        """What is evaluated, shown and shipped."""
-        return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}
+        """What is evaluated, shown and shipped: {"params": ..., "batch_stats": ...}, in numpy outside of `jit`."""
+        like = {"params": self.params, "batch_stats": self.batch_stats}
+        return {name: cut(_on_host(vector), like[name]) for name, vector in self.average.items()}
+
+
+def _zeros(tree: dict) -> np.ndarray:
+    leaves = jax.tree.leaves(tree)
+    return np.zeros(sum(leaf.size for leaf in leaves), np.result_type(*leaves))
+
+
+def _on_host(vector: HostOrDeviceArray) -> HostOrDeviceArray:
+    # A copy: the next step takes the memory of this state.
+    return vector if isinstance(vector, jax.core.Tracer) else np.array(vector)
 
 
 def initial_state(variables: dict, optimizer) -> TrainState:
     """State before the first step. Moving averages start from zero, as in the reference."""
-    zeros = jax.tree.map(np.zeros_like, variables)
     return TrainState(
         step=np.zeros((), np.int32),
         num_updates=np.zeros((), np.int32),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
-        ema_params=zeros["params"],
-        ema_batch_stats=zeros["batch_stats"],
+        average={name: _zeros(variables[name]) for name in ("params", "batch_stats")},
         opt_state=jax.tree.map(np.asarray, optimizer.init(jax.tree.map(jnp.asarray, variables["params"]))),
     )
 

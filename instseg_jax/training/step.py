@@ -7,6 +7,8 @@ The step is three compiled programs with the matching between the first two:
     backward  losses and gradients                            for each input size
     update    optimizer, moving average, skipping bad steps   once
 
+On one device the three are compiled side by side, as each keeps a single core busy.
+
 A host callback inside one program would do the same, but JAX keeps no program with a callback in its compilation
 cache: every start of a run would compile for minutes. Gradients of several micro-batches add up between backward
 and update.
@@ -14,6 +16,8 @@ and update.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,14 +78,8 @@ def build_train_step(
     noise = dict(config.denoising)
     copied = replicated(mesh)
 
-    def program(function: Callable, **options) -> Callable:
-        compiled = jax.jit(function, compiler_options=compiler_options, **options)
-
-        def run(*args):
-            with jax.set_mesh(mesh):  # for the parts of the network that go device by device
-                return compiled(*args)
-
-        return run
+    def program(function: Callable, **options) -> Any:
+        return jax.jit(function, compiler_options=compiler_options, **options)
 
     def random_keys(step: HostOrDeviceArray, part: int) -> Array:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -128,29 +126,63 @@ def build_train_step(
             ramp_steps=config.optimizer.ema_ramp_steps,
         )
 
-    forward = program(forward)
-    backward = program(backward, out_shardings=copied)
-    update = program(update, in_shardings=copied, out_shardings=copied, donate_argnums=0)
+    run_ahead = program(forward)
+    run_back = program(backward, out_shardings=copied)
+    run_update = program(update, in_shardings=copied, out_shardings=copied, donate_argnums=0)
     count_objects = program(lambda valid: sum(jnp.sum(v, dtype=jnp.int32) for v in valid), out_shardings=copied)
     add = program(lambda *trees: jax.tree.map(jnp.add, *trees), donate_argnums=0)
 
+    def compile_together(state: TrainState, batch: Batch, num_objects: Array) -> tuple[Callable, ...]:
+        """The three programs for pictures of one size; XLA compiles each on one core."""
+        with ThreadPoolExecutor(3) as pool:
+            first = run_ahead.lower(state.params, state.batch_stats, state.step, 0, batch)
+            compiled = [pool.submit(first.compile)]
+            ahead = jax.tree.map(_abstract, first.out_info)
+            sets, images, _, slots = ahead.match_costs.shape
+            query_index = jax.ShapeDtypeStruct((sets, images, slots), jnp.int32)
+            second = run_back.lower(ahead, batch.targets, query_index, num_objects, state.step, 0)
+            compiled.append(pool.submit(second.compile))
+            if not programs:
+                gradients, loss, terms = jax.tree.map(_abstract, second.out_info)
+                third = run_update.lower(state, gradients, ahead.batch_stats, loss, terms)
+                compiled.append(pool.submit(third.compile))
+            fresh = tuple(future.result() for future in compiled)
+        return fresh if not programs else (*fresh, next(iter(programs.values()))[2])
+
+    programs: dict[tuple[int, ...], tuple[Callable, ...]] = {}  # by the shape of the images
+
+    def programs_of(state: TrainState, batch: Batch, num_objects: Array) -> tuple[Callable, ...]:
+        if mesh.size > 1:  # how the results of one program lie on the devices is known when it is compiled
+            return run_ahead, run_back, run_update
+        shape = batch.images.shape
+        if shape not in programs:
+            programs[shape] = compile_together(state, batch, num_objects)
+        return programs[shape]
+
     def step(state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, Array]]:
-        num_objects = count_objects([batch.targets.valid for batch in batches])
-        batch_stats, sums = state.batch_stats, None
-        for part, batch in enumerate(batches):
-            ahead = forward(state.params, batch_stats, state.step, part, batch)
-            batch_stats = ahead.batch_stats
-            query_index = assign(ahead.match_costs, batch.targets.valid)
-            found = backward(ahead, batch.targets, query_index, num_objects, state.step, part)
-            del ahead  # frees what the backward pass has read
-            sums = found if sums is None else add(sums, found)
-        if sums is None:
+        if not batches:
             raise ValueError("a step needs at least one micro-batch")
-        gradients, loss, terms = sums
-        state, metrics = update(state, gradients, batch_stats, loss, terms)
+        with jax.set_mesh(mesh):  # for the parts of the network that go device by device
+            num_objects = count_objects([batch.targets.valid for batch in batches])
+            go_ahead, go_back, finish = programs_of(state, batches[0], num_objects)
+            batch_stats = state.batch_stats
+            sums: tuple = ()
+            for part, batch in enumerate(batches):
+                ahead = go_ahead(state.params, batch_stats, state.step, part, batch)
+                batch_stats = ahead.batch_stats
+                query_index = assign(ahead.match_costs, batch.targets.valid)
+                found = go_back(ahead, batch.targets, query_index, num_objects, state.step, part)
+                del ahead  # frees what the backward pass has read
+                sums = add(sums, found) if sums else found
+            gradients, loss, terms = sums
+            state, metrics = finish(state, gradients, batch_stats, loss, terms)
         return state, {**metrics, "objects": num_objects}
 
     return step
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def run_forward(
@@ -238,21 +270,28 @@ def update_state(
       factors), `learning_rate` (where there is a schedule), `skipped` (1 for a step that changed nothing).
     """
     grad_norm = gradient_norm(gradients, multipliers)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    def keep(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
+
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = keep(optax.apply_updates(state.params, updates), state.params)
+    batch_stats = keep(batch_stats, state.batch_stats)
     now = ema_decay(state.num_updates, decay=decay, ramp_steps=ramp_steps)
     is_trained = jax.tree.map(lambda factor: factor > 0, multipliers)
+    average = {
+        "params": update_ema(state.average["params"], params, now, is_trained),
+        "batch_stats": update_ema(state.average["batch_stats"], batch_stats, now),
+    }
     updated = TrainState(
-        step=state.step,
-        num_updates=state.num_updates + 1,
+        step=state.step + 1,
+        num_updates=state.num_updates + is_finite,
         params=params,
         batch_stats=batch_stats,
-        ema_params=update_ema(state.ema_params, params, now, is_trained),
-        ema_batch_stats=update_ema(state.ema_batch_stats, batch_stats, now),
-        opt_state=opt_state,
+        average=keep(average, state.average),
+        opt_state=keep(opt_state, state.opt_state),
     )
-    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state)
     metrics = {
         "loss": loss,
         **terms,
@@ -260,4 +299,4 @@ def update_state(
         **({} if schedule is None else {"learning_rate": schedule(state.num_updates)}),
         "skipped": ~is_finite,
     }
-    return dataclasses.replace(kept, step=state.step + 1), metrics
+    return updated, metrics

@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 
 from instseg_jax.files import check_seal, digest, read_json, seal, sync, sync_tree, write_json
 from instseg_jax.messages import shorten
+from instseg_jax.packing import cut
 from instseg_jax.weights.names import unflatten_tree
 
 CHECKPOINTS = "checkpoints"
@@ -40,6 +41,7 @@ THRESHOLDS = "thresholds.json"  # beside the arrays of the checkpoint that they 
 _DAMAGED = "damaged"  # where checkpoints go that can't be read
 _REMOVED = ".removed"  # steps on their way out: a rename is whole, a removal may be cut off and leave half a step
 _STATE, _VARIABLES, _METADATA = "state", "variables", "metadata"
+_BRANCHES, _AVERAGE = ("params", "batch_stats"), "average"  # of a state; the average of both, joined to vectors
 _LEAVES = (
     "leaves"  # {name: [type, shape, digest]} of the arrays; Orbax takes seconds to tell for a whole training state
 )
@@ -333,17 +335,15 @@ def load_inference_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, A
     try:
         leaves = _read_leaves(folder)
         metadata = check_seal(_read_json(folder / _METADATA), "its metadata", is_sealed=_have_digests(leaves))
-        if _is_inference_checkpoint(folder):
-            names = {"params": "params", "batch_stats": "batch_stats"}
-            arrays = _read_arrays(folder / _VARIABLES, leaves, names.values())
-        else:
-            has_average = any(name.startswith("ema_params/") for name in leaves)
-            names = {name: f"ema_{name}" if has_average else name for name in ("params", "batch_stats")}
-            arrays = _read_arrays(folder / _STATE, leaves, names.values())
-        if not arrays[names["params"]]:
+        item = _VARIABLES if _is_inference_checkpoint(folder) else _STATE
+        is_averaged = f"{_AVERAGE}/params" in leaves
+        arrays = _read_arrays(folder / item, leaves, (_AVERAGE,) if is_averaged else _BRANCHES)
+        if not any(name.startswith("params/") for name in leaves):
             raise ValueError("it holds no params")
         _check_digests(leaves, arrays)
-        return {name: arrays[saved] for name, saved in names.items()}, metadata
+        if is_averaged:
+            arrays = {name: cut(arrays[_AVERAGE][name], _abstract(leaves, (name,))[name]) for name in _BRANCHES}
+        return arrays, metadata
     except Exception as error:  # TensorStore and Orbax raise what they like, over many lines
         reason = shorten((str(error).splitlines() or [type(error).__name__])[0], 200)
         raise DamagedError(f"checkpoint {folder} can't be read ({reason})") from error
@@ -437,15 +437,18 @@ def _step_folders(directory: Path) -> dict[int, Path]:
 
 def _read_arrays(path: Path, leaves: Mapping[str, list], branches: Collection[str]) -> dict[str, Any]:
     """Return the branches of the tree at `path` in numpy, bit for bit."""
-    wanted = {name: leaf for name, leaf in leaves.items() if name.split("/")[0] in branches}
-    abstract = unflatten_tree(
-        {n: jax.ShapeDtypeStruct(shape, jnp.dtype(kind)) for n, (kind, shape, *_) in wanted.items()}
-    )
+    abstract = _abstract(leaves, branches)
     arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), abstract)
     content = ocp.args.PyTreeRestore(item=abstract, restore_args=arguments, partial_restore=True)
     with _checkpointer(ocp.PyTreeCheckpointHandler) as checkpointer:
-        arrays = checkpointer.restore(path, args=content) if wanted else {}
+        arrays = checkpointer.restore(path, args=content) if abstract else {}
     return {branch: arrays.get(branch, {}) for branch in branches}
+
+
+def _abstract(leaves: Mapping[str, list], branches: Collection[str]) -> dict[str, Any]:
+    """Return the shapes and types of some branches of a saved tree."""
+    wanted = {name: leaf for name, leaf in leaves.items() if name.split("/")[0] in branches}
+    return unflatten_tree({n: jax.ShapeDtypeStruct(shape, jnp.dtype(kind)) for n, (kind, shape, *_) in wanted.items()})
 
 
 def _read_json(path: Path) -> dict[str, Any]:

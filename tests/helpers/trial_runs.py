@@ -53,7 +53,8 @@ class Trial:
             metrics.open_log(workdir / "train.log"), {}, self.draw,
         )  # fmt: skip
         zeros = {"a": jnp.zeros(2)}
-        state = TrainState(jnp.int32(0), jnp.int32(0), zeros, zeros, zeros, zeros, ())
+        average = {"params": jnp.zeros(2), "batch_stats": jnp.zeros(2)}
+        state = TrainState(jnp.int32(0), jnp.int32(0), zeros, zeros, average, ())
         return run, state, self.step
 
     def step(self, state, parts):

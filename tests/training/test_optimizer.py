@@ -83,6 +83,6 @@ def test_one_update_by_hand():
 def test_the_moving_average_starts_low_and_copies_frozen_parameters():
     assert float(ema_decay(0, decay=0.9999, ramp_steps=2000)) == pytest.approx(0.9999 * (1 - np.exp(-1 / 2000)))
     assert float(ema_decay(1999, decay=0.9999, ramp_steps=2000)) == pytest.approx(0.9999 * (1 - np.exp(-1)))
-    average, values = {"a": jnp.array(2.0), "b": jnp.array(2.0)}, {"a": jnp.array(4.0), "b": jnp.array(4.0)}
-    after = update_ema(average, values, jnp.array(0.75), {"a": True, "b": False})
-    assert (float(after["a"]), float(after["b"])) == (2.5, 4.0)
+    values = {"a": jnp.array(4.0), "b": jnp.full((2, 1), 4.0)}
+    assert update_ema(jnp.full(3, 2.0), values, jnp.array(0.75), {"a": True, "b": False}).tolist() == [2.5, 4.0, 4.0]
+    assert update_ema(jnp.full(3, 2.0), values, jnp.array(0.75)).tolist() == [2.5, 2.5, 2.5]

@@ -21,6 +21,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from places import ROOT
 
+from instseg_jax.packing import cut, join
 from instseg_jax.weights import checkpoint
 
 
@@ -30,8 +31,7 @@ class State:
     step: Any
     params: Any
     batch_stats: Any
-    ema_params: Any
-    ema_batch_stats: Any
+    average: Any
     opt_state: Any
 
 
@@ -61,8 +61,7 @@ def make_state(seed: int) -> State:
         step=jnp.int32(seed),
         params=params,
         batch_stats=stats,
-        ema_params=jax.tree.map(lambda x: x * 2, params),
-        ema_batch_stats=jax.tree.map(lambda x: x * 2, stats),
+        average={name: 2 * join(tree) for name, tree in (("params", params), ("batch_stats", stats))},
         opt_state=opt_state,
     )
 
@@ -261,7 +260,7 @@ def test_any_checkpoint_of_a_run_serves_for_inference(tmp_path):
         variables, metadata = checkpoint.load_inference_checkpoint(path)
         assert metadata == {"step": step}
         state = make_state(step)
-        expected = {"params": state.ema_params, "batch_stats": state.ema_batch_stats}
+        expected = {name: cut(state.average[name], getattr(state, name)) for name in ("params", "batch_stats")}
         assert_same_bits(jax.tree.map(np.asarray, expected), variables)
     checkpoint.save_inference_checkpoint(tmp_path / "best_model", filled(1), {"step": 4})
     assert checkpoint.read_metadata(tmp_path) == {"step": 4}  # the best goes before the last
@@ -269,7 +268,7 @@ def test_any_checkpoint_of_a_run_serves_for_inference(tmp_path):
 
 def test_a_state_without_averages_gives_its_parameters(tmp_path):
     manager = checkpoint.make_manager(tmp_path, max_to_keep=1)
-    state = {**filled(7), "ema_params": None, "opt_state": {"mu": np.ones(3)}}
+    state = {**filled(7), "average": None, "opt_state": {"mu": np.ones(3)}}
     checkpoint.save(manager, 1, state, {}, wait=True)
     assert_same_bits(filled(7), checkpoint.load_inference_checkpoint(tmp_path)[0])
     checkpoint.save(manager, 2, {"opt_state": np.ones(3)}, {}, wait=True)

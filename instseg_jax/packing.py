@@ -1,18 +1,29 @@
 """Hundreds of small tensors as a few long vectors.
 
-The optimizer does the same to every parameter. Done tensor by tensor it is thousands of tiny kernels, which on a
-CPU took XLA longer to compile than the network itself; done on vectors it is a handful.
+The optimizer and the moving average do the same to every parameter. Done tensor by tensor it is thousands of tiny
+kernels, which on a CPU took XLA longer to compile than the network itself; done on vectors it is a handful.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instseg_jax.types import Array
+from instseg_jax.types import Array, HostOrDeviceArray
 
 Vectors = dict[Hashable, Array]
+_ALL = "all"
+
+
+def join(tree: dict) -> Array:
+    """All leaves, which are of one type, as one vector in the order of the tree."""
+    return pack(tree, jax.tree.map(lambda _: _ALL, tree))[_ALL]
+
+
+def cut(vector: HostOrDeviceArray, like: dict) -> dict:
+    """The tree whose leaves `join` has joined; numpy stays numpy. `like` gives the shapes."""
+    return unpack({_ALL: vector}, jax.tree.map(lambda _: _ALL, like), like)
 
 
 def pack(tree: dict, groups: dict) -> Vectors:
@@ -27,11 +38,11 @@ def pack(tree: dict, groups: dict) -> Vectors:
     return {group: jnp.concatenate(leaves) for group, leaves in members.items()}
 
 
-def unpack(vectors: Vectors, groups: dict, like: dict) -> dict:
+def unpack(vectors: Mapping[Hashable, HostOrDeviceArray], groups: dict, like: dict) -> dict:
     """The tree whose leaves `pack` has joined; zeros for the leaves that it left out. `like` gives the shapes."""
     start = dict.fromkeys(vectors, 0)
 
-    def take(group: Hashable, leaf: Array) -> Array:
+    def take(group: Hashable, leaf: Array) -> HostOrDeviceArray:
         if group == "":
             return jnp.zeros_like(leaf)
         size, first = int(np.prod(leaf.shape)), start[group]
