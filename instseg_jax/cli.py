@@ -40,6 +40,7 @@ VERB_FILES = {  # the file of `verbs/` that holds a verb, where it has another n
     "convert": "data",
     "split": "data",
     "prepare": "data",
+    "suggest": "predict",
     "serve": "predict",
     "get_pipeline_config": "predict",
     "status": "jobs",
@@ -137,6 +138,15 @@ def build_parser() -> argparse.ArgumentParser:
     add_tiles(sub)
     add_layer(sub)
     add_job(sub)
+    sub = add("suggest", "which pictures to label next, with the predictions inside for correcting them", None)
+    add_pipeline(sub)
+    sub.add_argument(
+        "--input", metavar="PATH", required=True, help="a folder of pictures, or a pattern like 'a/**/*.jpg'"
+    )
+    sub.add_argument("--n", type=int, default=50, help="pictures (%(default)s)")
+    sub.add_argument("--save_path", metavar="DIR", help="where they go (default: WORKDIR/suggested)")
+    formats = "some of labelme,coco,label_studio,cvat (%(default)s)"
+    sub.add_argument("--formats", metavar="NAMES", default="labelme,coco,label_studio,cvat", help=formats)
     sub = add("status", "how far the job of a `predict --workdir=JOB` is: done, failed, rate, time left", None)
     sub.add_argument("job", metavar="JOB", help="folder of the job, as --workdir named it")
     add_server(add("serve", "answer requests over HTTP, with a page to try it", None))

@@ -123,10 +123,12 @@ def _read_list(file: Path) -> list[Path]:
 def _may_be_labelme(path: Path) -> bool:
     """Whether a file is LabelMe's, or damaged so that it can't be told: such a one must not vanish unsaid."""
     try:
-        content = _read_json(path)
+        content = parse_json(read_regular(path), path)
     except ValueError:
         return True
-    return isinstance(content, dict) and ("shapes" in content or "imagePath" in content)
+    if isinstance(content, list):  # of Label Studio's tasks, which may lie beside; any other is told
+        return not (content and all(isinstance(task, dict) and "data" in task for task in content))
+    return not isinstance(content, dict) or "shapes" in content or "imagePath" in content
 
 
 def _read_json(path: Path) -> dict[str, Any]:

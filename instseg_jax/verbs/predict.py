@@ -1,22 +1,31 @@
-"""The verbs that run a pipeline: `predict`, `serve`, and `get_pipeline_config`. They hold no logic of the rooms."""
+"""The verbs that run a pipeline: `predict`, `suggest`, `serve`, `get_pipeline_config`."""
 
 import argparse
+import dataclasses
 import functools
+import itertools
 import os
 import pathlib
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from rich.progress import Progress
 
 from instseg_jax.commands import print_next
 from instseg_jax.config import load_config
 from instseg_jax.export.accelerate import accelerate
+from instseg_jax.files import write_json, written_aside
 from instseg_jax.inference.pipeline import Pipeline, create_pipeline
 from instseg_jax.inference.pipeline_config import write_pipeline_config
 from instseg_jax.inference.sources import find_sources
+from instseg_jax.messages import shorten
+from instseg_jax.progress import track
+from instseg_jax.results.result import Result
 from instseg_jax.results.saving import Summary, check_formats, save_results
+from instseg_jax.results.suggesting import SEEN, choose, describe, uncertainty
 from instseg_jax.verbs import jobs
 from instseg_jax.weights import PACKAGED_WEIGHTS, PRETRAINED
 
@@ -94,6 +103,62 @@ def nothing_found(class_names: Sequence[str], threshold: float) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def suggest(options: argparse.Namespace) -> int:
+    """Choose pictures to label next and write them, with what was found in them, into a folder."""
+    formats = check_formats(options.formats.split(","))
+    if options.n < 1:
+        raise ValueError(f"--n is {options.n}, it must be at least 1")
+    _, count = find_sources(options.input, channels="rgb")
+    folder = pathlib.Path(options.save_path or pathlib.Path(options.workdir) / "suggested")
+    if folder.resolve() == pathlib.Path(options.input).resolve():
+        raise ValueError(f"--save_path is the folder of the pictures, {folder}; name another one")
+    pipeline = _pipeline(options)
+    found, unsure, looks, failed = [], [], [], []
+    for result in track(pipeline.predict(options.input, threshold=SEEN), "looking", count):
+        reason = result.error
+        if reason is None and (result.page_index is not None or not pathlib.Path(result.input_path).is_file()):
+            reason = "only pictures in files can be suggested"
+        if reason is not None:
+            failed.append((result.input_path, reason))
+            continue
+        unsure.append(uncertainty(np.array([box["score"] for box in result.boxes])))
+        looks.append(describe(result))
+        kept = result.filter(dict(enumerate(map(float, pipeline.thresholds))))
+        found.append(dataclasses.replace(kept, image=None))
+    for path, reason in failed:
+        print(f"left out: {path}: {shorten(reason)}")
+    if not found:
+        raise ValueError(f"--input is {options.input}, in which there is no picture that can be read")
+    order = choose(unsure, np.array(looks), options.n)
+    summary = save_results(_copied([found[i] for i in order], folder), folder, formats=formats)
+    listed = [{"picture": found[i].input_path, "uncertainty": round(unsure[i], 4)} for i in order]
+    write_json(folder / "suggested.json", {"suggested": listed}, indent=2)
+    for path, reason in summary.failed:
+        print(f"failed: {path}: {shorten(reason)}")
+    print(f"{len(order)} of {len(found)} pictures with {summary.instances} predictions to correct are in {folder}")
+    print_next(
+        "convert",
+        *("--src_dataset_type=LabelMe", f"--config.data.dir={folder}", "--save_path=my_data"),
+        comment="once they are corrected; LabelStudio and CVAT too",
+    )
+    return 1 if failed or summary.failed else 0
+
+
+def _copied(results: list[Result], folder: pathlib.Path) -> Iterator[Result]:
+    """The results with copies of their pictures in the folder, each under a name of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    taken: set[str] = set()
+    for result in results:
+        path = pathlib.Path(result.input_path)
+        names = itertools.chain([path.name], (f"{path.stem}_{number}{path.suffix}" for number in itertools.count(2)))
+        # Label files have the name of their picture without its ending.
+        name = next(name for name in names if pathlib.Path(name).stem.casefold() not in taken)
+        taken.add(pathlib.Path(name).stem.casefold())
+        with written_aside(folder / name) as aside:
+            shutil.copyfile(path, aside)
+        yield dataclasses.replace(result, input_path=str(folder / name))
 
 
 def serve(options: argparse.Namespace) -> int:
