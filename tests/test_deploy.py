@@ -1,4 +1,4 @@
-"""What `deploy/` and the pages tell Docker, Kubernetes and SLURM to run is what the command line takes."""
+"""What `.github/deploy/` and the pages tell Docker, Kubernetes and SLURM to run is what the command line takes."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from places import ROOT
 from instseg_jax.cli import build_parser, split_overrides
 from instseg_jax.verbs.jobs import _parse_shard
 
-DEPLOY, PAGES = ROOT / "deploy", ROOT / ".github" / "docs"
+DEPLOY, PAGES = ROOT / ".github" / "deploy", ROOT / ".github" / "docs"
 
 
 def parse(words: list[str]):

@@ -1,7 +1,7 @@
 """What may be segmented: paths, URLs, folders, patterns, arrays, PIL images, videos, and lists of these.
 
 `find_sources` names the images; each is decoded only when its turn comes. Rasters that are read in windows are in
-`rasters.py`; images that a server gets are checked in `deploy/`.
+`rasters.py`; images that a server gets are checked in `serving/`.
 """
 
 import dataclasses

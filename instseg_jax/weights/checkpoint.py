@@ -337,12 +337,17 @@ def load_inference_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, A
         metadata = check_seal(_read_json(folder / _METADATA), "its metadata", is_sealed=_have_digests(leaves))
         item = _VARIABLES if _is_inference_checkpoint(folder) else _STATE
         is_averaged = f"{_AVERAGE}/params" in leaves
-        arrays = _read_arrays(folder / item, leaves, (_AVERAGE,) if is_averaged else _BRANCHES)
+        # Until the averages were joined, they were trees of their own.
+        old = tuple(f"ema_{name}" for name in _BRANCHES)
+        trees = old if any(name.startswith(f"{old[0]}/") for name in leaves) else _BRANCHES
+        arrays = _read_arrays(folder / item, leaves, (_AVERAGE,) if is_averaged else trees)
         if not any(name.startswith("params/") for name in leaves):
             raise ValueError("it holds no params")
         _check_digests(leaves, arrays)
         if is_averaged:
             arrays = {name: cut(arrays[_AVERAGE][name], _abstract(leaves, (name,))[name]) for name in _BRANCHES}
+        else:
+            arrays = {name: arrays[tree] for name, tree in zip(_BRANCHES, trees, strict=True)}
         return arrays, metadata
     except Exception as error:  # TensorStore and Orbax raise what they like, over many lines
         reason = shorten((str(error).splitlines() or [type(error).__name__])[0], 200)

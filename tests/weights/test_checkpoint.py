@@ -266,6 +266,14 @@ def test_any_checkpoint_of_a_run_serves_for_inference(tmp_path):
     assert checkpoint.read_metadata(tmp_path) == {"step": 4}  # the best goes before the last
 
 
+def test_averages_that_are_trees_of_their_own(tmp_path):
+    """As training states were written before."""
+    manager = checkpoint.make_manager(tmp_path, max_to_keep=1)
+    state = {**filled(7), **{f"ema_{name}": tree for name, tree in filled(8).items()}}
+    checkpoint.save(manager, 1, state, {}, wait=True)
+    assert_same_bits(filled(8), checkpoint.load_inference_checkpoint(tmp_path)[0])
+
+
 def test_a_state_without_averages_gives_its_parameters(tmp_path):
     manager = checkpoint.make_manager(tmp_path, max_to_keep=1)
     state = {**filled(7), "average": None, "opt_state": {"mu": np.ones(3)}}

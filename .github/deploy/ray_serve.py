@@ -1,4 +1,4 @@
-"""Replicas on Ray Serve: `serve run deploy.ray_serve:app`, then `curl --data-binary @picture.jpg localhost:8000`."""
+"""Replicas on Ray Serve: `serve run ray_serve:app`, then `curl --data-binary @picture.jpg localhost:8000`."""
 
 import asyncio
 import os
