@@ -173,8 +173,8 @@ def add_address(sub: argparse.ArgumentParser) -> None:
 def add_export(sub: argparse.ArgumentParser) -> None:
     """The options of an export."""
     sub.add_argument("--weights", metavar="PATH", help="workdir of a run or checkpoint (default: workdir)")
-    sub.add_argument("--format", metavar="NAME", default="onnx", help="onnx (the default), stablehlo, openvino, ...")
-    sub.add_argument("--batch", type=int, metavar="N", default=1, help="images a call (%(default)s)")
+    sub.add_argument("--format", metavar="NAME", default="onnx", help="onnx (the default), stablehlo, triton, ...")
+    sub.add_argument("--batch", type=int, metavar="N", default=1, help="images a call, of triton at most (%(default)s)")
     sub.add_argument("--size", type=int, metavar="PIXELS", help="of the square input (default: as trained)")
     sub.add_argument("--dynamic_batch", action="store_true", help="any number of images a call")
     sub.add_argument("--half", action="store_true", help="16-bit numbers (of what, says the README)")

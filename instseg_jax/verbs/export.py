@@ -26,6 +26,9 @@ def export(options: argparse.Namespace) -> int:
         raise ValueError("--half and --int8 exclude each other")
     weights = options.weights or options.workdir
     precision = "half" if options.half else "int8" if options.int8 else ""
+    is_triton = options.format == "triton"
+    if is_triton:  # a repository around an ONNX file of any batch size
+        options.format, batch, options.batch, options.dynamic_batch = "onnx", options.batch, 1, True
     # What is wrong with the request alone is told before weights are read.
     Request(options.format, options.batch, options.size or 640, options.dynamic_batch, precision)
     model = load_with_overrides(weights, options.config, options.overrides)
@@ -45,6 +48,11 @@ def export(options: argparse.Namespace) -> int:
         score=_score if options.data else None,
     )
     print_report(report, folder)
+    if is_triton:
+        from instseg_jax.export.triton import write_repository
+
+        name = "-".join(filter(None, ["triton", precision]))
+        print(f"model repository: {write_repository(folder, folder.with_name(name), batch=batch)}")
     print_next("predict", f"--weights={folder}", "--input=YOUR_PICTURES")
     return 0
 
