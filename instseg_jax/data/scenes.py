@@ -13,6 +13,9 @@ import numpy as np
 from instseg_jax import masks
 from instseg_jax.data import coco, copy_paste, examples, rasterize
 from instseg_jax.files import write_bytes, write_json
+from instseg_jax.geo.layer_files import write_layer
+from instseg_jax.geo.rasters import write_geotiff
+from instseg_jax.outlines import rle_to_polygons
 
 GROUND_COLORS = np.array([(86, 98, 62), (142, 132, 104)], np.float32)  # RGB: grass and gravel
 GROUND_SCALES = (4, 16, 64)  # pixels of the spots of which the ground is mixed
@@ -99,3 +102,30 @@ def write_examples(
         "categories": [{"id": i + 1, "name": name} for i, name in enumerate(categories)],
     }
     return write_json(folder / "annotations" / f"instance_{split}.json", content)
+
+
+def write_map(
+    raster: str | Path,
+    layer: str | Path,
+    scene: examples.Example,
+    class_names: Sequence[str],
+    *,
+    epsg: int,
+    origin: tuple[float, float],
+    pixel_size: float,
+) -> None:
+    """Write a scene as a GeoTIFF, north up, and its objects as a layer of polygons with a field `kind` (extra `geo`).
+
+    `origin` is the (x, y) of the top left corner in the CRS of the EPSG code, `pixel_size` the side of a pixel there.
+    """
+    import pyproj
+    import shapely
+
+    write_geotiff(raster, scene.image, epsg=epsg, origin=origin, pixel_size=pixel_size)
+    shapes = []
+    for segmentation in scene.segmentations:
+        parts = rle_to_polygons(masks.segmentation_to_rle(segmentation, *scene.image.shape[:2]))
+        shape = shapely.multipolygons([shapely.Polygon(part.outer, part.holes) for part in parts])
+        shapes.append(shapely.transform(shape, lambda xy: xy * [pixel_size, -pixel_size] + origin))
+    kinds = np.array([class_names[label] for label in scene.labels], object)
+    write_layer(layer, np.array([*shapes, None], object)[:-1], {"kind": kinds}, pyproj.CRS.from_epsg(epsg))

@@ -63,6 +63,26 @@ def area_measure(to_ground: ToGround, wkt: str) -> Callable[[Polygon], float | N
     return area
 
 
+def degrees_of(wkt: str, sample: np.ndarray) -> ToGround | None:
+    """Make a function from coordinates [P, 2] of a CRS to longitudes, continuous along them, and latitudes of WGS 84.
+
+    None where there is no way for `sample` [P, 2].
+    """
+    try:
+        from rasterio.crs import CRS
+        from rasterio.warp import transform
+
+        crs, globe = CRS.from_wkt(wkt), CRS.from_epsg(WGS84)
+
+        def to_degrees(points: np.ndarray) -> np.ndarray:
+            x, y = transform(crs, globe, points[:, 0], points[:, 1])
+            return np.stack([np.degrees(np.unwrap(np.radians(x))), y], axis=1)
+
+        return to_degrees if np.isfinite(to_degrees(sample)).all() else None
+    except Exception:  # GDAL's errors have a private base class; area_measure says it
+        return None
+
+
 def _densify(ring: np.ndarray, to_ground: ToGround, most_step: float) -> np.ndarray:
     """The ring [P, 2] with points so near to each other that what lies between them is straight on the globe too."""
     after = np.roll(ring, -1, axis=0)

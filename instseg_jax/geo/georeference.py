@@ -1,4 +1,4 @@
-"""Where an image lies on the ground, and instances as maps: GeoJSON and GeoPackage in the image's own CRS.
+"""Where an image lies on the ground, and instances as maps: GeoJSON in WGS 84, GeoPackage in the image's own CRS.
 
 Pixel corner (0, 0), the top left of the top left pixel, is the origin of the affine transform, as in GDAL. The
 transform is applied once, to outlines along pixel edges (`polygons.py`). Areas in square metres are those
@@ -6,8 +6,8 @@ on the globe (`areas.py`), not in the image's CRS, which may distort them.
 """
 
 import dataclasses
+import itertools
 import json
-import sqlite3
 import struct
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,12 +17,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from instseg_jax.files import written_aside
-from instseg_jax.geo.areas import area_measure
+from instseg_jax.geo.areas import ToGround, area_measure, degrees_of
+from instseg_jax.geo.layer_files import require_extra, write_vectors
 from instseg_jax.outlines import Polygon, ring_area
 
 WGS84 = 4326
-GEOPACKAGE_ID, GEOPACKAGE_VERSION = 0x47504B47, 10300
-UNKNOWN_SRS = -1  # GeoPackage's id for Cartesian coordinates without a CRS
+DECIMALS = 9  # of degrees in GeoJSON: a tenth of a millimetre
+Feature = tuple[list[list[np.ndarray]], dict]  # rings [P, 2] of each part, and properties
+AT_ONCE = 10_000  # features of a GeoPackage in memory
+GEOPACKAGE_FIELDS = {"label": object, "cls_id": np.int64, "score": np.float64, "area_px": np.int64, "area_m2": float}
 
 
 class Located(Protocol):
@@ -63,34 +66,46 @@ class Georeference:
 
 
 def to_geojson(result: Located) -> dict:
-    """Make a GeoJSON FeatureCollection of a result: a feature an instance, with its holes and parts.
+    """Make a GeoJSON FeatureCollection of a result, RFC 7946: a feature an instance, with its holes and parts.
 
-    In the image's CRS, which a `crs` member names where it is not WGS 84; without a georeference in pixels, y down.
-    Properties: label, cls_id, score, area_px, and area_m2 where the CRS is known.
+    In longitudes and latitudes of WGS 84. Where the image's CRS has no way there, in that, which a `crs` member names
+    as GeoJSON had it before; without a georeference in pixels, y down. Longitudes of an instance on the border of the
+    world go on beyond 180. Properties: label, cls_id, score, area_px, and area_m2 where the CRS is known.
     """
-    return _collection(result.georeference) | {"features": [_feature(*found) for found in _features(result)]}
+    head, to_degrees = _collection(result.georeference)
+    return head | {"features": [_feature(parts, said, to_degrees) for parts, said in ground_features(result)]}
 
 
 def write_geojson(path: str | Path, result: Located) -> Path:
     """Write `to_geojson` to a file, a feature at a time; return it."""
+    head, to_degrees = _collection(result.georeference)
     with written_aside(path) as aside, aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(json.dumps(_collection(result.georeference) | {"features": []}, ensure_ascii=False)[:-2])
-        for number, found in enumerate(_features(result)):
-            text = json.dumps(_feature(*found), ensure_ascii=False, allow_nan=False)
+        file.write(json.dumps(head | {"features": []}, ensure_ascii=False)[:-2])
+        for number, (parts, properties) in enumerate(ground_features(result)):
+            text = json.dumps(_feature(parts, properties, to_degrees), ensure_ascii=False, allow_nan=False)
             file.write(f", {text}" if number else text)
         file.write("]}\n")
     return Path(path)
 
 
-def _collection(place: "Georeference | None") -> dict[str, Any]:
+def _collection(place: "Georeference | None") -> tuple[dict[str, Any], ToGround | None]:
+    """The head of a FeatureCollection, and what brings coordinates [P, 2] of the image's CRS to degrees, if need be."""
     collection: dict[str, Any] = {"type": "FeatureCollection"}
-    if place is not None and place.wkt is not None and place.epsg != WGS84:
+    if place is None or place.wkt is None or place.epsg == WGS84:
+        return collection, None
+    to_degrees = degrees_of(place.wkt, place.to_ground(np.zeros((1, 2))))
+    if to_degrees is None:
         name = f"urn:ogc:def:crs:EPSG::{place.epsg}" if place.epsg else place.wkt
         collection["crs"] = {"type": "name", "properties": {"name": name}}
-    return collection
+    return collection, to_degrees
 
 
-def _feature(parts: list[list[np.ndarray]], properties: dict) -> dict[str, Any]:
+def _feature(parts: list[list[np.ndarray]], properties: dict, to_degrees: ToGround | None) -> dict[str, Any]:
+    if to_degrees is not None:
+        lengths = [len(ring) for rings in parts for ring in rings]
+        points = to_degrees(np.concatenate([ring for rings in parts for ring in rings])).round(DECIMALS)
+        turned = iter(np.split(points, np.cumsum(lengths)[:-1]))
+        parts = [[next(turned) for _ in rings] for rings in parts]
     rings = [[[*ring.tolist(), ring[0].tolist()] for ring in rings] for rings in parts]
     return {"type": "Feature", "geometry": {"type": "MultiPolygon", "coordinates": rings}, "properties": properties}
 
@@ -98,24 +113,45 @@ def _feature(parts: list[list[np.ndarray]], properties: dict) -> dict[str, Any]:
 def write_geopackage(path: str | Path, result: Located) -> Path:
     """Write a result as a GeoPackage with one layer, `instances`, in the image's CRS; return the file.
 
-    It says that it changed when the image did: the same image gives the same file.
+    It says that it changed when the image did: the same image gives the same file. Needs the extra `geo`.
     """
+    require_extra("A GeoPackage")
+    wkt = None if result.georeference is None else result.georeference.wkt
     with written_aside(path) as aside:
-        # No locks, which shares may lack: nobody else knows the file.
-        database = sqlite3.connect(f"{aside.absolute().as_uri()}?nolock=1", uri=True)
+        named = aside.with_name(f"{aside.name}.gpkg")  # GDAL wants its suffix
         try:
-            database.execute("PRAGMA journal_mode = OFF")
-            _fill_geopackage(database, result)
-        except sqlite3.Error as error:
-            raise OSError(f"{path} can't be written: {error}") from error
+            for number, found in enumerate(_batches(ground_features(result))):
+                said = [properties for _, properties in found]
+                columns = {
+                    name: np.array([one[name] for one in said], kind) for name, kind in GEOPACKAGE_FIELDS.items()
+                }
+                blobs = np.array([*(_to_wkb(parts) for parts, _ in found), None], object)[:-1]
+                write_vectors(
+                    named,
+                    blobs,
+                    columns,
+                    wkt,
+                    driver="GPKG",
+                    changed=_changed(result.input_path),
+                    is_appended=number > 0,
+                )
+            named.replace(aside)
         finally:
-            database.close()
+            named.unlink(missing_ok=True)
     return Path(path)
 
 
-def _features(result: Located) -> Iterator[tuple[list[list[np.ndarray]], dict]]:
+def _batches(features: Iterator[Feature]) -> Iterator[list[Feature]]:
+    """So many at a time as there is memory for; one without any where there are none."""
+    yield list(itertools.islice(features, AT_ONCE))
+    while found := list(itertools.islice(features, AT_ONCE)):
+        yield found
+
+
+def ground_features(result: Located) -> Iterator[Feature]:
     """For each instance with mask pixels: its parts, each with outer ring and holes on the ground, and properties.
 
+    In the image's CRS, or in its pixels where it says none.
     Outer rings run counter-clockwise and holes clockwise on the map (y up), as GeoJSON wants it.
     """
     place = result.georeference
@@ -145,66 +181,15 @@ def _on_the_ground(polygon: Polygon, place: Georeference | None) -> list[np.ndar
     return [ring if (ring_area(ring) > 0) == outer else ring[::-1] for ring, outer in zip(rings, is_outer, strict=True)]
 
 
-def _fill_geopackage(database: sqlite3.Connection, result: Located) -> None:
-    """The tables that OGC 12-128 requires, and one of features."""
-    place = result.georeference
-    srs = UNKNOWN_SRS if place is None or place.wkt is None else place.epsg or 100_000
-    database.executescript(f"""
-        PRAGMA application_id = {GEOPACKAGE_ID};
-        PRAGMA user_version = {GEOPACKAGE_VERSION};
-        CREATE TABLE gpkg_spatial_ref_sys (
-            srs_name TEXT NOT NULL, srs_id INTEGER PRIMARY KEY, organization TEXT NOT NULL,
-            organization_coordsys_id INTEGER NOT NULL, definition TEXT NOT NULL, description TEXT);
-        CREATE TABLE gpkg_contents (
-            table_name TEXT NOT NULL PRIMARY KEY, data_type TEXT NOT NULL, identifier TEXT UNIQUE,
-            description TEXT DEFAULT '', last_change DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ','now')),
-            min_x DOUBLE, min_y DOUBLE, max_x DOUBLE, max_y DOUBLE, srs_id INTEGER REFERENCES gpkg_spatial_ref_sys);
-        CREATE TABLE gpkg_geometry_columns (
-            table_name TEXT NOT NULL PRIMARY KEY REFERENCES gpkg_contents, column_name TEXT NOT NULL,
-            geometry_type_name TEXT NOT NULL, srs_id INTEGER NOT NULL REFERENCES gpkg_spatial_ref_sys,
-            z TINYINT NOT NULL, m TINYINT NOT NULL);
-        CREATE TABLE instances (
-            fid INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL, geom MULTIPOLYGON, label TEXT, cls_id INTEGER, score DOUBLE,
-            area_px INTEGER, area_m2 DOUBLE);
-    """)
-    wgs84 = 'GEOGCS["WGS 84",DATUM["WGS_1984",SPHEROID["WGS 84",6378137,298.257223563]],PRIMEM["Greenwich",0],'
-    wgs84 += 'UNIT["degree",0.0174532925199433],AUTHORITY["EPSG","4326"]]'
-    rows = [
-        ("Undefined Cartesian", -1, "NONE", -1, "undefined", None),
-        ("Undefined geographic", 0, "NONE", 0, "undefined", None),
-        ("WGS 84", WGS84, "EPSG", WGS84, wgs84, None),
-    ]
-    if place is not None and place.wkt is not None and srs != WGS84:
-        rows.append(("CRS of the image", srs, "EPSG" if place.epsg else "NONE", srs, place.wkt, None))
-    database.executemany("INSERT INTO gpkg_spatial_ref_sys VALUES (?, ?, ?, ?, ?, ?)", rows)
-    database.execute(
-        "INSERT INTO gpkg_contents (table_name, data_type, identifier, last_change, srs_id) "
-        "VALUES ('instances', 'features', 'instances', strftime('%Y-%m-%dT%H:%M:%fZ', ?, 'unixepoch'), ?)",
-        (_changed(result.input_path), srs),
-    )
-    database.execute("INSERT INTO gpkg_geometry_columns VALUES ('instances', 'geom', 'MULTIPOLYGON', ?, 0, 0)", (srs,))
-    low, high = np.full(2, np.inf), np.full(2, -np.inf)
-    for parts, properties in _features(result):
-        points = np.concatenate([ring for rings in parts for ring in rings])
-        low, high = np.minimum(low, points.min(axis=0)), np.maximum(high, points.max(axis=0))
-        database.execute(
-            "INSERT INTO instances (geom, label, cls_id, score, area_px, area_m2) VALUES (?, ?, ?, ?, ?, ?)",
-            (_geometry_blob(parts, srs), *(properties[k] for k in ("label", "cls_id", "score", "area_px", "area_m2"))),
-        )
-    if (low <= high).all():
-        database.execute("UPDATE gpkg_contents SET min_x = ?, min_y = ?, max_x = ?, max_y = ?", (*low, *high))
-    database.commit()
-
-
 def _changed(name: str) -> float:
     """When a file changed, in seconds; now, where it is none."""
     path = Path(name)
     return path.stat().st_mtime if path.is_file() else time.time()
 
 
-def _geometry_blob(parts: Sequence[Sequence[np.ndarray]], srs: int) -> bytes:
-    """A multipolygon as GeoPackage stores it: its header without envelope, then little-endian WKB."""
-    blob = [b"GP", struct.pack("<BBi", 0, 1, srs), struct.pack("<BII", 1, 6, len(parts))]
+def _to_wkb(parts: Sequence[Sequence[np.ndarray]]) -> bytes:
+    """A multipolygon as little-endian WKB."""
+    blob = [struct.pack("<BII", 1, 6, len(parts))]
     for rings in parts:
         blob.append(struct.pack("<BII", 1, 3, len(rings)))
         for ring in rings:

@@ -4,6 +4,9 @@ import contextlib
 import importlib.util
 import json
 import sqlite3
+import threading
+import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from instseg_jax.messages import quote, shorten
 
 DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".json": "GeoJSON", ".fgb": "FlatGeobuf", ".parquet": "Parquet"}
 LAYER = "instances"
+GDAL_OPTIONS = threading.Lock()  # they are those of the process
 EXTRA = ("rasterio", "pyogrio", "shapely", "pyproj")
 GEOJSON_DECIMALS = 8  # of degrees: a millimetre
 WGS84 = "EPSG:4326"
@@ -41,7 +45,6 @@ def write_layer(
     `crs` is of pyproj, None: unknown; GeoJSON in WGS 84 follows RFC 7946. `style` is QGIS' QML: kept within a
     GeoPackage, beside other files. Raises OSError where it can't be written.
     """
-    import pyogrio
     import shapely
 
     driver = driver_of(path)
@@ -56,18 +59,8 @@ def write_layer(
             if driver == "GeoJSON" and crs is not None and crs.equals(WGS84):
                 options = {"RFC7946": "YES", "COORDINATE_PRECISION": GEOJSON_DECIMALS}
             try:
-                pyogrio.raw.write(
-                    named,
-                    geometry=blobs,
-                    field_data=list(columns.values()),
-                    fields=np.array(list(columns), object),
-                    geometry_type="MultiPolygon",
-                    crs=None if crs is None else crs.to_wkt(),
-                    driver=driver,
-                    layer=LAYER,
-                    **options,
-                )
-            except (pyogrio.errors.DataSourceError, pyogrio.errors.FieldError, OSError) as error:
+                write_vectors(named, blobs, columns, None if crs is None else crs.to_wkt(), driver=driver, **options)
+            except OSError as error:
                 named.unlink(missing_ok=True)
                 raise OSError(f"{path} can't be written ({shorten(error)}).") from error
             if style is not None and driver == "GPKG":
@@ -77,6 +70,46 @@ def write_layer(
         with written_aside(Path(path).with_suffix(".qml")) as aside:
             aside.write_text(style, encoding="utf-8")
     return Path(path)
+
+
+def write_vectors(
+    path: Path,
+    blobs: np.ndarray,
+    columns: Mapping[str, np.ndarray],
+    wkt: str | None,
+    *,
+    driver: str,
+    changed: float | None = None,
+    is_appended: bool = False,
+    **options: Any,
+) -> None:
+    """Write multipolygons [n], as WKB, with GDAL as the layer `instances`, or append them to it.
+
+    `changed` is when a GeoPackage says that it was, in seconds; None: now. Raises OSError where it can't be written.
+    """
+    import pyogrio
+
+    when = None if changed is None else time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(changed))
+    with GDAL_OPTIONS, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'crs' was not provided")  # a picture that lies nowhere
+        pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": when})
+        try:
+            pyogrio.raw.write(
+                path,
+                geometry=blobs,
+                field_data=list(columns.values()),
+                fields=np.array(list(columns), object),
+                geometry_type="MultiPolygon",
+                crs=wkt,
+                driver=driver,
+                layer=LAYER,
+                append=is_appended,
+                **options,
+            )
+        except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, pyogrio.errors.FieldError) as error:
+            raise OSError(f"{path} can't be written ({shorten(error)}).") from error
+        finally:
+            pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": None})
 
 
 def read_layer_file(

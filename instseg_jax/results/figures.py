@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from instseg_jax.geo.georeference import to_geojson
+from instseg_jax.geo.georeference import ground_features
 from instseg_jax.results.visualize import draw_instances, instance_colors
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def draw_targets(
 
 
 def draw_map(result: "Result", *, width: float = 10.0) -> "Figure":
-    """Draw a georeferenced result as a map: its picture, and its GeoJSON on top, in the coordinates of the ground.
+    """Draw a georeferenced result as a map: its picture, and its outlines on top, in the coordinates of the ground.
 
     The georeference must have no rotation. Raises ValueError for a result without picture or georeference.
     """
@@ -164,17 +164,17 @@ def draw_map(result: "Result", *, width: float = 10.0) -> "Figure":
     a, b, c, d, e, f = place.transform
     if b or d:
         raise ValueError(f"A map is drawn of images without rotation, the transform is {place.transform}.")
-    (rows, columns), features = result.size, to_geojson(result)["features"]
+    (rows, columns), features = result.size, list(ground_features(result))
     figure = Figure(figsize=(width, width * rows / columns + 0.5), dpi=PIXELS_PER_INCH, layout="constrained")
     axis = figure.subplots()
     axis.imshow(result.image, extent=(c, c + a * columns, f + e * rows, f))
-    colors = instance_colors([feature["properties"]["cls_id"] for feature in features])
-    for feature, color in zip(features, colors, strict=True):
+    colors = instance_colors([properties["cls_id"] for _, properties in features])
+    for (parts, _), color in zip(features, colors, strict=True):
         tone = np.array(color) / 255
-        for rings in feature["geometry"]["coordinates"]:
-            axis.fill(*np.array(rings[0]).T, facecolor=(*tone, 0.4), edgecolor=tone, linewidth=1.5)
+        for rings in parts:
+            axis.fill(*rings[0].T, facecolor=(*tone, 0.4), edgecolor=tone, linewidth=1.5)
             for hole in rings[1:]:
-                axis.plot(*np.array(hole).T, color=tone, linewidth=1)
+                axis.plot(*np.concatenate([hole, hole[:1]]).T, color=tone, linewidth=1)
     axis.ticklabel_format(useOffset=False, style="plain")
     axis.tick_params(labelsize=8)
     return figure

@@ -17,6 +17,7 @@ import numpy as np
 
 from instseg_jax.files import check_seal, read_json, seal, write_json, write_text
 from instseg_jax.geo import georeference
+from instseg_jax.geo.layer_files import require_extra
 from instseg_jax.images import is_video
 from instseg_jax.results.coco_file import CocoFile
 from instseg_jax.results.label_tools import FILES as LABEL_FILES
@@ -45,11 +46,13 @@ class Summary:
 
 
 def check_formats(formats: Iterable[str]) -> tuple[str, ...]:
-    """The formats, without blanks. Raises ValueError for an unknown one, or none."""
+    """The formats, without blanks. Raises ValueError for an unknown one, for none, and where an extra is missing."""
     names = tuple(name.strip() for name in formats if name.strip())
     unknown = [name for name in names if name not in FORMATS]
     if unknown or not names:
         raise ValueError(f"formats must be some of {','.join(FORMATS)}, got {','.join(unknown) or 'none'}")
+    if "gpkg" in names:
+        require_extra("The format gpkg")
     return names
 
 

@@ -1,5 +1,7 @@
 """Maps: where a pixel lies on the ground, to a tenth of a pixel and better; files that GIS programs read."""
 
+import contextlib
+import importlib.util
 import json
 import sqlite3
 
@@ -19,6 +21,7 @@ from instseg_jax.windows import Window
 
 rasterio = pytest.importorskip("rasterio")
 features = pytest.importorskip("rasterio.features")
+warp = pytest.importorskip("rasterio.warp")
 
 # Half a metre a pixel, turned by about 10 degrees, in UTM zone 33.
 TURNED = (
@@ -60,12 +63,14 @@ def test_round_trip_to_a_tenth_of_a_pixel(tmp_path, pipe, tile):
     (result,) = pipe.predict(path, tile=tile, overlap=0.25)
     content = json.loads(georeference.write_geojson(tmp_path / "field.geojson", result).read_text())
     (feature,) = content["features"]
-    assert content["crs"]["properties"]["name"] == "urn:ogc:def:crs:EPSG::32633"
-    ((outer, hole),) = feature["geometry"]["coordinates"]
+    assert "crs" not in content  # WGS 84, as RFC 7946 has it
+    assert np.abs(np.array(feature["geometry"]["coordinates"][0][0]) - [15.0, 45.15]).max() < 0.01
+    geometry = warp.transform_geom("EPSG:4326", "EPSG:32633", feature["geometry"])
+    ((outer, hole),) = geometry["coordinates"]
     assert outer[0] == outer[-1] and len(outer) == 5 and len(hole) == 5
-    corners = {tuple(np.round(~TURNED @ point, 6)) for point in outer}
+    corners = {tuple(np.round(~TURNED @ point, 2)) for point in outer}
     assert np.abs(np.array(sorted(corners)) - sorted([(10, 20), (30, 20), (10, 50), (30, 50)])).max() < 0.1
-    burnt = features.rasterize([feature["geometry"]], image.shape[:2], transform=TURNED)
+    burnt = features.rasterize([geometry], image.shape[:2], transform=TURNED)
     np.testing.assert_array_equal(burnt, mask_api.decode(result.masks[0]))
     properties = feature["properties"]
     assert properties["label"] == "red" and properties["area_px"] == 20 * 30 - 60
@@ -112,27 +117,37 @@ def test_a_picture_without_a_place_is_in_pixels():
 
 
 def test_geopackage(tmp_path, pipe):
+    pyogrio, shapely = pytest.importorskip("pyogrio"), pytest.importorskip("shapely")
     (result,) = pipe.predict(write_raster(tmp_path / "field.tif", with_hole()), tile=64)
     path = georeference.write_geopackage(tmp_path / "field.gpkg", result)
-    database = sqlite3.connect(path)
-    assert database.execute("PRAGMA application_id").fetchone() == (0x47504B47,)
-    (row,) = database.execute("SELECT label, score, area_px, geom FROM instances").fetchall()
-    assert row[0] == "red" and row[2] == 540
-    assert database.execute("SELECT srs_id FROM gpkg_geometry_columns").fetchone() == (32633,)
-    shapely = pytest.importorskip("shapely")
-    (feature,) = georeference.to_geojson(result)["features"]
-    from_json = shapely.geometry.shape(feature["geometry"])
-    assert shapely.from_wkb(row[3][8:]).equals(from_json)
-    bounds = database.execute("SELECT min_x, min_y, max_x, max_y FROM gpkg_contents").fetchone()
-    np.testing.assert_allclose(bounds, from_json.bounds)
-    database.close()
+    meta, _, blobs, columns = pyogrio.raw.read(path, layer="instances")
+    found = dict(zip(meta["fields"], columns, strict=True))
+    assert pyogrio.read_info(path)["crs"] == "EPSG:32633"
+    assert found["label"].tolist() == ["red"] and found["area_px"].tolist() == [540]
+    assert found["area_m2"][0] == pytest.approx(540 * 0.25, rel=2e-3)
+    ((parts, _),) = georeference.ground_features(result)
+    expected = shapely.MultiPolygon([(rings[0], rings[1:]) for rings in parts])
+    assert shapely.from_wkb(blobs[0]).equals(expected)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT COUNT(*) FROM rtree_instances_geom").fetchone() == (1,)  # the spatial index
+    again = georeference.write_geopackage(tmp_path / "again.gpkg", result)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_geopackage_is_written_some_features_at_a_time(tmp_path, pipe, monkeypatch):
+    pyogrio = pytest.importorskip("pyogrio")
+    squares = [(0, 10 + 30 * k, 20, 30 + 30 * k, 50) for k in range(5)]
+    (result,) = pipe.predict(write_raster(tmp_path / "field.tif", picture(*squares, size=(80, 200))), tile=64)
+    monkeypatch.setattr(georeference, "AT_ONCE", 2)
+    path = georeference.write_geopackage(tmp_path / "field.gpkg", result)
+    assert len(result) == 5 and pyogrio.read_info(path)["features"] == 5
 
 
 def test_an_empty_geopackage(tmp_path):
+    pyogrio = pytest.importorskip("pyogrio")
     path = georeference.write_geopackage(tmp_path / "none.gpkg", Result("a.png", (20, 20), [], []))
-    database = sqlite3.connect(path)
-    assert database.execute("SELECT COUNT(*) FROM instances").fetchone() == (0,)
-    database.close()
+    said = pyogrio.read_info(path, layer="instances")
+    assert said["features"] == 0 and list(said["fields"]) == ["label", "cls_id", "score", "area_px", "area_m2"]
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -196,11 +211,36 @@ def test_a_place_of_its_own_crs_is_kept(tmp_path, pipe):
     (result,) = pipe.predict(
         write_raster(tmp_path / "a.tif", with_hole(), crs=rasterio.crs.CRS.from_proj4(local)), tile=64
     )
-    assert "Transverse_Mercator" in georeference.to_geojson(result)["crs"]["properties"]["name"]
-    assert georeference.write_geopackage(tmp_path / "a.gpkg", result).stat().st_size > 0
+    content = georeference.to_geojson(result)
+    assert "crs" not in content and 11 < content["features"][0]["geometry"]["coordinates"][0][0][0][0] < 180
+    if importlib.util.find_spec("pyogrio"):
+        assert georeference.write_geopackage(tmp_path / "a.gpkg", result).stat().st_size > 0
     (result,) = pipe.predict(write_raster(tmp_path / "b.tif", with_hole(), crs=None), tile=64)
     (feature,) = georeference.to_geojson(result)["features"]
     assert feature["properties"]["area_m2"] is None and feature["geometry"]["coordinates"][0][0][0][0] > 400_000
+
+
+def test_a_place_without_a_way_to_the_globe_stays_where_it_is():
+    mask = np.zeros((20, 20), bool)
+    mask[2:5, 3:9] = True
+    box = {"cls_id": 0, "label": "red", "score": 0.9, "coordinate": [3, 2, 9, 5]}
+    site = Georeference((1.0, 0.0, 100.0, 0.0, -1.0, 50.0), 'LOCAL_CS["site",UNIT["metre",1]]', None)
+    content = georeference.to_geojson(Result("a.tif", (20, 20), [box], [encode_mask(mask)], georeference=site))
+    assert "site" in content["crs"]["properties"]["name"]
+    ((ring,),) = content["features"][0]["geometry"]["coordinates"]
+    assert {tuple(p) for p in ring} == {(103, 48), (109, 48), (109, 45), (103, 45)}
+
+
+def test_an_instance_on_the_border_of_the_world_goes_on_beyond_it():
+    mask = np.zeros((20, 40), bool)
+    mask[5:10, 5:35] = True
+    box = {"cls_id": 0, "label": "red", "score": 0.9, "coordinate": [5, 5, 35, 10]}
+    wkt = rasterio.crs.CRS.from_epsg(32660).to_wkt()
+    x = warp.transform("EPSG:4326", "EPSG:32660", [180.0], [0.0])[0][0]
+    place = Georeference((100.0, 0.0, x - 2000, 0.0, -100.0, 1000.0), wkt, 32660)
+    content = georeference.to_geojson(Result("a.tif", (20, 40), [box], [encode_mask(mask)], georeference=place))
+    ((ring,),) = content["features"][0]["geometry"]["coordinates"]
+    assert np.ptp(np.array(ring)[:, 0]) < 0.1 and np.abs(np.array(ring)[:, 0]).max() > 180
 
 
 def test_a_written_geotiff_lies_where_it_was_told(tmp_path):

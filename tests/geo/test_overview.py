@@ -12,28 +12,23 @@ pytest.importorskip("pyogrio")
 pyproj = pytest.importorskip("pyproj")
 shapely = pytest.importorskip("shapely")
 
-from instseg_jax import masks  # noqa: E402
 from instseg_jax.cli import main  # noqa: E402
 from instseg_jax.data import coco, scenes  # noqa: E402
-from instseg_jax.geo.layer_files import write_layer  # noqa: E402
-from instseg_jax.geo.rasters import write_geotiff  # noqa: E402
-from instseg_jax.outlines import rle_to_polygons  # noqa: E402
+from instseg_jax.geo.layer_files import read_layer_file, write_layer  # noqa: E402
 
-UTM, ORIGIN, PX = 32632, np.array([395_000.0, 5_268_000.0]), 0.5
+UTM, ORIGIN, PX = 32632, (395_000.0, 5_268_000.0), 0.5
 
 
 def make_map(folder, offset):
     """A raster of houses and a layer of their outlines, `offset` metres (east, north) off."""
     dataset = coco.read_coco(EMBEDDED / "annotations" / "instance_train.json", EMBEDDED / "images")
     scene = scenes.scatter_objects(dataset, (700, 900), np.random.default_rng(3), count=50, scale_range=(0.3, 0.5))
-    write_geotiff(folder / "a.tif", scene.image, epsg=UTM, origin=tuple(ORIGIN), pixel_size=PX)
-    shapes = []
-    for segmentation in scene.segmentations:
-        parts = rle_to_polygons(masks.segmentation_to_rle(segmentation, 700, 900))
-        shape = shapely.union_all([shapely.Polygon(part.outer, part.holes) for part in parts])
-        shapes.append(shapely.transform(shape, lambda xy: xy * [PX, -PX] + ORIGIN + offset))
-    kinds = {"kind": np.array(["house"] * len(shapes), object)}
-    write_layer(folder / "a.gpkg", np.array(shapes, object), kinds, pyproj.CRS(UTM))
+    place = {"epsg": UTM, "origin": ORIGIN, "pixel_size": PX}
+    scenes.write_map(folder / "a.tif", folder / "true.gpkg", scene, ["house"], **place)
+    blobs, columns, _ = read_layer_file(folder / "true.gpkg", None, ["kind"])
+    shapes = shapely.transform(shapely.from_wkb(blobs), lambda xy: xy + offset)
+    assert len(shapes) == len(scene.labels) and set(columns["kind"]) == {"house"}
+    write_layer(folder / "a.gpkg", shapes, columns, pyproj.CRS(UTM))
 
 
 @pytest.mark.parametrize("offset", [(0.0, 0.0), (9.0, -12.0)])

@@ -22,6 +22,7 @@ from instseg_jax.jobs.workers import failed_parts, lease, missing_parts, part_fi
 from instseg_jax.results.saving import save_results
 
 pytest.importorskip("rasterio")
+pytest.importorskip("pyogrio")
 FORMATS = ("img", "json", "coco", "geojson", "gpkg")
 
 

@@ -1,5 +1,6 @@
 """Results in other tools' forms, and the files of a run: read back by what reads them."""
 
+import importlib.util
 import json
 import sys
 from fractions import Fraction
@@ -125,15 +126,24 @@ def test_every_format_is_written(tmp_path, pipe):
     (tmp_path / "in").mkdir()
     Image.fromarray(picture((0, 10, 20, 30, 50))).save(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "b.jpg").write_bytes(b"broken")
-    formats = ("img", "json", "coco", "labelme", "yolo", "geojson", "gpkg")
+    formats = ["img", "json", "coco", "labelme", "yolo", "geojson"]
+    formats += ["gpkg"] if importlib.util.find_spec("pyogrio") else []
     summary = save_results(pipe.predict(tmp_path / "in"), tmp_path / "out", formats=formats)
-    names = ["a.json", "a.txt", "a_res.geojson", "a_res.gpkg", "a_res.json", "a_res.png", "coco.json"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    assert (summary.images, summary.instances, summary.files) == (1, 1, 7)
+    names = ["a.json", "a.txt", "a_res.geojson", "a_res.json", "a_res.png", "coco.json"]
+    names += ["a_res.gpkg"] if "gpkg" in formats else []
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+    assert (summary.images, summary.instances, summary.files) == (1, 1, len(formats))
     ((name, reason),) = summary.failed
     assert name.endswith("b.jpg") and "can't be read" in reason
     labelme = json.loads((tmp_path / "out" / "a.json").read_text())
     assert (tmp_path / "out" / labelme["imagePath"]).resolve() == (tmp_path / "in" / "a.png").resolve()
+
+
+def test_a_geopackage_names_the_extra_that_it_needs(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pyogrio" else True)
+    with pytest.raises(ValueError, match=r"The format gpkg needs pip install .instseg_jax\[geo\]"):
+        check_formats(("json", "gpkg"))
+    assert check_formats(("json", "geojson")) == ("json", "geojson")
 
 
 def test_inputs_that_share_a_name_do_not_overwrite_each_other(tmp_path, pipe):
