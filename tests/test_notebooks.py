@@ -20,7 +20,7 @@ pytest.importorskip("ipykernel")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_BYTES, MAX_BYTES_IN_ALL = 400_000, 2_000_000
 QUICK = "01_data_and_augmentations.ipynb"
-NEEDS_GEO = "06_aerial_image_to_geojson.ipynb"
+NEEDS_GEO = "06_from_qgis_to_a_map.ipynb"
 # A folder of somebody's machine, in an output: /home/anna, /Users/anna, /tmp/x, C:\Users.
 PLACES = re.compile(r"(?<![\w.])/(home|Users|root|tmp|work|mnt|var|opt)/|[A-Z]:\\\\")
 
