@@ -88,10 +88,13 @@ def build_parser() -> argparse.ArgumentParser:
     about = "look at every picture and annotation; what passes can be trained on"
     sub = add("check_dataset", about, DEFAULT_CONFIG)
     sub.add_argument("--fix", action="store_true", help="write repaired copies of the annotation files")
-    about = "turn LabelMe, VOC, YOLO, Label Studio or CVAT annotations, or rasters and polygons of a map, into COCO's"
+    about = "turn LabelMe, VOC, YOLO, Label Studio, CVAT or COCO files, or rasters and polygons, into a data set"
     sub = add("convert", about, DEFAULT_CONFIG)
-    about = "format of config.data.dir; geo: --rasters and --labels"
-    sub.add_argument("--src_dataset_type", metavar="LabelMe|VOC|YOLO|LabelStudio|CVAT|geo", required=True, help=about)
+    about, kinds = (
+        "format of config.data.dir; geo: --rasters and --labels",
+        "LabelMe|VOC|YOLO|LabelStudio|CVAT|COCO|geo",
+    )
+    sub.add_argument("--src_dataset_type", metavar=kinds, required=True, help=about)
     sub.add_argument("--save_path", metavar="DIR", help="where annotations/ and images/ go (default: config.data.dir)")
     about = "class names, one a line (default: labels.txt and the like); geo: FILE[:LAYER] of polygons"
     sub.add_argument("--labels", metavar="FILE", help=about)

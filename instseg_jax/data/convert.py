@@ -1,7 +1,7 @@
 """Other annotation formats to COCO: finding the files, naming pictures and categories, writing the result.
 
 Each format is read by a file of its own (`labelme.py`, `voc.py`, `yolo.py`, `label_studio.py`,
-`cvat.py`, `maps.py`) to `ConvertedImage`s.
+`cvat.py`, `coco_files.py`, `maps.py`) to `ConvertedImage`s.
 Written are `annotations/instance_train.json`, `instance_val.json` where there is a validation part, and `images/`.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from instseg_jax import files, masks
-from instseg_jax.data import coco_entries, cvat, label_studio, labelme, split, voc, yolo
+from instseg_jax.data import coco_entries, coco_files, cvat, label_studio, labelme, split, voc, yolo
 from instseg_jax.data.converted import (
     NOT_A_CLASS,
     ConvertedImage,
@@ -28,7 +28,14 @@ from instseg_jax.progress import Track
 
 DEFAULT_PERCENTAGES = (80, 20)  # of a train_anno_list.txt without a val_anno_list.txt
 MASK_FOLDERS = ("SegmentationClass", "SegmentationObject")  # of VOC
-READERS = {"labelme": labelme, "voc": voc, "yolo": yolo, "labelstudio": label_studio, "cvat": cvat}
+READERS = {
+    "labelme": labelme,
+    "voc": voc,
+    "yolo": yolo,
+    "labelstudio": label_studio,
+    "cvat": cvat,
+    "coco": coco_files,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +61,17 @@ def convert_dataset(
 ) -> Conversion:
     """Convert a data set to COCO below `target` (may be the folder itself); existing annotation files become .bak.
 
-    `kind` is LabelMe, VOC, YOLO, LabelStudio or CVAT in any case. `labels` names a file of class names, one a line;
-    otherwise labels.txt, class_names.txt or classes.txt in or above the folder is used, otherwise classes are numbered
-    as they occur. With `percentages` of training and validation all pictures are dealt out as `split_images` does;
-    without them, a `train_anno_list.txt` alone gives a fifth to validation. `skip_invalid` goes on past what can't be
-    read, and notes it.
+    `kind` is LabelMe, VOC, YOLO, LabelStudio, CVAT or COCO in any case. `labels` names a file of class names, one a
+    line; otherwise labels.txt, class_names.txt or classes.txt in or above the folder is used, otherwise classes are
+    numbered as they occur. With `percentages` of training and validation all pictures are dealt out as `split_images`
+    does; without them, a `train_anno_list.txt` alone gives a fifth to validation. `skip_invalid` goes on past what
+    can't be read, and notes it.
 
     Raises FileNotFoundError or ValueError, naming the file, for what can't be read.
     """
     if kind.lower() not in READERS:
         raise ValueError(
-            f"The source data set type must be one of LabelMe, VOC, YOLO, LabelStudio, CVAT, got {quote(kind)}."
+            f"The source data set type must be one of LabelMe, VOC, YOLO, LabelStudio, CVAT, COCO, got {quote(kind)}."
         )
     source, target = Path(source), Path(target)
     if not source.is_dir():
@@ -255,6 +262,7 @@ def _to_coco(images: Iterable[ConvertedImage], names: Sequence[str], pictures: _
                     "area": masks.rle_area(rle),
                     "iscrowd": int(o.is_crowd),
                 }
+                | o.facts
             )
     content["categories"] = [{"id": i, "name": name, "supercategory": "none"} for name, i in ids.items()]
     return content

@@ -1,7 +1,8 @@
 """What the readers of other formats hand to `data/convert.py`, and what several of them do the same way."""
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 
 from instseg_jax import masks
 from instseg_jax.data.polygons import clip_polygon, is_degenerate
-from instseg_jax.files import is_inside, is_regular, read_regular_text
+from instseg_jax.files import is_inside, is_regular, read_regular, read_regular_text
 from instseg_jax.images import IMAGE_SUFFIXES
+from instseg_jax.pixels import decode
 
 NOT_A_CLASS = ("__ignore__", "_background_", "background", "")
 LABEL_FILES = ("labels.txt", "class_names.txt", "classes.txt")
@@ -24,6 +26,7 @@ class ConvertedObject:
     name: str
     segmentation: list[list[float]] | dict[str, Any]
     is_crowd: bool = False
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # more entries of its annotation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +103,51 @@ def find_picture(stem: str, folders: Sequence[Path]) -> Path | None:
                 if is_regular(path):
                     return path
     return None
+
+
+def find_named(names: Sequence[str], folders: Sequence[Path]) -> Path | None:
+    """The first of some names, paths with slashes, that is a file in one of the folders; else the picture that has the
+    last one's stem.
+    """
+    for name in filter(None, names):
+        for folder in folders:
+            if is_regular(folder / name):
+                return folder / name
+    return find_picture(Path(names[-1]).stem, folders)
+
+
+def folders_near(file: Path, root: Path) -> list[Path]:
+    """Where the pictures of an annotation file may be, in a data set below `root`: the likeliest first."""
+    return [file.parent, file.parent / "images", root, root / "images"]
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(height, width) of a picture as it is trained on, turned as EXIF says; every pixel is decoded."""
+    height, width = decode(read_regular(path), str(path)).shape[:2]
+    return height, width
+
+
+def join_objects(
+    parts: Mapping[Any, Sequence[np.ndarray]],
+    height: int,
+    width: int,
+    notes: collections.Counter[str],
+    *,
+    what: str,
+    crowds: Collection[Any] = (),
+) -> tuple[ConvertedObject, ...]:
+    """An object of each of `parts`, {(class name, ...): polygons and masks as of `join_parts`}.
+
+    Those in which nothing is drawn are noted, as `what`; keys in `crowds` are crowds.
+    """
+    objects = []
+    for key, drawings in parts.items():
+        segmentation = join_parts(drawings, height, width)
+        if segmentation is None:
+            notes[f"{what} left out, without a pixel in their picture"] += 1
+        else:
+            objects.append(ConvertedObject(key[0], segmentation, is_crowd=key in crowds))
+    return tuple(objects)
 
 
 def join_parts(parts: Sequence[np.ndarray], height: int, width: int) -> list[list[float]] | dict[str, Any] | None:

@@ -5,7 +5,6 @@ The XML of videos has tracks in place of pictures, and is refused.
 
 import collections
 import functools
-import math
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -14,19 +13,18 @@ import numpy as np
 from instseg_jax.data.converted import (
     NOT_A_CLASS,
     ConvertedImage,
-    ConvertedObject,
     Listing,
     check_inside,
-    find_picture,
+    find_named,
+    folders_near,
     is_hidden,
-    join_parts,
+    join_objects,
+    picture_size,
     read_class_names,
 )
+from instseg_jax.data.polygons import draw_ellipse, turn_clockwise
 from instseg_jax.files import is_regular, read_regular
 from instseg_jax.messages import quote, shorten
-from instseg_jax.pixels import decode
-
-ELLIPSE_CORNERS = 72
 
 
 def find_annotations(source: Path, labels: str | Path | None) -> Listing:
@@ -60,8 +58,11 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
     image = _read(file).findall("image")[int(path.name)]
     name = (image.get("name") or "").replace("\\", "/")
     what = f"The picture {quote(name)} of {file}"
-    picture = check_inside(_find_picture(name, file, listing.root, what), listing.root, what).resolve()
-    height, width = decode(read_regular(picture), str(picture)).shape[:2]
+    found = find_named([name, name.rpartition("/")[2]], folders_near(file, listing.root))
+    if found is None:
+        raise FileNotFoundError(f"{what} is not there.")
+    picture = check_inside(found, listing.root, what).resolve()
+    height, width = picture_size(picture)
     if (image.get("height"), image.get("width")) not in ((str(height), str(width)), (None, None)):
         said = f"{image.get('width')} x {image.get('height')}"
         raise ValueError(f"{what} is said to have {said} pixels, but has {width} x {height}.")
@@ -79,14 +80,8 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
             notes[f"shapes left out, that are a {shape.tag}"] += 1
             continue
         parts.setdefault((label, f"group {group}" if group != "0" else f"shape {number}"), []).append(drawn)
-    objects = []
-    for (label, _), drawings in parts.items():
-        segmentation = join_parts(drawings, height, width)
-        if segmentation is None:
-            notes["shapes left out, without a pixel in their picture"] += 1
-        else:
-            objects.append(ConvertedObject(label, segmentation))
-    return ConvertedImage(picture, b"", picture.name, height, width, tuple(objects))
+    objects = join_objects(parts, height, width, notes, what="shapes")
+    return ConvertedImage(picture, b"", picture.name, height, width, objects)
 
 
 @functools.lru_cache(maxsize=2)
@@ -113,14 +108,10 @@ def _draw(shape: ElementTree.Element, height: int, width: int) -> np.ndarray | N
         ring, center = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]]), np.array([x1 + x2, y1 + y2]) / 2
     elif shape.tag == "ellipse":
         center = np.array([float(said["cx"]), float(said["cy"])])
-        angles = 2 * math.pi * np.arange(ELLIPSE_CORNERS) / ELLIPSE_CORNERS
-        radii = float(said["rx"]), float(said["ry"])
-        ring = center + np.stack([radii[0] * np.cos(angles), radii[1] * np.sin(angles)], axis=1)
+        ring = draw_ellipse(center, float(said["rx"]), float(said["ry"]))
     else:
         return None
-    angle = math.radians(float(said.get("rotation", 0)))  # clockwise on the screen, around the middle
-    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    return _finite((ring - center) @ turn + center)
+    return _finite(turn_clockwise(ring, float(said.get("rotation", 0)), center))
 
 
 def _finite(points: list[list[float]] | np.ndarray) -> np.ndarray:
@@ -142,14 +133,3 @@ def _mask(said: dict[str, str], height: int, width: int) -> np.ndarray:
     drawn = np.repeat(np.arange(len(runs)) % 2, runs).reshape(rows, columns)
     mask[top : top + rows, left : left + columns] = drawn
     return mask
-
-
-def _find_picture(name: str, file: Path, root: Path, what: str) -> Path:
-    folders = [file.parent, file.parent / "images", root, root / "images"]
-    for candidate in (name, name.rpartition("/")[2]):
-        for folder in folders:
-            if candidate and is_regular(folder / candidate):
-                return folder / candidate
-    if (found := find_picture(Path(name).stem, folders)) is not None:
-        return found
-    raise FileNotFoundError(f"{what} is not there.")

@@ -6,7 +6,6 @@ whose parentID is a region of the same class is a part of that.
 
 import collections
 import functools
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,22 @@ from instseg_jax.brush_rle import decode_brush
 from instseg_jax.data.converted import (
     NOT_A_CLASS,
     ConvertedImage,
-    ConvertedObject,
     Listing,
     check_inside,
-    find_picture,
+    find_named,
+    folders_near,
     is_hidden,
-    join_parts,
+    join_objects,
+    picture_size,
     read_class_names,
 )
+from instseg_jax.data.polygons import draw_ellipse, turn_clockwise
 from instseg_jax.files import is_regular, parse_json, read_regular
 from instseg_jax.images import IMAGE_SUFFIXES
 from instseg_jax.messages import quote, shorten
-from instseg_jax.pixels import decode
 
 SHAPES = ("polygon", "brush", "rectangle", "ellipse")
 UPLOADED = re.compile(r"^[0-9a-f]{8}-")  # before the names of pictures that were uploaded
-ELLIPSE_CORNERS = 72
 
 
 def find_annotations(source: Path, labels: str | Path | None) -> Listing:
@@ -58,7 +57,7 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
     file, what = path.parent, f"Task {int(path.name) + 1} of {path.parent}"
     task = _read_tasks(file)[int(path.name)]
     picture = check_inside(_find_picture(task, file, listing.root, what), listing.root, what).resolve()
-    height, width = decode(read_regular(picture), str(picture)).shape[:2]
+    height, width = picture_size(picture)
     regions: dict[str, dict[str, Any]] = {}
     for number, item in enumerate(_result_of(task, what, notes)):
         if not isinstance(item, dict) or not isinstance(item.get("value"), dict):
@@ -85,14 +84,8 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
         parent = str(region["parent"])
         is_part = parent in regions and _label_of(regions[parent]["value"]) == label
         parts.setdefault((label, parent if is_part else name), []).append(drawn)
-    objects = []
-    for (label, _), drawings in parts.items():
-        segmentation = join_parts(drawings, height, width)
-        if segmentation is None:
-            notes["regions left out, without a pixel in their picture"] += 1
-        else:
-            objects.append(ConvertedObject(label, segmentation))
-    return ConvertedImage(picture, b"", picture.name, height, width, tuple(objects))
+    objects = join_objects(parts, height, width, notes, what="regions")
+    return ConvertedImage(picture, b"", picture.name, height, width, objects)
 
 
 @functools.lru_cache(maxsize=2)
@@ -136,15 +129,14 @@ def _draw(value: dict[str, Any], height: int, width: int) -> np.ndarray | None:
     if "points" in value:
         return np.array(value["points"], np.float64).reshape(-1, 2) * scale
     if "radiusX" in value:
-        angles = 2 * math.pi * np.arange(ELLIPSE_CORNERS) / ELLIPSE_CORNERS
-        ring = np.stack([value["radiusX"] * np.cos(angles), value["radiusY"] * np.sin(angles)], axis=1) * scale
+        place = np.array([value["x"], value["y"]]) * scale
+        ring = draw_ellipse(place, *(np.array([value["radiusX"], value["radiusY"]]) * scale))
     elif {"x", "y", "width", "height"} <= value.keys():
-        ring = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * (value["width"], value["height"]) * scale
+        place = np.array([value["x"], value["y"]]) * scale
+        ring = place + np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * (value["width"], value["height"]) * scale
     else:
         return None
-    angle = math.radians(value.get("rotation") or 0)  # clockwise on the screen, around (x, y)
-    turned = ring @ np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    return turned + np.array([value["x"], value["y"]]) * scale
+    return turn_clockwise(ring, value.get("rotation") or 0, place)
 
 
 def _find_picture(task: dict[str, Any], file: Path, root: Path, what: str) -> Path:
@@ -156,11 +148,6 @@ def _find_picture(task: dict[str, Any], file: Path, root: Path, what: str) -> Pa
         name = path.rpartition("/")[2]
         if Path(name).suffix.lower() not in IMAGE_SUFFIXES:
             continue
-        folders = [file.parent, file.parent / "images", root, root / "images"]
-        for candidate in (name, UPLOADED.sub("", name)):
-            for folder in folders:
-                if is_regular(folder / candidate):
-                    return folder / candidate
-        if (found := find_picture(Path(UPLOADED.sub("", name)).stem, folders)) is not None:
+        if (found := find_named([name, UPLOADED.sub("", name)], folders_near(file, root))) is not None:
             return found
     raise FileNotFoundError(f"{what} names the picture {quote(named[0] if named else None)}, which is not there.")

@@ -15,15 +15,15 @@ from instseg_jax.data.coco_entries import MAX_SIDE_PX
 from instseg_jax.data.converted import (
     NOT_A_CLASS,
     ConvertedImage,
-    ConvertedObject,
     Listing,
     check_inside,
     find_picture,
     is_hidden,
-    join_parts,
+    join_objects,
     read_class_names,
     read_lines,
 )
+from instseg_jax.data.polygons import draw_ellipse
 from instseg_jax.files import is_regular, parse_json, read_regular
 from instseg_jax.messages import quote, shorten
 from instseg_jax.pixels import decode
@@ -90,15 +90,9 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
         instances.setdefault(key, []).append(drawn)
         if any(flags.get(name) for name in CROWD_FLAGS):
             crowds.add(key)
-    objects = []
-    for key, parts in instances.items():
-        segmentation = join_parts(parts, height, width)
-        if segmentation is None:
-            notes["shapes left out, without a pixel in their picture"] += 1
-        else:
-            objects.append(ConvertedObject(key[0], segmentation, is_crowd=key in crowds))
+    objects = join_objects(instances, height, width, notes, what="shapes", crowds=crowds)
     name = picture.name if picture else f"{path.stem}{_suffix_of(data)}"
-    return ConvertedImage(picture, data, name, height, width, tuple(objects))
+    return ConvertedImage(picture, data, name, height, width, objects)
 
 
 def _files_below(source: Path) -> list[Path]:
@@ -247,17 +241,12 @@ def _circle(center: np.ndarray, edge: np.ndarray) -> np.ndarray:
     flatness = min(CIRCLE_TOLERANCE_PX / max(radius, 1e-9), 1.0)
     angle = max(math.acos(1 - flatness), math.pi / MOST_CORNERS)  # what is seen of a huge one is nearly straight
     corners = max(12, math.ceil(math.pi / angle))
-    return _around(center, radius, radius, corners)
+    return draw_ellipse(center, radius, radius, corners)
 
 
 def _ellipse(corner: np.ndarray, opposite: np.ndarray) -> np.ndarray:
     radii = np.abs(opposite - corner) / 2
-    return _around((corner + opposite) / 2, radii[0], radii[1], 72)
-
-
-def _around(center: np.ndarray, x_radius: float, y_radius: float, corners: int) -> np.ndarray:
-    angles = 2 * math.pi * np.arange(corners) / corners
-    return center + np.stack([x_radius * np.cos(angles), y_radius * np.sin(angles)], axis=1)
+    return draw_ellipse((corner + opposite) / 2, radii[0], radii[1])
 
 
 def _draw_thin(points: np.ndarray, kind: str, height: int, width: int) -> np.ndarray:

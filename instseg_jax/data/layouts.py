@@ -78,4 +78,11 @@ def _other_kind(root: Path) -> str | None:
             continue
         if b'"shapes"' in head or b'"imagePath"' in head:
             return "LabelMe"
+        if b'"file_name"' in head:
+            return "COCO"
+        if b'"data"' in head and (b'"annotations"' in head or b'"predictions"' in head):
+            return "LabelStudio"
+    for path in sorted(root.rglob("*.xml"))[:20]:
+        if is_regular(path) and b"<annotations" in path.read_bytes()[:HEAD_BYTES]:
+            return "CVAT"
     return None

@@ -3,8 +3,11 @@
 Drawing polygons is `masks.py`; there the rule is pycocotools'.
 """
 
+import math
+
 import numpy as np
 
+ELLIPSE_CORNERS = 72
 MIN_THICKNESS_PX = 1e-6  # a polygon thinner than that is a line
 
 
@@ -36,6 +39,19 @@ def turn_points(points: np.ndarray, orientation: int, height: float, width: floa
     else:
         moved = {1: (x, y), 2: (width - x, y), 3: (width - x, height - y), 4: (x, height - y)}[orientation]
     return np.stack(moved, axis=1)
+
+
+def draw_ellipse(center: np.ndarray, x_radius: float, y_radius: float, corners: int = ELLIPSE_CORNERS) -> np.ndarray:
+    """An ellipse around `center` [2] (x, y) as a polygon [corners, 2]."""
+    angles = 2 * math.pi * np.arange(corners) / corners
+    return center + np.stack([x_radius * np.cos(angles), y_radius * np.sin(angles)], axis=1)
+
+
+def turn_clockwise(points: np.ndarray, degrees: float, center: np.ndarray) -> np.ndarray:
+    """Turn points [P, 2] (x, y) around `center` [2], clockwise as it is seen on the screen."""
+    angle = math.radians(degrees)
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    return (points - center) @ turn + center
 
 
 def is_degenerate(points: np.ndarray) -> bool:

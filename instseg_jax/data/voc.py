@@ -25,13 +25,13 @@ from instseg_jax.data.converted import (
     find_picture,
     is_hidden,
     join_parts,
+    picture_size,
     read_class_names,
     read_lines,
 )
-from instseg_jax.files import is_regular, read_regular
+from instseg_jax.files import is_regular
 from instseg_jax.images import IMAGE_SUFFIXES
 from instseg_jax.messages import quote, shorten
-from instseg_jax.pixels import decode
 
 VOID = 255
 LABEL_MAP = "labelmap.txt"  # of CVAT: names and colours of the classes
@@ -108,7 +108,7 @@ def read_annotation(stem: Path, listing: Listing, notes: collections.Counter[str
     xml_file = root / "Annotations" / f"{name}.xml"
     for path in (picture, xml_file, *masks_of.values()):
         check_inside(path, root, f"The name {quote(name)}")
-    height, width = decode(read_regular(picture), str(picture)).shape[:2]
+    height, width = picture_size(picture)
     xml = _read_xml(xml_file)
     colors = _read_label_map(root / LABEL_MAP) if is_regular(root / LABEL_MAP) else {}
     codes = {code: index for index, code in enumerate(colors)} or None

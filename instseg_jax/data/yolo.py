@@ -14,13 +14,13 @@ from instseg_jax.data.converted import (
     check_inside,
     is_hidden,
     join_parts,
+    picture_size,
     read_class_names,
     read_lines,
 )
-from instseg_jax.files import is_regular, read_regular, read_yaml
+from instseg_jax.files import is_regular, read_yaml
 from instseg_jax.images import IMAGE_SUFFIXES
 from instseg_jax.messages import first_few, quote
-from instseg_jax.pixels import decode
 
 
 def find_annotations(source: Path, labels: str | Path | None) -> Listing:
@@ -71,7 +71,7 @@ def read_annotation(path: Path, listing: Listing, notes: collections.Counter[str
     """
     file, objects = check_inside(_label_file(path), listing.root, f"The picture {quote(path.name)}"), []
     picture = check_inside(path, listing.root, "The folder or a list")
-    height, width = decode(read_regular(picture), str(path)).shape[:2]
+    height, width = picture_size(picture)
     if not is_regular(file):
         notes["pictures without a label file, taken as background"] += 1
     lines = read_lines(file) if is_regular(file) else []

@@ -141,7 +141,7 @@ def suggest(options: argparse.Namespace) -> int:
     print_next(
         "convert",
         *("--src_dataset_type=LabelMe", f"--config.data.dir={folder}", "--save_path=my_data"),
-        comment="once they are corrected; LabelStudio and CVAT too",
+        comment="once they are corrected; LabelStudio, CVAT and COCO too",
     )
     return 1 if failed or summary.failed else 0
 

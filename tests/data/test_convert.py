@@ -158,7 +158,7 @@ def test_what_is_converted_and_split_passes_the_check(tmp_path):
 
 
 def test_kinds_and_folders_that_are_not_there(tmp_path):
-    with pytest.raises(ValueError, match="one of LabelMe, VOC, YOLO, LabelStudio, CVAT, got 'CSV'"):
+    with pytest.raises(ValueError, match="one of LabelMe, VOC, YOLO, LabelStudio, CVAT, COCO, got 'CSV'"):
         convert(tmp_path, "CSV", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         convert(tmp_path / "nowhere", "VOC", tmp_path / "out")

@@ -312,15 +312,23 @@ def test_roboflow_calls_validation_valid(tmp_path):
     assert coco.find_split(tmp_path, "val") == (tmp_path / "valid/_annotations.coco.json", tmp_path / "valid")
 
 
-@pytest.mark.parametrize("kind", ["LabelMe", "YOLO", "VOC"])
+@pytest.mark.parametrize("kind", ["LabelMe", "YOLO", "VOC", "COCO", "LabelStudio", "CVAT"])
 def test_another_format_is_told_about_convert(tmp_path, kind):
     root = tmp_path / "in"
     if kind == "LabelMe":
         write_labelme(root, "a", [shape("x", square(5, 5, 10))])
     elif kind == "YOLO":
         write_yolo(root, "train: images/train\nnames: [c]\n")
-    else:
+    elif kind == "VOC":
         write_voc(root, box_mask(1, 1, 9, 9), box_mask(1, 1, 9, 9))
+    elif kind == "COCO":
+        write_coco(root / "result.json", root)
+    else:
+        root.mkdir()
+        (root / "tasks.json").write_text(
+            '[{"data": {"image": "a.png"}, "annotations": []}]' if kind != "CVAT" else "[]"
+        )
+        (root / "a.xml").write_text("<annotations/>")
     _, flaws = check.find_source(root, {"train": None, "val": None}, {"train": None, "val": None})
     assert f"this looks like {kind}: run convert --src_dataset_type={kind}" in flaws[0].detail
 

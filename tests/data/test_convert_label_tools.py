@@ -1,4 +1,4 @@
-"""What predict writes for Label Studio and CVAT comes back by convert: every hole, every part, every class."""
+"""What predict writes for tools in which people label comes back by convert: every hole, every part, every class."""
 
 import json
 
@@ -17,7 +17,7 @@ from instseg_jax.results.saving import save_results
 RING = box_mask(5, 5, 30, 40) - box_mask(10, 10, 20, 30)
 TWO_PARTS = box_mask(40, 5, 50, 15) | box_mask(60, 20, 75, 50)
 NAMES = ("roof", 'a "wall" & <door>')
-KINDS = {"label_studio": "LabelStudio", "cvat": "CVAT"}
+KINDS = {"label_studio": "LabelStudio", "cvat": "CVAT", "coco": "COCO"}
 
 
 def result(path, drawn):
@@ -41,13 +41,25 @@ def test_holes_and_parts_come_back(kind, tmp_path):
     summary = save_results((result(tmp_path / name, d) for name, d in drawn.items()), tmp_path, formats=[kind])
     assert (summary.files, summary.instances, summary.failed) == (1, 5, [])
     done = convert(tmp_path, KINDS[kind], tmp_path / "out")
-    assert done.categories == (NAMES if kind == "cvat" else ("roof", NAMES[1])) and not done.notes
+    assert done.categories == NAMES and not done.notes
     found, _ = read(tmp_path / "out")
     assert found.keys() == drawn.keys()
     for name, expected in drawn.items():
         assert [label for label, _ in found[name]] == [NAMES[label] for label, _ in expected]
         for (_, mask), (_, truth) in zip(found[name], expected, strict=True):
             np.testing.assert_array_equal(mask, truth)
+
+
+def test_labelme_keeps_holes_and_parts_to_a_pixel_of_their_outlines(tmp_path):
+    """It has polygons alone: a hole is opened by a cut, parts share a group_id, outlines keep within a pixel."""
+    write_picture(tmp_path / "a.png")
+    drawn = [(0, RING), (1, TWO_PARTS), (0, box_mask(0, 0, WIDTH, HEIGHT))]
+    save_results([result(tmp_path / "a.png", drawn)], tmp_path, formats=["labelme"])
+    assert not convert(tmp_path, "LabelMe", tmp_path / "out").notes
+    found = read(tmp_path / "out")[0]["a.png"]
+    for (_, mask), (_, truth) in zip(found, drawn, strict=True):
+        assert (mask & truth).sum() / (mask | truth).sum() > 0.95
+    assert found[0][1][12:28, 12:18].sum() == 0  # the hole
 
 
 @settings(max_examples=40, deadline=None)
@@ -133,4 +145,4 @@ def test_shapes_of_a_group_are_one_object(tmp_path):
     np.testing.assert_array_equal(a, box_mask(0, 0, 10, 10) | box_mask(20, 20, 30, 25))
     np.testing.assert_array_equal(b, box_mask(50, 0, 60, 9))
     assert abs(int(c.sum()) - np.pi * 50) < 8
-    assert set(FILES) == set(KINDS)
+    assert {*FILES, "coco"} == set(KINDS)

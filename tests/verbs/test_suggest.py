@@ -47,7 +47,7 @@ def test_a_folder_is_looked_through_and_comes_back(tmp_path, monkeypatch, capsys
     whole = json.loads((out / "coco.json").read_text())
     assert {image["file_name"] for image in whole["images"]} == {"one.png", "one_2.png"}
     assert all((out / image["file_name"]).is_file() for image in whole["images"])
-    for kind in ("LabelMe", "LabelStudio", "CVAT"):
+    for kind in ("LabelMe", "LabelStudio", "CVAT", "COCO"):
         done = convert_dataset(
             out, kind, tmp_path / kind, labels=None, percentages=None, group_by=None, seed=0, progress=lambda x, _: x
         )
