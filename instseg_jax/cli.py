@@ -8,7 +8,6 @@ import argparse
 import difflib
 import importlib
 import os
-import pathlib
 import re
 import sys
 from typing import NoReturn
@@ -273,15 +272,14 @@ def call(*arguments: str) -> int:
 
 def run_verb(options: argparse.Namespace, overrides: dict[str, str]) -> int | None:
     """Call the verb's function, in the file of `verbs/` that has its name or stands in VERB_FILES."""
-    from instseg_jax import devices
+    from instseg_jax import compiled, devices
 
     processes = [getattr(options, name, None) for name in ("coordinator", "num_processes", "process_id")]
     is_one_of_several = getattr(options, "distributed", False) or processes != [None] * 3
     if is_one_of_several:
         devices.join_processes(*processes, timeout=options.initialization_timeout)
     options.overrides = overrides
-    if options.verb != "sweep":  # which starts processes that do this each for itself
-        devices.keep_compiled_programs(pathlib.Path(options.workdir) / "compiled")
+    compiled.keep_compiled_programs()
     file = importlib.import_module(f"instseg_jax.verbs.{VERB_FILES.get(options.verb, options.verb)}")
     function = getattr(file, options.verb)
     if not is_one_of_several:

@@ -19,10 +19,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from instseg_jax.messages import quote, shorten
-from instseg_jax.types import SIZE_MULTIPLE
 
 PACKAGED = pathlib.Path(__file__).parent / "configs"  # where a wheel has them
 CHECKOUT = pathlib.Path(__file__).parent.parent / "configs"
+SIZE_MULTIPLE = 32  # of the sides of the network's input, in pixels: its coarsest stride
 
 
 def load_config(spec: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> ConfigDict:

@@ -1,8 +1,6 @@
 """Which devices a text names, and the processes of several hosts. How batches lie on them: `sharding.py`."""
 
-import os
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,8 +9,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from instseg_jax.messages import quote
 from instseg_jax.types import DATA_AXIS
-
-COMPILED_SWITCH = "INSTSEG_COMPILED"
 
 
 def select_devices(device: str) -> list[jax.Device]:
@@ -69,17 +65,6 @@ def coordination_client() -> Any:
     from jax._src import distributed  # it has no public name
 
     return distributed.global_state.client
-
-
-def keep_compiled_programs(folder: str | os.PathLike[str]) -> None:
-    """Have XLA keep in `folder` what it compiles, so that a resumed run or a second prediction starts at once.
-
-    INSTSEG_COMPILED names another folder, to share between workdirs; empty switches it off.
-    """
-    chosen = os.environ.get(COMPILED_SWITCH, os.fspath(folder))
-    if chosen:
-        jax.config.update("jax_compilation_cache_dir", str(Path(chosen).resolve()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
 
 
 def make_mesh(devices: list[jax.Device]) -> Mesh:

@@ -29,6 +29,11 @@ KINDS = {
 }
 
 
+def cache_folder() -> Path:
+    """The folder of downloads and compiled programs: $INSTSEG_CACHE, or ~/.cache/instseg_jax."""
+    return Path(os.environ.get("INSTSEG_CACHE") or Path.home() / ".cache" / "instseg_jax")
+
+
 def check_regular(path: str | Path) -> None:
     """Raise ValueError unless a path leads to a regular file, FileNotFoundError where it leads nowhere."""
     kind = stat.S_IFMT(os.stat(path).st_mode)  # noqa: PTH116 (also of strings, many times)

@@ -20,7 +20,6 @@ import numpy as np
 Array = jax.Array
 HostOrDeviceArray = np.ndarray | jax.Array  # as the loader yields it, and as it lies on the devices
 DATA_AXIS = "data"  # of the mesh of devices: images of a batch are split over it
-SIZE_MULTIPLE = 32  # of the sides of the network's input, in pixels: its coarsest stride
 
 
 @jax.tree_util.register_dataclass

@@ -1,6 +1,7 @@
 """The files of configs/ablations: each asks one question, and every variant can be built."""
 
 import ast
+import functools
 import json
 import re
 
@@ -74,6 +75,12 @@ def test_a_question_changes_its_fields_and_nothing_else(question):
     assert len({json.dumps(config, sort_keys=True) for config in configs}) == len(configs)
 
 
+@functools.cache
+def abstract_params(model):
+    """Most variants of all questions have one network: tracing it takes seconds."""
+    return abstract_variables(model)["params"]
+
+
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_every_variant_can_be_built(question):
     plan = build_plan(f"configs/ablations/{question}.py", {"data.dir": "embedded"}, [])
@@ -83,7 +90,7 @@ def test_every_variant_can_be_built(question):
         config = variant.config
         loader = build_train_loader(config, dataset)
         model = build_model(config.model, len(dataset.categories))
-        params = abstract_variables(model)["params"]
+        params = abstract_params(model)
         schedule = build_schedule(config.optimizer, 10, config.train.batch_size)
         _, multipliers = build_optimizer(config.optimizer, params, schedule)
         assert multipliers and loader.num_batches > 0

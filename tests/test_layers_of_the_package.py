@@ -1,6 +1,7 @@
 """Who may import whom: the rooms of the package stay apart, and heavy libraries stay in theirs."""
 
 import ast
+import functools
 import pathlib
 import re
 
@@ -17,6 +18,7 @@ GROUND = {
     "windows",
     "images",
     "cluster",
+    "compiled",
     "bands",
     "pixels",
     "files",
@@ -64,6 +66,7 @@ ONLY_IN = {
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
+@functools.cache
 def imported_modules(path: pathlib.Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from instseg_jax.config import SIZE_MULTIPLE
 from instseg_jax.messages import quote
 from instseg_jax.models.decoder import MaskRTDETRTransformer
 from instseg_jax.models.efficientnet_lite import EfficientNetLite
@@ -16,7 +17,7 @@ from instseg_jax.models.hgnetv2 import HGNetV2
 from instseg_jax.models.hybrid_encoder import MaskHybridEncoder
 from instseg_jax.models.initial_values import recorded_initializers
 from instseg_jax.models.variants import VARIANTS, Variant, canonical_name
-from instseg_jax.types import SIZE_MULTIPLE, DenoisingQueries, FactoredOutputs, Outputs, TrainingOutputs
+from instseg_jax.types import DenoisingQueries, FactoredOutputs, Outputs, TrainingOutputs
 
 
 class MaskRTDETR(nn.Module):

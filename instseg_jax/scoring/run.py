@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from instseg_jax.bands import show_bands
+from instseg_jax.config import SIZE_MULTIPLE
 from instseg_jax.data import coco, loader
 from instseg_jax.data.source import build_dataset
 from instseg_jax.devices import make_mesh, select_devices
@@ -23,7 +24,7 @@ from instseg_jax.memory import peak_memory_mb
 from instseg_jax.progress import track
 from instseg_jax.scoring import tta as tta_room
 from instseg_jax.scoring.outcome import Evaluated, score_results
-from instseg_jax.types import SIZE_MULTIPLE, Batch, Detections
+from instseg_jax.types import Batch, Detections
 
 KINDS = ("segm", "bbox")  # of results of the network
 

@@ -139,8 +139,6 @@ def _start(run: Run, workdir: Path, spec: str, device: str | None) -> subprocess
     (folder / RESULT).unlink(missing_ok=True)  # of an earlier try
     overrides = run.overrides | ({"device": device} if device else {})
     environment = _environment()
-    # All runs share what is compiled: most differ in numbers that are no part of a program.
-    environment.setdefault("INSTSEG_COMPILED", str((workdir / "compiled").resolve()))
     if device and not device.startswith("cpu"):
         # Each process sees all GPUs, and would take most of the memory of every one of them.
         environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

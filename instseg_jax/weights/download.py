@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-from instseg_jax.files import write_json, write_text
+from instseg_jax.files import cache_folder, write_json, write_text
 from instseg_jax.messages import quote
 
 _COCO = "https://paddledet.bj.bcebos.com/models/mask_rtdetr_hgnetv2_{}_6x_coco.pdparams"
@@ -45,11 +45,6 @@ _NETWORK_ERRORS = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSL
 def is_downloadable(source: str) -> bool:
     """Say whether `source` is a known name or an http(s) address, rather than a path."""
     return source in KNOWN_WEIGHTS or urlsplit(source).scheme in ("http", "https")
-
-
-def cache_folder() -> Path:
-    """Return the folder of downloaded files: $INSTSEG_CACHE, or ~/.cache/instseg_jax."""
-    return Path(os.environ.get("INSTSEG_CACHE") or Path.home() / ".cache" / "instseg_jax")
 
 
 def cached_path(source: str, cache: str | os.PathLike[str] | None = None) -> Path:

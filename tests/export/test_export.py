@@ -10,7 +10,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from export_case import CATEGORY_IDS, CLASS_NAMES, DETECTIONS, QUERIES, SIZE, keep_compiled, make_run
+from export_case import CATEGORY_IDS, CLASS_NAMES, DETECTIONS, QUERIES, SIZE, make_run
 
 from instseg_jax.cli import main
 from instseg_jax.config import load_config
@@ -24,12 +24,6 @@ from instseg_jax.scoring.pictures import comparison_images
 from instseg_jax.types import Detections
 from instseg_jax.verbs.export import check_best_export, export_best
 from instseg_jax.weights import checkpoint
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with keep_compiled(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +190,7 @@ def write_a_copy(exported, monkeypatch):
     monkeypatch.setitem(export_room.FORMATS, "stablehlo", copying)
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_what_was_there(run, exported, write_a_copy, tmp_path, monkeypatch):
     folder = tmp_path / "export"
     shutil.copytree(exported[0], folder)

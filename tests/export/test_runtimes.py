@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from export_case import CATEGORY_IDS, CLASS_NAMES, DETECTIONS, SIZE, keep_compiled, make_run, same_instances
+from export_case import CATEGORY_IDS, CLASS_NAMES, DETECTIONS, SIZE, make_run, same_instances
 from PIL import Image
 
 import instseg_jax
@@ -52,12 +52,6 @@ def needs(format: str) -> None:
 def pictures():
     dataset = coco.read_split(coco.EMBEDDED, "val")
     return [dataset.image_path(i) for i in range(3)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with keep_compiled(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +133,7 @@ def test_an_onnx_file_runs_in_two_runtimes(backend, exports, wanted, pictures):
         instseg_jax.create_pipeline(weights=exports("stablehlo"), hpi_config={"backend": "openvino"})
 
 
+@pytest.mark.slow
 def test_an_onnx_file_for_any_batch(run, wanted, pictures, tmp_path):
     needs("onnx")
     model = load_model(run)
@@ -265,6 +260,7 @@ def test_a_missing_writer_names_its_extra(format, monkeypatch):
 # --- the quickest runtime -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_quickest_runtime_is_taken_and_remembered(run, exports, wanted, pictures, monkeypatch, caplog):
     made, exported = [], exports("onnx")
 
@@ -325,6 +321,7 @@ def test_hpi_config_says_what_it_understands():
 # --- 8 bits, and pictures that are not 8-bit colour -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_int8_is_calibrated_and_smaller(format, exports, tmp_path):
     """On the trained weights of the package, and held to the bound that an export warns of itself."""

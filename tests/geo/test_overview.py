@@ -34,7 +34,6 @@ def make_map(folder, offset):
 @pytest.mark.parametrize("offset", [(0.0, 0.0), (9.0, -12.0)])
 def test_a_layer_that_is_off_is_named(tmp_path, capsys, monkeypatch, offset):
     monkeypatch.setenv("INSTSEG_HUGE_PAGES", "0")
-    monkeypatch.setenv("INSTSEG_COMPILED", "")
     make_map(tmp_path, offset)
     options = [f"--rasters={tmp_path / 'a.tif'}", f"--labels={tmp_path / 'a.gpkg'}", "--class_field=kind"]
     target = f"--save_path={tmp_path / 'out'}"

@@ -1,14 +1,9 @@
 """A small checkpoint whose scores, boxes and masks differ from image to image, for tests of exports."""
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from instseg_jax.config import load_config
 from instseg_jax.models.mask_rtdetr import build_model, initial_variables
@@ -49,20 +44,6 @@ def make_run(folder: Path, overrides: dict[str, str] | None = None) -> Path:
     }
     checkpoint.save_inference_checkpoint(folder / checkpoint.BEST_MODEL, variables, metadata)
     return folder
-
-
-@contextlib.contextmanager
-def keep_compiled(folder: Path) -> Iterator[None]:
-    """Have XLA keep its programs meanwhile: several exports are compared with one checkpoint."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    compilation_cache.reset_cache()
-    jax.config.update(names[0], os.environ.get("INSTSEG_COMPILED") or str(folder))
-    jax.config.update(names[1], 0.5)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def same_instances(one, other, *, score: float = 1e-3, pixels: float = 0.05) -> bool:

@@ -22,7 +22,7 @@ def main() -> int:
     config = load_config(options["config"], fields)
     folder = pathlib.Path(options["workdir"])
     with (folder / "starts.txt").open("a", encoding="utf-8") as file:
-        file.write(f"{config.device} {os.environ['INSTSEG_COMPILED']}\n")
+        file.write(f"{config.device}\n")
     (folder / "config.json").write_text(config.to_json_best_effort(), encoding="utf-8")
     (folder / "metrics.jsonl").write_text('{"step": 0, "epoch": 0.0}\n{"step": 6, "epoch": 3.5}\n', encoding="utf-8")
     epochs = config.train.epochs

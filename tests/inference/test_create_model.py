@@ -34,6 +34,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_network_is_the_one_that_was_trained(run):
     model, variables = create_model(weights=run)
     loaded = load_model(run)

@@ -25,6 +25,7 @@ def both(model, variables, images):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("like", ["n", *(pytest.param(size, marks=pytest.mark.slow) for size in "sl")])
 def test_outputs_are_equal_in_float64(like):
     model = small_model(like=like)
@@ -94,6 +95,7 @@ def test_attention_without_gradients_is_attention(tokens):
     np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_added_one_by_one_are_the_same_samples():
     rng = np.random.default_rng(0)
     shapes = ((8, 12), (4, 6), (2, 3))

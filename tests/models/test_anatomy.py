@@ -17,6 +17,7 @@ def seen():
     return model, variables, images, look_inside(model, variables, images)
 
 
+@pytest.mark.slow
 def test_looking_changes_nothing(seen):
     model, variables, images, anatomy = seen
     outputs = jax.jit(model.apply)(variables, images)
@@ -25,6 +26,7 @@ def test_looking_changes_nothing(seen):
     np.testing.assert_array_equal(anatomy.reference_boxes[-1], anatomy.outputs.boxes)
 
 
+@pytest.mark.slow
 def test_mask_queries_and_prototypes_make_the_masks(seen):
     anatomy = seen[3]
     logits = np.einsum("bqp,bhwp->bqhw", anatomy.mask_queries, anatomy.prototypes)
@@ -37,6 +39,7 @@ def test_mask_queries_and_prototypes_make_the_masks(seen):
     assert (np.diff(spread) <= 0).all() and spread[0] > spread[-1]
 
 
+@pytest.mark.slow
 def test_selected_queries_are_the_best_tokens_where_they_lie(seen):
     anatomy = seen[3]
     assert [x.shape[1:] for x in anatomy.token_scores] == [(8, 12), (4, 6), (2, 3)]
@@ -52,6 +55,7 @@ def test_selected_queries_are_the_best_tokens_where_they_lie(seen):
     assert len(np.unique(anatomy.selected_level)) > 1
 
 
+@pytest.mark.slow
 def test_a_fresh_network_samples_along_the_directions_of_its_heads(seen):
     """Offsets of a fresh layer are constants: head 0 goes right, point i goes (i + 1) / points of half the box."""
     anatomy = seen[3]
@@ -65,6 +69,7 @@ def test_a_fresh_network_samples_along_the_directions_of_its_heads(seen):
     np.testing.assert_allclose(anatomy.sampling_weights[0], 1 / 12, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_encoder_attention_is_a_distribution_over_its_map(seen):
     model, _, _, anatomy = seen
     height, width = anatomy.encoder_attention_size

@@ -63,6 +63,7 @@ def test_a_size_that_is_no_multiple_of_32_is_named(small):
         apply(variables, np.zeros((64, 64, 3), np.float32))
 
 
+@pytest.mark.slow
 def test_no_parameter_depends_on_the_number_of_queries(small):
     _, variables, _ = small
     more = make_model("mask_rtdetr_n", num_classes=3, num_queries=60)

@@ -335,7 +335,7 @@ def test_loss_terms(name):
     assert_stored(z, "L_total", total[None], rtol=RELATIVE)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "loss_b")) for name in NAMES])
 def test_gradients(name):
     _, z = load(name)
     _, _, gradient = run(name)

@@ -142,6 +142,7 @@ def test_set_names_without_denoising():
     assert set_names(4, use_denoising=True)[:4] == ["/encoder", "/initial", "/layer0", ""]
 
 
+@pytest.mark.slow
 def test_right_predictions_cost_next_to_nothing():
     outputs, targets, _, draws = run_case(use_denoising=False)
     targets = dataclasses.replace(targets, masks=np.ones_like(targets.masks))
@@ -221,6 +222,7 @@ def test_no_objects():
     assert (np.asarray(gradient.matching.class_logits[1]) == 0).all()
 
 
+@pytest.mark.slow
 def test_an_image_without_objects_adds_background_only():
     outputs, targets, denoising, draws = run_case(counts=(3, 0))
     (_, both), gradient = score(outputs, targets, denoising, draws)
@@ -284,6 +286,7 @@ def test_float64_agrees_with_float32():
     np.testing.assert_allclose(narrow, wide, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_predictions_are_scored_in_float32():
     outputs, targets, denoising, draws = run_case()
     low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), outputs)
@@ -384,6 +387,7 @@ def test_denoising_and_its_predictions_come_together():
     del denoising
 
 
+@pytest.mark.slow
 def test_a_mesh_of_one_device_changes_nothing():
     outputs, targets, _, draws = run_case(use_denoising=False)
     mesh = make_mesh(jax.devices()[:1])

@@ -82,6 +82,7 @@ def test_what_is_frozen_stays_whatever_the_optimizer_does(stepped):
     assert 2 * trained <= moments < 2 * trained + 10
 
 
+@pytest.mark.slow
 def test_the_loss_is_a_function_to_differentiate_and_its_matching_one_to_replace(case):
     """Traced, not compiled: what comes out has the form of the parameters, the own term is there, the own matching is
     asked for the costs of every set."""

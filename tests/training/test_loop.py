@@ -111,7 +111,6 @@ def test_another_config_is_refused(data, finished):
 
 def test_predict_and_evaluate_from_the_shell(data, finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("INSTSEG_HUGE_PAGES", "0")
-    monkeypatch.setenv("INSTSEG_COMPILED", "")
     folder = tmp_path / "pictures"
     shutil.copytree(data / "images", folder)
     (folder / "broken.jpg").write_bytes(b"no picture")

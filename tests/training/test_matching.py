@@ -61,6 +61,7 @@ def test_class_cost_by_hand():
     np.testing.assert_allclose(cost[0, 0], [half, three_quarters], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_mask_costs_against_optax_and_counting():
     """With points at pixel centres, costs are those of the masks themselves."""
     rng = np.random.default_rng(1)

@@ -44,6 +44,7 @@ def assert_same_trees(one, other) -> None:
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.slow
 def test_an_image_without_objects_is_trained_on_beside_one_with_some(run_step):
     batch = make_batch((2, 0))
     before, after, metrics = run_step(batch)
@@ -68,6 +69,7 @@ def test_an_image_without_objects_is_trained_on_beside_one_with_some(run_step):
     assert_same_trees((after, metrics), (same, same_metrics))
 
 
+@pytest.mark.slow
 def test_without_any_object_only_the_background_is_learned(run_step):
     _, after, metrics = run_step(make_batch((0, 0)))
     assert metrics["objects"] == 0 and not metrics["skipped"]
@@ -78,6 +80,7 @@ def test_without_any_object_only_the_background_is_learned(run_step):
     assert after.num_updates == 1 and metrics["grad_norm"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_image_that_is_not_finite_changes_nothing_but_the_step(run_step, value):
     batch = make_batch((2, 1))
@@ -94,6 +97,7 @@ def test_an_image_that_is_not_finite_changes_nothing_but_the_step(run_step, valu
     assert (recovered.step, recovered.num_updates) == (3, 2)
 
 
+@pytest.mark.slow
 def test_gradients_of_micro_batches_add_up(run_step):
     """Halves that are alike have the statistics of the whole; their losses are divided by the objects of both."""
     batch = make_batch((2, 1))

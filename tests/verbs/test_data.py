@@ -16,7 +16,6 @@ WORDS = ["--config=configs/quickstart.py"]
 @pytest.fixture(autouse=True)
 def _here(monkeypatch):
     monkeypatch.setenv("INSTSEG_HUGE_PAGES", "0")
-    monkeypatch.setenv("INSTSEG_COMPILED", "")
 
 
 def check(capsys, root, work, *options):
