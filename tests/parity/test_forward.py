@@ -31,7 +31,7 @@ from instseg_jax.types import Detections, Outputs
 from instseg_jax.weights.names import official_to_flax
 
 EVAL_CASES = find_cases("*/eval_*.json")
-# In the quick suite a small picture through S stage by stage, and a large one through L as a whole; the rest takes minutes.
+# Quick: a small picture through S stage by stage, and a large one through L as a whole; the rest takes minutes.
 QUICK, QUICK_AS_A_WHOLE = ("s/eval_small",), ("s/eval_small", "l/eval_640")
 QUICK_FIRST, QUICK_FIRST_AS_A_WHOLE = (
     [name if name in quick else pytest.param(name, marks=HEAVY) for name in EVAL_CASES]
