@@ -315,8 +315,8 @@ def train(
     Raises: ValueError or OSError in one sentence for anything that is wrong with config, data or workdir.
     """
     from instseg_jax.data.coco import CocoDataset
-    from instseg_jax.training.loop import Own
     from instseg_jax.training.loop import train as run
+    from instseg_jax.training.setup import Own
 
     for name, given in (("dataset", dataset), ("val_dataset", val_dataset)):
         if not isinstance(given, CocoDataset | None):

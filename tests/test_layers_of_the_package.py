@@ -53,7 +53,7 @@ ONLY_IN = {
     "optax": "training/",
     "scipy": "training/matching.py",
     "orbax": "weights/checkpoint.py",
-    "fastapi": "serving/server.py",
+    "fastapi": "serving/",
     "uvicorn": "serving/connections.py",
     "h11": "serving/connections.py",
     "prometheus_client": "serving/metrics.py",

@@ -1,4 +1,4 @@
-"""A pipeline behind HTTP: `server.run_server` is the door. The web framework is in `server.py` alone.
+"""A pipeline behind HTTP: `app.run_server` is the door, `server` answers what comes through it.
 
 `requests` and `schema` say what may come in and goes out, `fetch` reads URLs safely, `batching` forms batches,
 `client.py` is for whoever has no package but this one file.

@@ -163,7 +163,8 @@ def _copied(results: list[Result], folder: pathlib.Path) -> Iterator[Result]:
 
 def serve(options: argparse.Namespace) -> int:
     """Answer requests over HTTP until a signal comes."""
-    from instseg_jax.serving.server import Limits, run_server  # needs the extra `serve`
+    from instseg_jax.serving.app import run_server  # needs the extra `serve`
+    from instseg_jax.serving.server import Limits
 
     limits = Limits(
         queue_size=options.queue_size,

@@ -12,7 +12,7 @@ from rectangle_data import rectangle, write_set
 from instseg_jax.config import load_config
 from instseg_jax.data import coco, coco_entries, loader
 from instseg_jax.data.source import build_dataset
-from instseg_jax.training.loop import count_reasons
+from instseg_jax.training.setup import count_reasons
 
 
 def loaded(root: Path, **fields: str) -> int:

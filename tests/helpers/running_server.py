@@ -9,8 +9,9 @@ import time
 import numpy as np
 from PIL import Image
 
+from instseg_jax.serving.app import make_app
 from instseg_jax.serving.connections import HttpServer
-from instseg_jax.serving.server import Limits, make_app
+from instseg_jax.serving.server import Limits
 
 LIMITS = Limits(queue_size=16, max_wait=0.01, timeout=10.0, max_body=200_000, max_pixels=500_000)
 

@@ -12,7 +12,8 @@ from fake_model import make_pipeline, picture
 from PIL import Image
 
 from instseg_jax.inference.pipeline import Pipeline, create_pipeline
-from instseg_jax.serving.server import Limits, run_server
+from instseg_jax.serving.app import run_server
+from instseg_jax.serving.server import Limits
 
 BATCH_SIZE = 8
 SECONDS = 5.0

@@ -11,7 +11,7 @@ import numpy as np
 
 from instseg_jax.config import load_config
 from instseg_jax.devices import make_mesh
-from instseg_jax.training import loop, metrics
+from instseg_jax.training import loop, metrics, setup
 from instseg_jax.training.state import TrainState
 
 METRICS = dict.fromkeys(("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50", "AP", "AP50"), 0.25)
@@ -35,7 +35,7 @@ class Trial:
         self.steps, self.scored = [], []
         self.draw = None
         self.on_step = self.on_score = lambda number: None
-        monkeypatch.setattr(loop, "_set_up", self.set_up)
+        monkeypatch.setattr(loop, "set_up", self.set_up)
         monkeypatch.setattr(loop, "draw_training", lambda workdir: None)
 
     def set_up(self, config, workdir, own):
@@ -48,7 +48,7 @@ class Trial:
                 yield FakeBatch(np.zeros((4, side, side, 3), np.float32), np.arange(4))
 
         train_loader = SimpleNamespace(dataset=dataset, num_batches=2, counters=collections.Counter(), batches=batches)
-        run = loop.Training(
+        run = setup.Training(
             config, workdir, make_mesh(jax.devices()[:1]), None, train_loader, self.score, 2 * config.train.epochs,
             metrics.open_log(workdir / "train.log"), {}, self.draw,
         )  # fmt: skip
@@ -69,7 +69,7 @@ class Trial:
         return METRICS, []
 
     def train(self, **own):
-        return loop.train(self.config, self.workdir, loop.Own(**own))
+        return loop.train(self.config, self.workdir, setup.Own(**own))
 
     @property
     def saved(self):

@@ -356,7 +356,7 @@ def test_a_signal_ends_a_server_with_answers():
     """The program itself: connections that were made before SIGTERM get an answer, and it ends well."""
     code = (
         "from fake_model import make_pipeline; from running_server import LIMITS;"
-        "from instseg_jax.serving.server import run_server;"
+        "from instseg_jax.serving.app import run_server;"
         "run_server(make_pipeline(), LIMITS, host='127.0.0.1', port=0)"
     )
     environment = os.environ | {"PYTHONPATH": f"{HELPERS}:{ROOT}"}

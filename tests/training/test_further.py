@@ -16,7 +16,7 @@ from tiny_runs import TINY, write_subset
 from instseg_jax.config import load_config
 from instseg_jax.data import loader
 from instseg_jax.data.source import build_dataset
-from instseg_jax.training import loop
+from instseg_jax.training import loop, setup
 from instseg_jax.training.workdir import read_rows
 from instseg_jax.weights import checkpoint
 
@@ -44,14 +44,14 @@ def _steps_that_only_count(monkeypatch):
             "batch_stats": {"backbone": {"b": np.ones(2, np.float32)}},
         }
 
-    monkeypatch.setattr(loop, "build_train_step", build_train_step)
-    monkeypatch.setattr(loop, "initial_variables", initial_variables)
+    monkeypatch.setattr(setup, "build_train_step", build_train_step)
+    monkeypatch.setattr(setup, "initial_variables", initial_variables)
     monkeypatch.setattr(loop, "draw_training", lambda workdir: None)
 
 
 @pytest.fixture
 def _scored(monkeypatch):
-    monkeypatch.setattr(loop, "build_score", lambda *of: lambda variables: (METRICS, []))
+    monkeypatch.setattr(setup, "build_score", lambda *of: lambda variables: (METRICS, []))
 
 
 def train(data, workdir, **fields):

@@ -18,7 +18,7 @@ from instseg_jax.cli import main
 from instseg_jax.config import load_config
 from instseg_jax.data.source import build_dataset
 from instseg_jax.models.mask_rtdetr import build_model, initial_variables
-from instseg_jax.training import loop, metrics, step
+from instseg_jax.training import metrics, setup, step
 from instseg_jax.training.optimizer import build_optimizer
 from instseg_jax.training.state import TrainState, initial_state
 from instseg_jax.training.workdir import read_rows
@@ -37,11 +37,11 @@ def _compile_once():
         built = []
 
         def build_once(*args):
-            built.append(loop_build(*args)) if not built else None
+            built.append(build(*args)) if not built else None
             return built[0]
 
-        loop_build = loop.build_train_step
-        patch.setattr(loop, "build_train_step", build_once)
+        build = setup.build_train_step
+        patch.setattr(setup, "build_train_step", build_once)
         yield
 
 
@@ -134,7 +134,7 @@ def test_predict_and_evaluate_from_the_shell(data, finished, tmp_path, monkeypat
 @pytest.mark.slow
 def test_a_few_images_are_learnt_by_heart(tmp_path, monkeypatch):
     """If loss, gradients and evaluation belong together, four images reach segm AP50 > 0.9."""
-    monkeypatch.setattr(loop, "build_train_step", step.build_train_step)
+    monkeypatch.setattr(setup, "build_train_step", step.build_train_step)
     data = write_subset(tmp_path / "data", 4)
     overrides = {
         "data.dir": str(data),
