@@ -102,6 +102,8 @@ def add_layer(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--min_area", type=square_metres, metavar="M2", default=0.0, help="smaller objects are left out, as 4m2"
     )
+    about = "an object on two rasters that overlap is two features (default: one, the surer or the whole one)"
+    group.add_argument("--keep_doubles", action="store_true", help=about)
 
 
 def square_metres(text: str) -> float:

@@ -13,6 +13,8 @@ from instseg_jax.data.split import Content, deal_groups, take_images
 from instseg_jax.geo.plane import to_plane
 from instseg_jax.messages import quote
 
+SLACK = 0.02  # of a picture's sides
+
 
 def split_blocks(
     content: Content, *, val_share: float, block: float, gap: float, seed: int
@@ -55,8 +57,8 @@ def fold_blocks(
 
 
 def place_images(entries: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Where pictures lie: [n, 4] of (x1, y1, x2, y2) in metres on a plane. Raises ValueError where one doesn't say."""
-    middles, sides = [], []
+    """Corners [n, 4, 2] of pictures in metres on a plane, around each. Raises ValueError where one doesn't say."""
+    middles, ways = [], []
     for entry in entries:
         place, extent = entry.get("lon_lat"), entry.get("metres")
         if not (_is_pair(place) and _is_pair(extent)):
@@ -65,18 +67,22 @@ def place_images(entries: Sequence[dict[str, Any]]) -> np.ndarray:
                 "convert --src_dataset_type=geo writes that."
             )
         middles.append(place)
-        sides.append(extent)
+        turned, sides = entry.get("east_north"), [entry.get("width"), entry.get("height")]
+        if isinstance(turned, list) and len(turned) == 2 and all(map(_is_pair, turned)) and _is_pair(sides):
+            ways.append((np.array(turned, np.float64) * np.array(sides)[:, None] / 2).tolist())
+        else:  # north is up
+            ways.append([[extent[0] / 2, 0], [0, -extent[1] / 2]])  # type: ignore[index]
     lon_lat = np.array(middles, np.float64).reshape(-1, 2)
     middle = to_plane(lon_lat, np.array([lon_lat[0, 0], lon_lat[:, 1].mean()]))
-    half = np.array(sides, np.float64) / 2
-    return np.concatenate([middle - half, middle + half], axis=1)
+    around = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) @ np.array(ways, np.float64)
+    return middle[:, None] + around
 
 
 def _blocks(places: np.ndarray, block: float) -> list[list[int]]:
     """Positions of the pictures of each block, from the south west on; the middle of a picture decides."""
     if not block > 0:
         raise ValueError(f"--block is {block:g}, it must be above 0 metres.")
-    middle = (places[:, :2] + places[:, 2:]) / 2
+    middle = places.mean(axis=1)
     cells = np.floor((middle - middle.min(axis=0)) / block).astype(int)
     found: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
     for position, cell in enumerate(cells.tolist()):
@@ -95,12 +101,7 @@ def _part(
         raise ValueError(f"--gap is {gap:g}, it must be at least 0 metres.")
     is_val = np.zeros(len(places), bool)
     is_val[list(validated)] = True
-    is_near = np.zeros(len(places), bool)
-    # The plane is true to about 0.3 %, so pictures that only touch may seem to overlap by a little.
-    slack = 0.01 * (places[:, 2:] - places[:, :2])
-    low, high = places[:, :2] + slack, places[:, 2:] - slack
-    for x1, y1, x2, y2 in places[is_val] + [-gap, -gap, gap, gap]:
-        is_near |= (low[:, 0] < x2) & (high[:, 0] > x1) & (low[:, 1] < y2) & (high[:, 1] > y1)
+    is_near = _are_near(places, np.flatnonzero(is_val), gap)
     parts = (~is_val & ~is_near, is_val, ~is_val & is_near)
     if not parts[0].any():
         raise ValueError(
@@ -109,6 +110,22 @@ def _part(
     ids = np.array([entry["id"] for entry in content["images"]])
     train, val, left_out = (take_images(content, set(ids[part].tolist())) for part in parts)
     return train, val, left_out
+
+
+def _are_near(places: np.ndarray, others: np.ndarray, gap: float) -> np.ndarray:
+    """Which pictures [n] lie within `gap` metres of one of the others (positions), or on it, along their sides."""
+    # The plane is true to about 0.3 %, so pictures that only touch may seem to overlap by a little.
+    shrunk = places + SLACK * (places.mean(axis=1, keepdims=True) - places)
+    sides = places[:, [1, 2]] - places[:, [0, 1]]
+    # Two parallelograms are apart where they are along a normal of a side of either.
+    normals = sides[..., ::-1] * [1, -1] / np.maximum(np.linalg.norm(sides, axis=-1, keepdims=True), 1e-9)
+    is_near = np.zeros(len(places), bool)
+    for other in others:
+        axes = np.concatenate([normals, np.broadcast_to(normals[other], normals.shape)], axis=1)  # [n, 4, 2]
+        here, there = (np.einsum("npx,nax->nap", corners, axes) for corners in (shrunk, places[[other]]))
+        apart = np.maximum(here.min(axis=2) - there.max(axis=2), there.min(axis=2) - here.max(axis=2))
+        is_near |= apart.max(axis=1) < gap
+    return is_near
 
 
 def _is_pair(value: Any) -> bool:

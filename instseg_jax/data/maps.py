@@ -14,6 +14,7 @@ from instseg_jax import masks
 from instseg_jax.data import coco_entries
 from instseg_jax.data.convert import Conversion, write_converted
 from instseg_jax.data.converted import ConvertedImage, ConvertedObject
+from instseg_jax.data.map_windows import SLIVER_PX, Cutting, around, check_cutting, grid, objects_in, window_sides
 from instseg_jax.files import write_bytes
 from instseg_jax.geo.layer_files import require_extra
 from instseg_jax.geo.layers import Layer, find_ground, pixel_sides, read_layer, shapes_in_pixels
@@ -22,23 +23,9 @@ from instseg_jax.messages import quote
 from instseg_jax.progress import Track
 from instseg_jax.windows import Window
 
-SLIVER_PX = 1.0  # pixels of a picture: an object, or what a border leaves of it, that is smaller is none
-LARGE_SHARE = 0.25  # of a picture: so much of an object is worth learning, however little of the object it is
 OVERVIEWS, OVERVIEW_SIDE = "overviews", 1600  # folder of the data set; pixels
+SLIVERS, NO_CONTENT = "slivers smaller than a pixel, left out", "windows without content, skipped"
 UNKNOWN_STRETCH = np.zeros((2, 3))
-
-
-@dataclasses.dataclass(frozen=True)
-class Cutting:
-    """How rasters are cut."""
-
-    tile: int  # pixels of a picture's side
-    overlap: float  # of neighbouring pictures, as a share of their side
-    min_visible: float  # share of an object that must be in a picture; less is marked to be ignored
-    empty_share: float  # pictures without objects, for each one with some
-    gsd: float | None  # metres on the ground that a pixel of a picture shows; None: as in the raster
-    bands: tuple[str, ...] | None  # that are shown as red, green and blue, by colour or number; None: the colours
-    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +58,7 @@ def convert_maps(
     are kept in the annotation files. Raises ValueError or FileNotFoundError.
     """
     require_extra("--src_dataset_type=geo")
-    _check_cutting(cutting)
+    check_cutting(cutting)
     notes: collections.Counter[str] = collections.Counter()
     layer = read_layer(labels, class_field=class_field, class_name=class_name, crs=labels_crs, notes=notes)
     area = None
@@ -87,22 +74,21 @@ def convert_maps(
     overviews: dict[str, dict[str, Any]] = {}
 
     def images() -> Iterator[ConvertedImage]:
+        is_shown = False
         for path in progress(files, len(files)):
             raster = RasterImage(path, driver=None, bands=cutting.bands, stretch=stretch)
             try:
                 pictures = 0
                 for picture in _cut_raster(raster, Labels(layer, area), cutting, notes, is_used):
                     yield picture
+                    is_shown |= any(not o.is_crowd for o in picture.objects)
                     pictures += 1
                 if pictures > 1 and not is_remote(path):  # those would be read as a whole
                     overviews[path] = _write_overview(raster, target / OVERVIEWS, len(overviews) + 1)
             finally:
                 raster.close()
-        if not is_used.any():
-            raise ValueError(
-                f"No polygon of {labels} lies on a raster: compare their CRS, or name that of the labels with "
-                "--labels_crs=EPSG:NUMBER."
-            )
+        if not is_shown:
+            raise ValueError(_say_nothing_shown(labels, notes))
         notes["polygons that lie on no raster, or on none with content"] += int((~is_used).sum())
         for note in [note for note, count in notes.items() if not count]:
             del notes[note]
@@ -128,28 +114,26 @@ def convert_maps(
     )
 
 
+def _say_nothing_shown(labels: str, notes: collections.Counter[str]) -> str:
+    """Why no picture has an object."""
+    if notes[NO_CONTENT]:
+        return (
+            f"The rasters have no content where the polygons of {labels} lie: {notes[NO_CONTENT]} windows are black, "
+            "transparent or nodata."
+        )
+    if notes[SLIVERS]:
+        return f"All polygons of {labels} are smaller than a pixel of the pictures; name a finer --gsd."
+    return (
+        f"No polygon of {labels} lies on a raster: compare their CRS, or name that of the labels with "
+        "--labels_crs=EPSG:NUMBER."
+    )
+
+
 def _write_overview(raster: RasterImage, folder: Path, number: int) -> dict[str, Any]:
     """Keep a small picture of a whole raster, on which check_dataset draws; returns what the annotation file says."""
     file = folder / f"{number}.jpg"
     write_bytes(file, cv2.imencode(".jpg", np.ascontiguousarray(raster.view(OVERVIEW_SIDE)[..., ::-1]))[1].tobytes())
     return {"file": f"{OVERVIEWS}/{file.name}", "size": list(raster.size)}
-
-
-def _check_cutting(cutting: Cutting) -> None:
-    if cutting.tile < 32:
-        raise ValueError(f"--tile is {cutting.tile}, it must be at least 32 pixels.")
-    if not 0 <= cutting.overlap < 1:
-        raise ValueError(f"--overlap is {cutting.overlap}, it must be at least 0 and below 1.")
-    if not 0 < cutting.min_visible <= 1:
-        raise ValueError(f"--min_visible is {cutting.min_visible}, it must be above 0 and at most 1.")
-    if cutting.empty_share < 0:
-        raise ValueError(f"--empty_share is {cutting.empty_share}, it must be at least 0.")
-    if cutting.bands is not None and len(cutting.bands) != 3:
-        raise ValueError(
-            f"--bands is {quote(','.join(cutting.bands))}, it must name three, shown as red, green and blue."
-        )
-    if cutting.gsd is not None and not 0 < cutting.gsd < 1e6:
-        raise ValueError(f"--gsd is {cutting.gsd}, it must be above 0 metres.")
 
 
 def _find_rasters(rasters: Sequence[str]) -> list[str]:
@@ -212,26 +196,26 @@ def _cut_raster(
     if not len(on_it):
         return
     lengths = pixel_sides(place, raster.size) or (1.0, 1.0)
-    sides = _window_sides(lengths, cutting)
+    sides = window_sides(raster.name, lengths, cutting)
     visible = shapely.intersection(shapes[on_it], allowed)
     scale = cutting.tile / np.array(sides)  # (x, y) pixels of a picture for each one of the raster
     is_sliver = shapely.area(visible) * scale.prod() < SLIVER_PX
-    notes["slivers smaller than a pixel, left out"] += int(is_sliver.sum())
+    notes[SLIVERS] += int(is_sliver.sum())
     is_used[on_it[is_sliver]] = True
     on_it, visible = on_it[~is_sliver], visible[~is_sliver]
     if not len(on_it):
         return
     tree = shapely.STRtree(visible)
     taken = {
-        window: _objects_in(window, tree, visible, scale, cutting)
-        for window in _grid(raster.size, sides, cutting.overlap)
+        window: objects_in(window, tree, visible, scale, cutting)
+        for window in grid(raster.size, sides, cutting.overlap)
     }
     chosen = {window: found for window, found in taken.items() if any(is_whole for _, _, is_whole in found)}
     shown = {index for found in chosen.values() for index, _, is_whole in found if is_whole}
     for index in range(len(visible)):
         if index not in shown:
-            window = _around(visible[index], raster.size, sides)
-            chosen[window] = _objects_in(window, tree, visible, scale, cutting)
+            window = around(visible[index], raster.size, sides)
+            chosen[window] = objects_in(window, tree, visible, scale, cutting)
             shown.update(i for i, _, is_whole in chosen[window] if is_whole)
             notes["pictures moved to show an object that borders would cut"] += 1
     labelled = allowed if area is not None else shapely.convex_hull(shapely.union_all(visible)) & whole
@@ -242,7 +226,7 @@ def _cut_raster(
     for window in sorted(chosen, key=lambda w: (w.y, w.x)):
         data = _picture(raster, window, allowed, cutting.tile)
         if data is None:
-            notes["windows without content, skipped"] += 1
+            notes[NO_CONTENT] += 1
             continue
         objects = []
         for index, shape, is_whole in chosen[window]:
@@ -256,53 +240,6 @@ def _cut_raster(
             facts["east_north"] = (ground[1] / cutting.tile).round(9).tolist()  # of a pixel to the right, and down
         name = f"{stem}_x{window.x}_y{window.y}.png"
         yield ConvertedImage(None, data, name, cutting.tile, cutting.tile, tuple(objects), facts)
-
-
-def _window_sides(lengths: tuple[float, float], cutting: Cutting) -> tuple[int, int]:
-    """Width and height of what a picture shows, in pixels of a raster, whose sides are `lengths` metres."""
-    if cutting.gsd is None:
-        return cutting.tile, cutting.tile
-    width, height = (max(1, round(cutting.tile * cutting.gsd / length)) for length in lengths)
-    return width, height
-
-
-def _grid(size: tuple[int, int], sides: tuple[int, int], overlap: float) -> Iterator[Window]:
-    """Windows that cover an image of `size` (height, width); the last ones reach its edge, where it is large enough."""
-
-    def starts(length: int, side: int) -> list[int]:
-        step = max(1, round(side * (1 - overlap)))
-        return sorted({min(start, max(0, length - side)) for start in range(0, max(1, length), step)})
-
-    for y in starts(size[0], sides[1]):
-        for x in starts(size[1], sides[0]):
-            yield Window(x, y, *sides)
-
-
-def _around(shape: Any, size: tuple[int, int], sides: tuple[int, int]) -> Window:
-    """The window with a shape in its middle, moved to lie on the image."""
-    left, top, right, bottom = shape.bounds
-    x = min(max(0, round((left + right - sides[0]) / 2)), max(0, size[1] - sides[0]))
-    y = min(max(0, round((top + bottom - sides[1]) / 2)), max(0, size[0] - sides[1]))
-    return Window(x, y, *sides)
-
-
-def _objects_in(
-    window: Window, tree: Any, shapes: np.ndarray, scale: np.ndarray, cutting: Cutting
-) -> list[tuple[int, Any, bool]]:
-    """(index, shape in pixels of the picture, whether enough of it is seen) of the shapes that a window shows."""
-    import shapely
-
-    box = shapely.box(*window.box)
-    found = []
-    for index in sorted(tree.query(box, predicate="intersects").tolist()):
-        part = shapes[index] & box
-        seen = part.area * scale.prod()
-        if seen < SLIVER_PX:
-            continue
-        enough = part.area >= cutting.min_visible * shapes[index].area or seen >= LARGE_SHARE * cutting.tile**2
-        shape = shapely.transform(part, lambda xy: (xy - [window.x, window.y]) * scale)
-        found.append((index, shape, bool(enough)))
-    return found
 
 
 def _picture(raster: RasterImage, window: Window, allowed: Any, tile: int) -> bytes | None:

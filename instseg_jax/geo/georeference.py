@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from instseg_jax.files import written_aside
+from instseg_jax.geo.antimeridian import cut_at_180
 from instseg_jax.geo.areas import ToGround, area_measure, degrees_of
 from instseg_jax.geo.layer_files import require_extra, write_vectors
 from instseg_jax.outlines import Polygon, ring_area
@@ -69,8 +70,8 @@ def to_geojson(result: Located) -> dict:
     """Make a GeoJSON FeatureCollection of a result, RFC 7946: a feature an instance, with its holes and parts.
 
     In longitudes and latitudes of WGS 84. Where the image's CRS has no way there, in that, which a `crs` member names
-    as GeoJSON had it before; without a georeference in pixels, y down. Longitudes of an instance on the border of the
-    world go on beyond 180. Properties: label, cls_id, score, area_px, and area_m2 where the CRS is known.
+    as GeoJSON had it before; without a georeference in pixels, y down. An instance on the border of the world is cut
+    there. Properties: label, cls_id, score, area_px, and area_m2 where the CRS is known.
     """
     head, to_degrees = _collection(result.georeference)
     return head | {"features": [_feature(parts, said, to_degrees) for parts, said in ground_features(result)]}
@@ -91,8 +92,10 @@ def write_geojson(path: str | Path, result: Located) -> Path:
 def _collection(place: "Georeference | None") -> tuple[dict[str, Any], ToGround | None]:
     """The head of a FeatureCollection, and what brings coordinates [P, 2] of the image's CRS to degrees, if need be."""
     collection: dict[str, Any] = {"type": "FeatureCollection"}
-    if place is None or place.wkt is None or place.epsg == WGS84:
+    if place is None or place.wkt is None:
         return collection, None
+    if place.epsg == WGS84:
+        return collection, lambda points: points
     to_degrees = degrees_of(place.wkt, place.to_ground(np.zeros((1, 2))))
     if to_degrees is None:
         name = f"urn:ogc:def:crs:EPSG::{place.epsg}" if place.epsg else place.wkt
@@ -106,8 +109,19 @@ def _feature(parts: list[list[np.ndarray]], properties: dict, to_degrees: ToGrou
         points = to_degrees(np.concatenate([ring for rings in parts for ring in rings])).round(DECIMALS)
         turned = iter(np.split(points, np.cumsum(lengths)[:-1]))
         parts = [[next(turned) for _ in rings] for rings in parts]
+    if to_degrees is not None and max(np.abs(rings[0][:, 0]).max() for rings in parts) > 180:
+        parts = _cut(parts)
     rings = [[[*ring.tolist(), ring[0].tolist()] for ring in rings] for rings in parts]
     return {"type": "Feature", "geometry": {"type": "MultiPolygon", "coordinates": rings}, "properties": properties}
+
+
+def _cut(parts: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
+    """Rings [P, 2] of parts in degrees, cut at 180."""
+    import shapely
+
+    shape = cut_at_180(shapely.multipolygons([shapely.Polygon(rings[0], rings[1:]) for rings in parts]))
+    shape = shapely.orient_polygons(shape)
+    return [[np.asarray(ring.coords)[:-1] for ring in (one.exterior, *one.interiors)] for one in shape.geoms]
 
 
 def write_geopackage(path: str | Path, result: Located) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from instseg_jax.files import written_aside
+from instseg_jax.geo.antimeridian import cut_at_180
 from instseg_jax.messages import quote, shorten
 
 DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".json": "GeoJSON", ".fgb": "FlatGeobuf", ".parquet": "Parquet"}
@@ -42,12 +43,15 @@ def write_layer(
 ) -> Path:
     """Write polygons [n] of shapely with columns [n] as a layer `instances`; a file that was there is replaced whole.
 
-    `crs` is of pyproj, None: unknown; GeoJSON in WGS 84 follows RFC 7946. `style` is QGIS' QML: kept within a
-    GeoPackage, beside other files. Raises OSError where it can't be written.
+    `crs` is of pyproj, None: unknown; GeoJSON in WGS 84 follows RFC 7946, cut at 180 degrees. `style` is QGIS' QML:
+    kept within a GeoPackage, beside other files. Raises OSError where it can't be written.
     """
     import shapely
 
     driver = driver_of(path)
+    is_rfc = driver == "GeoJSON" and crs is not None and crs.equals(WGS84)
+    if is_rfc:
+        geometries = np.array([*map(cut_at_180, geometries), None], object)[:-1]
     shapes = np.array([shapely.multipolygons([g]) if g.geom_type == "Polygon" else g for g in geometries], object)
     blobs = shapely.to_wkb(shapely.orient_polygons(shapes))
     with written_aside(path) as aside:
@@ -56,7 +60,7 @@ def write_layer(
         else:
             options: dict[str, Any] = {}
             named = aside.with_name(f"{aside.name}{Path(path).suffix}")  # without it FlatGeobuf makes a folder
-            if driver == "GeoJSON" and crs is not None and crs.equals(WGS84):
+            if is_rfc:
                 options = {"RFC7946": "YES", "COORDINATE_PRECISION": GEOJSON_DECIMALS}
             try:
                 write_vectors(named, blobs, columns, None if crs is None else crs.to_wkt(), driver=driver, **options)

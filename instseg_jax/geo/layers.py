@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,9 @@ def read_layer(
         if shape is None or shape.is_empty:
             notes["features without a geometry, left out"] += 1
             continue
+        if not np.isfinite(shapely.get_coordinates(shape)).all():
+            notes["features whose coordinates are no numbers, left out"] += 1
+            continue
         if not shape.is_valid:
             shape = shapely.make_valid(shape)
             notes["invalid rings, mended"] += 1
@@ -79,7 +83,8 @@ def read_layer(
             shapes.append(shape)
             names.append(str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip())
     if not shapes:
-        raise ValueError(f"The layer {path} has no polygon.")
+        left = "".join(f"; {note}: {count}" for note, count in notes.items())
+        raise ValueError(f"The layer {path} has no polygon with a class{left}.")
     collected = np.empty(len(shapes), object)
     collected[:] = shapes
     return Layer(path, collected, tuple(names), found, is_assumed)
@@ -108,16 +113,43 @@ def shapes_in_pixels(layer: Layer, place: Georeference, raster: str, size: tuple
             return as_they_are
         if place.wkt is None or layer.crs is None or not _is_globe(shapely.total_bounds(layer.shapes)):
             return as_they_are  # it may lie on another raster
+    own = pyproj.CRS.from_wkt(place.wkt)
     try:
-        transformer = pyproj.Transformer.from_crs(layer.crs, pyproj.CRS.from_wkt(place.wkt), always_xy=True)
-        return shapely.transform(
-            layer.shapes,
-            lambda xy: to_pixels(np.stack(transformer.transform(xy[:, 0], xy[:, 1], errcheck=True), axis=1)),
-        )
+        transformer = pyproj.Transformer.from_crs(layer.crs, own, always_xy=True)
+        ground = shapely.transform(layer.shapes, lambda xy: np.stack(transformer.transform(xy[:, 0], xy[:, 1]), axis=1))
+        is_there = np.isfinite(shapely.bounds(ground)).all(axis=1)
+        if not is_there.any():  # raises the reason
+            x, y = shapely.get_coordinates(layer.shapes).T
+            transformer.transform(x, y, errcheck=True)
+        ground[~is_there] = shapely.Polygon()  # the other side of the globe
     except pyproj.exceptions.ProjError as error:
         raise ValueError(
             f"There is no way from the CRS of {layer.path} to that of {raster} ({shorten(error)})."
         ) from error
+    if own.is_geographic:
+        middle = float(place.to_ground(np.array([size[::-1]]) / 2)[0, 0])
+        ground = _turn_to(ground, middle, 2 * math.pi / own.axis_info[0].unit_conversion_factor)
+    return shapely.transform(ground, to_pixels)
+
+
+def _turn_to(shapes: np.ndarray, middle: float, turn: float) -> np.ndarray:
+    """Shapes whose parts lie on the side of the globe around a longitude: 250 and -110 degrees are one place.
+
+    `turn` is once around. Parts that a border of the world has cut are joined; what is wider than half of it stays.
+    """
+    import shapely
+
+    left, _, right, _ = shapely.bounds(parts := shapely.get_parts(shapes)).T
+    turns = np.where(right - left > turn / 2, 0, np.round((middle - (left + right) / 2) / turn))
+    if not turns.any():
+        return shapes
+    turned = shapely.transform(parts, lambda xy: xy)
+    for number in np.unique(turns[turns != 0]):
+        is_there = turns == number
+        turned[is_there] = shapely.transform(parts[is_there], lambda xy, by=number * turn: np.add(xy, [by, 0]))
+    counts = shapely.get_num_geometries(shapes)
+    joined = [shapely.union_all(own) for own in np.split(turned, np.cumsum(counts)[:-1])]
+    return np.array([*joined, None], object)[:-1]
 
 
 def pixel_sides(place: Georeference, size: tuple[int, int]) -> tuple[float, float] | None:
@@ -201,9 +233,13 @@ def _polygons_of(shape: Any) -> Any:
     """The polygons of a shape: one, several as a MultiPolygon, or an empty one."""
     import shapely
 
-    parts = [part for part in shapely.get_parts(shape, return_index=False).tolist() if part.geom_type == "Polygon"]
-    for inner in (part for part in shapely.get_parts(shape).tolist() if part.geom_type == "MultiPolygon"):
-        parts += inner.geoms
+    parts, rest = [], [shape]
+    while rest:  # collections may hold collections
+        one = rest.pop()
+        if one.geom_type == "Polygon":
+            parts.append(one)
+        elif hasattr(one, "geoms"):
+            rest += reversed(one.geoms)
     parts = [part for part in parts if part.area > 0]
     return parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
 

@@ -146,6 +146,8 @@ class RasterImage:
         except (RasterioIOError, OSError) as error:
             raise ValueError(f"{str(path)!r} can't be read as a raster ({' '.join(str(error).split())}).") from error
         self.name = str(path)
+        if self._file.dtypes[0].startswith("complex"):
+            raise ValueError(f"{str(path)!r} has complex values, which are no picture.")
         self._stored = (self._file.height, self._file.width)
         photometric, self._orientation = _read_tags(Path(path), driver or self._file.driver)
         self.size = self._stored if self._orientation < 5 else self._stored[::-1]
@@ -300,12 +302,12 @@ def _color_bands(colors: list[str]) -> tuple[int, int, int]:
 
 
 def _color_table(file: Any) -> np.ndarray:
-    """The colours [N, 3] uint8 of a file's palette."""
+    """The colours [N, 3] uint8 of a file's palette, where some are opaque the others black."""
     table = file.colormap([color.name for color in file.colorinterp].index("palette") + 1)
-    colors = np.zeros((max(table) + 1, 3), np.uint8)
+    colors = np.zeros((max(table) + 1, 4), np.uint8)
     for number, color in table.items():
-        colors[number] = color[:3]
-    return colors
+        colors[number] = color
+    return colors[:, :3] * (colors[:, 3:] > 0) if colors[:, 3].any() else colors[:, :3]
 
 
 def _read_tags(path: Path, driver: str) -> tuple[int | None, int]:

@@ -13,6 +13,7 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
+from instseg_jax.geo.antimeridian import mend_torn
 from instseg_jax.geo.layer_files import (
     WGS84,
     driver_of,
@@ -27,6 +28,7 @@ from instseg_jax.results.large import LargeResult
 from instseg_jax.results.result import Result
 from instseg_jax.results.visualize import class_color
 
+MIN_COVERED = 0.5  # of the smaller of two: from here on they are one object, as in windows of a picture
 FIELDS = ("label", "cls_id", "score", "area_m2", "perimeter_m", "source")
 
 
@@ -43,7 +45,9 @@ class FoundLayer:
     sources: set[str]
     unplaced: list[str]  # inputs that don't say where they lie
     shaped: list[Shaped]  # outlines that were changed; their shapes are dropped
+    is_single: bool  # what two rasters of a prediction show is one object
     small: int = 0  # objects below the least area
+    doubles: int = 0
 
     def follow(self, results: Iterable[Result | LargeResult]) -> Iterator[Result | LargeResult]:
         """Give results on, and keep their instances."""
@@ -96,6 +100,7 @@ class FoundLayer:
             return
         if there is not None:
             ground = shapely.transform(ground, lambda xy: np.stack(there.transform(xy[:, 0], xy[:, 1]), axis=1))
+            ground = mend_torn(ground) if self.crs.is_geographic else ground
         self.geometries.append(ground)
         label = box["label"]
         self.rows.append((label, int(box["cls_id"]), float(box["score"]), area, perimeter, source))
@@ -116,6 +121,10 @@ class FoundLayer:
 
         geometries = np.array([*self.geometries, None], object)[:-1]
         columns = {name: np.array([row[k] for row in self.rows], _TYPES[name]) for k, name in enumerate(FIELDS)}
+        if self.is_single and len(self.sources) > 1:
+            is_kept = ~_find_doubles(geometries, columns)
+            self.doubles = int((~is_kept).sum())
+            geometries, columns = geometries[is_kept], {name: values[is_kept] for name, values in columns.items()}
         if self.path.exists():
             kept, known = self._others()
             geometries = np.concatenate([kept, geometries])
@@ -132,11 +141,16 @@ class FoundLayer:
         shapes = shapely.from_wkb(blobs[is_other])
         if crs is not None and len(shapes):
             shapes = reproject(shapes, crs, self.crs or crs)
+            if (self.crs is not None and self.crs.is_geographic) and not self.crs.equals(crs):
+                shapes = np.array([*map(mend_torn, shapes), None], object)[:-1]
         return shapes, {name: values[is_other] for name, values in columns.items()}
 
     def say(self) -> list[str]:
         """What a person should know about it, a line each."""
-        lines = [f"layer: {self.path}, {len(self.rows)} features of {len(self.sources)} rasters"]
+        count = len(self.rows) - self.doubles
+        lines = [f"layer: {self.path}, {count} features of {len(self.sources)} rasters"]
+        if self.doubles:
+            lines.append(f"{self.doubles} objects of rasters that overlap were there twice; --keep_doubles keeps them")
         if self.small:
             lines.append(f"{self.small} objects of less than {self.shaping.min_area:g} m2 are left out")
         for how in sorted({one.how for one in self.shaped}):
@@ -158,9 +172,12 @@ _TYPES = {"label": object, "cls_id": np.int64, "score": np.float64}
 _TYPES |= {"area_m2": np.float64, "perimeter_m": np.float64, "source": object}
 
 
-def open_layer(path: str | Path, class_names: Sequence[str], crs: str | None, shaping: Shaping) -> FoundLayer:
+def open_layer(
+    path: str | Path, class_names: Sequence[str], crs: str | None, shaping: Shaping, *, is_single: bool
+) -> FoundLayer:
     """Begin a layer; `crs` None: WGS 84 for GeoJSON, else that of the file that is there, else of the first raster.
 
+    `is_single`: an object that several of its rasters show is one feature.
     Raises ValueError for a suffix or CRS that is unknown, for a layer of somebody else, and where an extra is missing.
     """
     require_extra("--layer")
@@ -179,7 +196,7 @@ def open_layer(path: str | Path, class_names: Sequence[str], crs: str | None, sh
             known = pyproj.CRS.from_user_input(there)
     except pyproj.exceptions.CRSError as error:
         raise ValueError(f"The CRS {quote(crs)} is unknown ({shorten(error)}); one is EPSG:4326.") from error
-    return FoundLayer(Path(path), tuple(class_names), known, shaping, [], [], set(), [], [])
+    return FoundLayer(Path(path), tuple(class_names), known, shaping, [], [], set(), [], [], is_single)
 
 
 def _read_ours(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray], str | None]:
@@ -187,6 +204,27 @@ def _read_ours(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray], str | Non
         return read_layer_file(path, None, FIELDS)
     except ValueError as error:
         raise ValueError(f"{path} is no layer of ours, nothing is added to it ({error})") from error
+
+
+def _find_doubles(shapes: np.ndarray, columns: dict[str, np.ndarray]) -> np.ndarray:
+    """Which features [n] another raster shows as well: the less sure one, or the one that its border has cut."""
+    import shapely
+
+    first, second = shapely.STRtree(shapes).query(shapes, predicate="intersects")
+    is_pair = (first < second) & (columns["label"][first] == columns["label"][second])
+    is_pair &= columns["source"][first] != columns["source"][second]
+    first, second = first[is_pair], second[is_pair]
+    areas, valid = shapely.area(shapes), shapely.make_valid(shapes)
+    shared = shapely.area(shapely.intersection(valid[first], valid[second]))
+    small, large = np.minimum(areas[first], areas[second]), np.maximum(areas[first], areas[second])
+    scores = columns["score"]
+    is_first = np.where(small < MIN_COVERED * large, areas[first] >= areas[second], scores[first] >= scores[second])
+    better, worse = np.where(is_first, first, second), np.where(is_first, second, first)
+    is_double = np.zeros(len(shapes), bool)
+    for k in np.lexsort((worse, better, -areas[better])):
+        if shared[k] >= MIN_COVERED * small[k] and not is_double[better[k]]:
+            is_double[worse[k]] = True
+    return is_double
 
 
 def make_style(class_names: Sequence[str]) -> str:

@@ -187,14 +187,17 @@ def _draw(pairs: Pairs) -> str:
 
 
 def find_origin(layer: MapLayer) -> np.ndarray:
-    """Longitude and latitude in the middle of a layer: where its plane touches the globe."""
+    """Longitude and latitude about the middle of a layer: where its plane touches the globe."""
     import shapely
 
-    bounds = shapely.total_bounds(_to_degrees(layer.shapes, layer.crs))
-    return np.array([(bounds[0] + bounds[2]) / 2, (bounds[1] + bounds[3]) / 2])
+    middles = shapely.get_coordinates(shapely.centroid(shapely.get_parts(_to_degrees(layer.shapes, layer.crs))))
+    around = np.exp(1j * np.radians(middles[:, 0])).mean()  # -180 and 180 degrees are neighbours
+    return np.array([np.degrees(np.angle(around)), (middles[:, 1].min() + middles[:, 1].max()) / 2])
 
 
 def _to_degrees(shapes: np.ndarray, crs: Any) -> np.ndarray:
+    if not len(shapes):  # nothing was found, on no raster
+        return shapes
     if crs is None:
         raise ValueError("a layer says no CRS, it can't be held against another one")
     return reproject(shapes, crs, WGS84)

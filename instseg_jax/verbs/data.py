@@ -15,6 +15,7 @@ from instseg_jax.config import check_sizes, load_config
 from instseg_jax.data import check, check_report, findings, loader, repair
 from instseg_jax.data.blocks import fold_blocks, split_blocks
 from instseg_jax.data.convert import Conversion, convert_dataset
+from instseg_jax.data.map_windows import Cutting
 from instseg_jax.data.source import build_dataset
 from instseg_jax.data.split import check_percentages, fold_split, split_dataset, split_images
 from instseg_jax.files import write_json
@@ -135,7 +136,7 @@ def _convert_maps(options: argparse.Namespace, percentages: tuple[int, int] | No
             )
     if options.group_by is not None:
         raise ValueError("--group_by is for names of pictures; pictures of a map are split by split --by=blocks.")
-    from instseg_jax.data.maps import Cutting, convert_maps  # needs the extra geo
+    from instseg_jax.data.maps import convert_maps  # needs the extra geo
 
     return convert_maps(
         [name for name in options.rasters.split(",") if name],

@@ -204,7 +204,7 @@ def _merge(
 def begin_layer(options: argparse.Namespace, class_names: Sequence[str]) -> FoundLayer | None:
     """The layer of a map that the options ask for. Raises ValueError for options that need one and have none."""
     if not options.layer:
-        for name in ("crs", "simplify", "smooth", "regularize", "regularize_classes", "min_area"):
+        for name in ("crs", "simplify", "smooth", "regularize", "regularize_classes", "min_area", "keep_doubles"):
             if getattr(options, name):
                 raise ValueError(f"--{name} is for --layer, which names the file of a layer")
         return None
@@ -218,7 +218,7 @@ def begin_layer(options: argparse.Namespace, class_names: Sequence[str]) -> Foun
             known = shorten(", ".join(class_names))
             raise ValueError(f"--regularize_classes has {quote(unknown[0])}, the model's classes are {known}")
     shaping = Shaping(options.simplify, options.smooth, options.regularize, classes, options.min_area)
-    return open_layer(options.layer, class_names, options.crs, shaping)
+    return open_layer(options.layer, class_names, options.crs, shaping, is_single=not options.keep_doubles)
 
 
 def _note(job: Path, folder: Path, plan: Plan, failed: list[Failure]) -> None:

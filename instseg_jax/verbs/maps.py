@@ -125,6 +125,8 @@ def _found_layer(source: str) -> MapLayer:
         raise FileNotFoundError(f"There is no layer {quote(source)}.")
     blobs, columns, crs = read_layer_file(path, None, ("label", "score"))
     shapes = np.array([*shapely.from_wkb(blobs), None], object)[:-1]
+    if crs is None and len(shapes):
+        raise ValueError(f"The layer {path} says no CRS, it can't be held against another one.")
     scores = np.array(columns["score"], np.float64)
     return MapLayer(
         shapes, np.array(columns["label"], object), scores, None if crs is None else pyproj.CRS.from_user_input(crs)

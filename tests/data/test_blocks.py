@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from instseg_jax.cli import main
@@ -63,6 +64,28 @@ def test_pictures_that_touch_share_no_ground():
     assert not blocks.split_blocks(content, val_share=0.5, block=50, gap=0, seed=0)[2]["images"]
 
 
+@pytest.mark.parametrize("turn", [0, 20, 45])
+def test_pictures_that_lie_askew_are_near_by_their_own_sides(turn):
+    """A row of pictures that touch, turned: neighbours share no ground, however their outlines' boxes overlap."""
+    content = grid(4, 1, side=50, step=50)
+    cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+    for number, image in enumerate(content["images"]):
+        east, north = number * 50 * cos / DEGREE / math.cos(math.radians(45.0)), number * 50 * sin / DEGREE
+        image |= {
+            "lon_lat": [10.0 + east, 45.0 + north],
+            "east_north": [[50 / 8 * cos, 50 / 8 * sin], [50 / 8 * sin, -50 / 8 * cos]],
+        }
+    for gap in (0.0, 20.0):
+        train, val, left_out = (
+            {image["id"] for image in part["images"]}
+            for part in blocks.split_blocks(content, val_share=0.3, block=40, gap=gap, seed=0)
+        )
+        beside = {number + step for number in val for step in (-1, 1)} & (train | left_out)
+        assert val and beside and left_out == (beside if gap else set())
+    corners = blocks.place_images(content["images"])
+    assert np.linalg.norm(corners[0, 2] - corners[0, 0]) == pytest.approx(50 * math.sqrt(2), rel=1e-3)
+
+
 def test_each_picture_is_validated_in_one_fold():
     content = grid(10, 10, side=50, step=50)
     folds = blocks.fold_blocks(content, folds=4, block=120, gap=0, seed=0)
@@ -90,7 +113,7 @@ def test_across_the_date_line():
         image["lon_lat"][0] = (image["lon_lat"][0] + 180) % 360 - 180
     assert min(i["lon_lat"][0] for i in content["images"]) < 0 < max(i["lon_lat"][0] for i in content["images"])
     places = blocks.place_images(content["images"])
-    assert places[:, 2].max() - places[:, 0].min() == pytest.approx(9 * 50 + 64, abs=1)
+    assert np.ptp(places[..., 0]) == pytest.approx(9 * 50 + 64, abs=1)
 
 
 def test_from_the_shell_and_back(tmp_path, capsys):

@@ -336,6 +336,48 @@ def test_flaws_are_counted(tmp_path, capsys):
     assert len(content["annotations"]) == 4
 
 
+def test_what_is_no_polygon_on_the_ground_ends_nothing(tmp_path, capsys):
+    """Collections in collections, a point that is no number, and a shape on the other side of the globe."""
+    raster = write_raster(tmp_path / "a.tif", scene(), UTM, north_up(UTM))
+    house = shapely.GeometryCollection([shapely.Point(1, 1), shapely.GeometryCollection([OBJECTS["house"]])])
+    odd = shapely.Polygon([(10, 10), (math.inf, 20), (30, 30)])
+    layer = write_layer(tmp_path / "a.gpkg", OBJECTS | {"house": house, "tree#odd": odd}, north_up(UTM), UTM)
+    check_whole(tmp_path, cut(tmp_path, raster, layer))
+    assert "coordinates are no numbers, left out: 1" in capsys.readouterr().out
+    layer = write_layer(tmp_path / "b.gpkg", OBJECTS, north_up(UTM), UTM, 4326)
+    beyond = shapely.to_wkb(np.array([shapely.box(0, 89, 10, 95)], object))
+    pyogrio.raw.write(
+        layer, beyond, [np.array(["tree"], object)], ["kind"], geometry_type="Polygon", crs="EPSG:4326", driver="GPKG",
+        layer="b", append=True,
+    )  # fmt: skip
+    check_whole(tmp_path, cut(tmp_path, raster, layer))
+    assert "lie on no raster, or on none with content: 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "pixels", "message"),
+    [
+        (["--gsd=1000"], 90, "smaller than a pixel of the pictures; name a finer --gsd"),
+        (["--gsd=0.001"], 90, "made at most 16 times finer"),
+        ([], 0, "have no content where the polygons"),
+    ],
+)
+def test_a_set_without_objects_is_not_written(tmp_path, capsys, options, pixels, message):
+    raster = write_raster(tmp_path / "a.tif", np.full((SIDE, SIDE), pixels, np.uint8), UTM, north_up(UTM))
+    layer = write_layer(tmp_path / "a.gpkg", OBJECTS, north_up(UTM), UTM)
+    named = [f"--rasters={raster}", f"--labels={layer}", "--class_field=kind", f"--save_path={tmp_path / 'out'}"]
+    assert main(["convert", "--src_dataset_type=geo", *named, *options]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out" / "annotations").exists()
+
+
+def test_a_layer_whose_features_are_all_left_out_says_why(tmp_path, capsys):
+    raster = write_raster(tmp_path / "a.tif", scene(), UTM, north_up(UTM))
+    layer = write_layer(tmp_path / "a.gpkg", {" ": OBJECTS["tree"], "#": OBJECTS["house"]}, north_up(UTM), UTM)
+    named = [f"--rasters={raster}", f"--labels={layer}", "--class_field=kind", f"--save_path={tmp_path / 'out'}"]
+    assert main(["convert", "--src_dataset_type=geo", *named]) == 1
+    assert "has no polygon with a class; features without a value of kind, left out: 2" in capsys.readouterr().err
+
+
 def test_there_and_back(tmp_path):
     """Layer to masks of pictures, and their outlines to the ground again."""
     rng = np.random.default_rng(0)

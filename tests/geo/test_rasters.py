@@ -193,3 +193,17 @@ def test_pictures_without_world_files_are_decoded_as_ever(tmp_path):
     Image.fromarray(scene()).save(tmp_path / "a.png")
     (tmp_path / "b.pgw").write_text("1\n0\n0\n-1\n0\n0\n")
     assert open_raster(tmp_path / "a.png") is None
+
+
+def test_transparent_colors_of_a_table_are_no_content(tmp_path):
+    entries = "".join(
+        f'<Entry c1="{c}" c2="{c}" c3="{c}" c4="{alpha}"/>' for c, alpha in ((10, 255), (200, 0), (7, 255))
+    )
+    numbers = write(tmp_path / "numbers.tif", np.array([[0, 1], [2, 1]], np.uint8))
+    (tmp_path / "a.vrt").write_text(
+        '<VRTDataset rasterXSize="2" rasterYSize="2"><VRTRasterBand dataType="Byte" band="1"><ColorInterp>Palette'
+        f"</ColorInterp><ColorTable>{entries}</ColorTable><SimpleSource><SourceFilename>{numbers}</SourceFilename>"
+        "<SourceBand>1</SourceBand></SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    found = RasterImage(tmp_path / "a.vrt", driver=None).whole()
+    assert found[..., 0].tolist() == [[10, 0], [7, 0]]

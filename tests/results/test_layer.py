@@ -44,8 +44,8 @@ def result(name="a.tif", *, where=None, count=2) -> Result:
     return Result(name, (100, 100), boxes[:count], masks[:count], georeference=where or place())
 
 
-def written(path, results, *, crs=None, shaping=AS_IT_IS):
-    layer = open_layer(path, NAMES, crs, shaping)
+def written(path, results, *, crs=None, shaping=AS_IT_IS, is_single=True):
+    layer = open_layer(path, NAMES, crs, shaping, is_single=is_single)
     assert len(list(layer.follow(iter(results)))) == len(results)
     layer.write()
     return layer
@@ -107,7 +107,7 @@ def test_rasters_in_several_crs_make_one_layer(tmp_path):
     x, y = to_zone.transform(*ORIGIN)
     crs = rasterio.crs.CRS.from_epsg(32632)
     here = Georeference((SIDE, 0, x, 0, -SIDE, y), crs.to_wkt(), 32632)
-    written(tmp_path / "found.gpkg", [result("a.tif"), result("b.tif", where=here)])
+    written(tmp_path / "found.gpkg", [result("a.tif"), result("b.tif", where=here)], is_single=False)
     shapes, columns, crs = read(tmp_path / "found.gpkg")
     assert crs.to_epsg() == 32633 and list(columns["source"]) == ["a.tif"] * 2 + ["b.tif"] * 2
     corner = np.array(shapes[0].bounds) - np.array(shapes[2].bounds)
@@ -132,7 +132,7 @@ def test_a_layer_of_somebody_else_stays_as_it_is(tmp_path):
     )  # fmt: skip
     before = path.read_bytes()
     with pytest.raises(ValueError, match="has no field 'label'"):  # before anything is predicted
-        open_layer(path, NAMES, None, AS_IT_IS)
+        open_layer(path, NAMES, None, AS_IT_IS, is_single=True)
     with pytest.raises(ValueError, match="has no field 'label'"):
         written(path, [result()])
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["trees.gpkg"]
@@ -179,7 +179,9 @@ def test_pictures_without_a_place_are_named(tmp_path):
 
 def test_a_crs_without_a_way_to_the_others_ends_nothing(tmp_path):
     local = Georeference((1, 0, 0, 0, -1, 0), 'LOCAL_CS["drawing",UNIT["metre",1]]', None)
-    layer = written(tmp_path / "found.gpkg", [result(), result("drawing.tif", where=local), result("c.tif")])
+    layer = written(
+        tmp_path / "found.gpkg", [result(), result("drawing.tif", where=local), result("c.tif", where=place(east=100))]
+    )
     assert layer.say()[-1].endswith(": drawing.tif") and len(read(tmp_path / "found.gpkg")[0]) == 4
     alone = written(tmp_path / "alone.gpkg", [result("drawing.tif", where=local)], shaping=Shaping(simplify=1.0))
     blobs, columns, _ = read_layer_file(tmp_path / "alone.gpkg", None, FIELDS)
@@ -194,11 +196,11 @@ def test_nothing_found_is_an_empty_layer(tmp_path, suffix):
 
 def test_errors_say_what_is_allowed(tmp_path):
     with pytest.raises(ValueError, match=r"\.gpkg, \.geojson, .* is none of them"):
-        open_layer(tmp_path / "found.shp", NAMES, None, AS_IT_IS)
+        open_layer(tmp_path / "found.shp", NAMES, None, AS_IT_IS, is_single=True)
     with pytest.raises(ValueError, match="--smooth is -1, it must be at least 0"):
-        open_layer(tmp_path / "found.gpkg", NAMES, None, Shaping(smooth=-1.0))
+        open_layer(tmp_path / "found.gpkg", NAMES, None, Shaping(smooth=-1.0), is_single=True)
     with pytest.raises(ValueError, match="The CRS 'EPSG:1' is unknown"):
-        open_layer(tmp_path / "found.gpkg", NAMES, "EPSG:1", AS_IT_IS)
+        open_layer(tmp_path / "found.gpkg", NAMES, "EPSG:1", AS_IT_IS, is_single=True)
 
 
 def test_houses_are_squared_and_trees_are_rounded(tmp_path):
@@ -208,3 +210,31 @@ def test_houses_are_squared_and_trees_are_rounded(tmp_path):
     assert shapely.get_num_coordinates(shapes[0]) == 5 + 5  # with its court
     told = [line.split(",")[0] for line in layer.say() if line.startswith("outlines")]
     assert told == ["outlines regularized: 1 of 2", "outlines smoothed: 1 of 2"]
+
+
+def test_what_rasters_that_overlap_both_show_is_one_feature(tmp_path):
+    """The surer one, or the whole one where a raster's border cuts the other."""
+    surer = result("b.tif")
+    for box in surer.boxes:
+        box["score"] += 0.05
+    cut = result("c.tif", count=1)  # half of the house, and very sure
+    cut.boxes[0]["score"] = 0.99
+    half = np.zeros((100, 100), np.uint8)
+    half[10:40, 20:34] = 1
+    cut.masks[0] = encode_mask(half)
+    beside = result("d.tif", where=place(east=12), count=1)  # covers little of the house
+    layer = written(tmp_path / "found.gpkg", [result(), surer, cut, beside])
+    _, columns, _ = read(tmp_path / "found.gpkg")
+    assert list(columns["source"]) == ["b.tif", "b.tif", "d.tif"]
+    assert list(columns["label"]) == ["house", "tree & bush", "house"]
+    assert layer.say()[0].endswith(", 3 features of 4 rasters") and layer.say()[1].startswith("3 objects of rasters")
+    written(tmp_path / "all.gpkg", [result(), surer, cut, beside], is_single=False)
+    assert len(read(tmp_path / "all.gpkg")[0]) == 6
+
+
+def test_two_objects_of_one_raster_are_never_doubles(tmp_path):
+    twice = result()
+    twice.boxes[1] = twice.boxes[0] | {"score": 0.3}
+    twice.masks[1] = twice.masks[0]
+    written(tmp_path / "found.gpkg", [twice, result("b.tif", where=place(east=500))])
+    assert len(read(tmp_path / "found.gpkg")[0]) == 4
