@@ -6,40 +6,50 @@ The public face, for Python. Nothing heavy is imported before it is used. The ve
 import functools
 import importlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+    from instseg_jax.cli import call
+    from instseg_jax.compiled import keep_compiled_programs
     from instseg_jax.config import load_config
     from instseg_jax.data.coco import CocoDataset
+    from instseg_jax.data.feeding import batches, load_batches, read_data
     from instseg_jax.data.own import dense_masks, make_example, own_data
     from instseg_jax.data.transforms import Transform
     from instseg_jax.inference.pipeline import Pipeline
     from instseg_jax.inference.predictor import LoadedModel
     from instseg_jax.models.anatomy import features, look_inside
     from instseg_jax.models.mask_rtdetr import MaskRTDETR
+    from instseg_jax.results import figures
     from instseg_jax.results.result import Result
     from instseg_jax.training.functional import Assign, ExtraLoss, Init, Losses, Step
     from instseg_jax.training.optimizer import Optimizer
     from instseg_jax.training.trackers import Tracker
-    from instseg_jax.types import Batch
 
 __version__ = "0.1.0"
 _ELSEWHERE = {  # public names that are defined in a room: they are imported when they are asked for
+    "batches": "data.feeding",
+    "call": "cli",
     "dense_masks": "data.own",
     "features": "models.anatomy",
+    "figures": "results.figures",  # the module itself
+    "keep_compiled_programs": "compiled",
+    "load_batches": "data.feeding",
     "load_config": "config",
     "look_inside": "models.anatomy",
     "make_example": "data.own",
     "own_data": "data.own",
+    "read_data": "data.feeding",
     "Tracker": "training.trackers",
 }
 # fmt: off
 __all__ = [
-    "Tracker", "__version__", "batches", "create_model", "create_pipeline", "dense_masks", "evaluate", "features",
-    "load", "load_config", "look_inside", "losses", "make_example", "make_train_step", "own_data", "predict", "train",
+    "Tracker", "__version__", "batches", "call", "create_model", "create_pipeline", "dense_masks", "evaluate",
+    "features", "figures", "keep_compiled_programs", "load", "load_batches", "load_config", "look_inside", "losses",
+    "make_example", "make_train_step", "own_data", "predict", "read_data", "train",
 ]
 # fmt: on
 
@@ -47,7 +57,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _ELSEWHERE:
         raise AttributeError(f"module 'instseg_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"instseg_jax.{_ELSEWHERE[name]}"), name)
+    module = importlib.import_module(f"instseg_jax.{_ELSEWHERE[name]}")
+    return module if module.__name__.endswith(f".{name}") else getattr(module, name)
 
 
 def create_model(
@@ -175,10 +186,11 @@ def load(
 
     Raises: FileNotFoundError or ValueError in one sentence when there are no weights or they do not fit.
     """
+    from instseg_jax.config import as_config
     from instseg_jax.inference.predictor import load_model
 
     overrides = {} if dtype is None else {"model.dtype": dtype}
-    loaded = load_model(weights, None if config is None else _config_of(config), overrides)
+    loaded = load_model(weights, None if config is None else as_config(config), overrides)
     return loaded.network, loaded.variables, loaded
 
 
@@ -216,8 +228,9 @@ def losses(
     Args:
       model: from `create_model` or `load`.
       settings: config, or the name of one, whose sections `loss` and `denoising` are read.
-      extra: (outputs, batch) -> terms of one's own {name: [] weighted}, which are added; `outputs` is a
-        `types.TrainingOutputs`.
+      extra: (outputs, batch, query_index) -> terms of one's own {name: [] weighted}, which are added. `outputs` is a
+        `types.TrainingOutputs`, `batch` a `types.Batch`; `query_index` [S, B, N] says which query each object was
+        matched with in each prediction set, the last set being that of the last layer; -1 for none.
       assign: who solves the matching: "callback" (SciPy on the host, from inside the program; quickest on a CPU),
         "program" (without the host: such a program is kept compiled from run to run), or a function
         (costs [S, B, Q, N], valid [B, N]) -> query_index [S, B, N] int32, -1 for none.
@@ -227,9 +240,10 @@ def losses(
 
     Raises: ValueError for settings or an assignment that are not allowed.
     """
+    from instseg_jax.config import as_config
     from instseg_jax.training.functional import build_losses
 
-    return build_losses(model, _config_of(settings), extra=extra, assign=assign)
+    return build_losses(model, as_config(settings), extra=extra, assign=assign)
 
 
 def make_train_step(
@@ -257,36 +271,10 @@ def make_train_step(
 
     Raises: ValueError for settings that are not allowed; `init`, for a pattern that is found in no parameter's path.
     """
+    from instseg_jax.config import as_config
     from instseg_jax.training.functional import build_train_step
 
-    return build_train_step(model, optimizer, _config_of(settings), extra=extra, frozen=frozen, assign=assign)
-
-
-def batches(
-    items: Iterable[Mapping[str, Any]],
-    settings: "ConfigDict | str",
-    *,
-    num_classes: int,
-    transforms: "Sequence[Transform]" = (),
-    seed: int = 0,
-) -> "Iterator[Batch]":
-    """Batches for `losses` and `make_train_step` from any iterable of items; no work is done ahead.
-
-    Args:
-      items: mappings with image, labels, and masks or segmentations, as `own_data` takes them: a list, a generator,
-        `tf_dataset.as_numpy_iterator()`, or a PyTorch DataLoader with batch_size=None.
-      settings: config, or the name of one: batch size, layout and slots; the size is data.image_size.
-      num_classes: K; labels are below it.
-      transforms: functions (example, rng) -> example, applied in this order.
-      seed: of what the transforms draw.
-
-    Returns: an iterator, as long as `items`; a last part that fills no batch is left out.
-
-    Raises: ValueError that names the item, for one that lacks something or does not fit together.
-    """
-    from instseg_jax.data.loader import build_stream
-
-    return build_stream(_config_of(settings), items, num_classes=num_classes, own_transforms=transforms, seed=seed)
+    return build_train_step(model, optimizer, as_config(settings), extra=extra, frozen=frozen, assign=assign)
 
 
 def train(
@@ -314,6 +302,7 @@ def train(
 
     Raises: ValueError or OSError in one sentence for anything that is wrong with config, data or workdir.
     """
+    from instseg_jax.config import as_config
     from instseg_jax.data.coco import CocoDataset
     from instseg_jax.training.loop import train as run
     from instseg_jax.training.setup import Own
@@ -324,7 +313,7 @@ def train(
     if val_dataset is not None and dataset is None:
         raise ValueError("val_dataset is given without dataset; give both, or name both in the config")
     return run(
-        _config_of(config), os.fspath(workdir), Own(dataset, val_dataset, optimizer, tuple(transforms), trackers or {})
+        as_config(config), os.fspath(workdir), Own(dataset, val_dataset, optimizer, tuple(transforms), trackers or {})
     )
 
 
@@ -340,13 +329,8 @@ def evaluate(config: "ConfigDict | str", weights: str | os.PathLike[str]) -> dic
 
     Raises: FileNotFoundError or ValueError in one sentence when there are no weights or they do not fit the data.
     """
+    from instseg_jax.config import as_config
     from instseg_jax.scoring.run import evaluate_weights
 
-    metrics, _ = evaluate_weights(_config_of(config), weights)
+    metrics, _ = evaluate_weights(as_config(config), weights)
     return metrics
-
-
-def _config_of(config: "ConfigDict | str") -> "ConfigDict":
-    from instseg_jax.config import load_config
-
-    return load_config(config) if isinstance(config, str | os.PathLike) else config

@@ -262,7 +262,10 @@ def run() -> NoReturn:
 def call(*arguments: str) -> int:
     """Run one verb in this process, as a notebook does: `call("split", "--config.data.dir=my_data", ...)`.
 
-    Errors are raised, not printed. Returns the exit code of a verb that ended.
+    Args:
+      arguments: the verb and its options, as on the command line.
+
+    Returns: the exit code of a verb that ended; errors are raised, not printed.
     """
     rest, overrides = split_overrides(list(arguments))
     options = parse_arguments(build_parser(), rest)

@@ -26,12 +26,15 @@ SIZE_MULTIPLE = 32  # of the sides of the network's input, in pixels: its coarse
 
 
 def load_config(spec: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> ConfigDict:
-    """Run the config file and apply overrides (dotted field -> value, or its text as on the command line).
+    """Run a config file and change fields of what it gives.
 
-    `spec` is `FILE` or `FILE:ARGUMENT`, FILE a path or the name of one of the project's configs: `finetune:n`. A file
-    `configs/NAME.py` that is not below the current folder is taken from the installation. Where data.image_size is
-    overridden and data.train_sizes is not, these are scaled alike. The result is locked: an unknown field cannot be
-    set or read.
+    Args:
+      spec: `FILE` or `FILE:ARGUMENT`, FILE a path or the name of one of the project's configs: `finetune:n`. A file
+        `configs/NAME.py` that is not below the current folder is taken from the installation.
+      overrides: dotted field -> value, or its text as on the command line. Where data.image_size is given and
+        data.train_sizes is not, these are scaled alike.
+
+    Returns: the config, locked: an unknown field cannot be set or read.
 
     Raises: FileNotFoundError, or ValueError that names the field and the nearest known one.
     """
@@ -46,6 +49,11 @@ def load_config(spec: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
     if size_before is not None and "data.train_sizes" not in overrides:
         _scale_train_sizes(config.data, size_before)
     return config.lock()
+
+
+def as_config(config: ConfigDict | str | os.PathLike[str]) -> ConfigDict:
+    """The config itself, or that of the name or path that is given for it."""
+    return load_config(config) if isinstance(config, str | os.PathLike) else config
 
 
 def check_sizes(data: ConfigDict, fields: Sequence[str] = ("image_size", "train_sizes")) -> None:

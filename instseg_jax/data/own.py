@@ -45,6 +45,14 @@ def own_data(items: Items, class_names: Sequence[str], *, name: str = "own data"
 
     Every item is looked at once: objects and sizes are kept, pictures are asked for again when a batch shows them.
 
+    Args:
+      items: with `__len__` and `__getitem__`; each a mapping of image (uint8 [h, w, 3] or PIL), labels (n indices),
+        and masks [n, h, w] or segmentations as COCO has them. Arrays may be NumPy's, JAX's or PyTorch's.
+      class_names: of the indices.
+      name: of the set, in messages.
+
+    Returns: the data set, for `train`, `load_batches` and scoring.
+
     Raises: ValueError that names the item, for one that lacks something or does not fit together.
     """
     records, annotations, number = [], [], itertools.count(1)
@@ -97,16 +105,27 @@ def _read_item(
 
 
 def dense_masks(example: examples.Example) -> np.ndarray:
-    """The masks of an example's whole picture: uint8 0/1 [n, h, w]."""
+    """The masks of an example, as a transform of one's own begins with.
+
+    Args:
+      example: what a transform gets: image uint8 [h, w, 3], labels [n].
+
+    Returns: uint8 0/1 [n, h, w], of the whole picture.
+    """
     size = example.image.shape[:2]
     drawn = [masks.segmentation_to_mask(segmentation, *size) for segmentation in example.segmentations]
     return np.stack(drawn) if drawn else np.zeros((0, *size), np.uint8)
 
 
 def make_example(image: np.ndarray, labels: Sequence[int] | np.ndarray, dense: np.ndarray) -> examples.Example:
-    """An example of a picture uint8 [h, w, 3], class indices [n] and masks [n, h, w]; objects without a pixel go.
+    """An example of pixels and masks, as a transform of one's own ends with, whatever it does in between.
 
-    With `dense_masks` it is what a transform of one's own begins and ends with, whatever it does to pixels in between.
+    Args:
+      image: uint8 [h, w, 3] RGB.
+      labels: class indices [n].
+      dense: masks [n, h, w].
+
+    Returns: the example; objects without a pixel left are not in it.
 
     Raises: ValueError for shapes that don't fit together.
     """

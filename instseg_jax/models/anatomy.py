@@ -43,9 +43,15 @@ class Anatomy:
 
 
 def look_inside(model: MaskRTDETR, variables: dict, images: np.ndarray) -> Anatomy:
-    """Run the network on images [B, H, W, 3] (RGB 0..1, sides multiples of 32) and keep what comes about inside.
+    """Run the network and keep what comes about inside; it is compiled once for each call.
 
-    Compiles once for each call; one or two images are meant, since everything is kept.
+    Args:
+      model: from `create_model` or `load`.
+      variables: of the model.
+      images: [B, H, W, 3] RGB 0..1, sides multiples of 32; one or two, since everything is kept.
+
+    Returns: an `Anatomy`: backbone_maps, encoder_attention, maps, prototypes, token_scores, reference_boxes,
+      sampling_points, sampling_weights, mask_queries, outputs and so on, in numpy.
     """
     run = jax.jit(lambda variables, images: model.apply(variables, images, mutable=["intermediates"]))
     outputs, state = jax.device_get(run(variables, jnp.asarray(images)))
@@ -83,11 +89,16 @@ def look_inside(model: MaskRTDETR, variables: dict, images: np.ndarray) -> Anato
 
 
 def features(model: MaskRTDETR, variables: dict, images: Array, patterns: Sequence[str]) -> dict[str, Array]:
-    """What the modules return in whose path a pattern is found, by path: {"backbone/stem": [B, h, w, C], ...}.
+    """What the modules return in whose path a pattern is found; a pure function, which may be compiled and mapped.
 
-    A pure function of variables and images [B, H, W, 3] (RGB 0..1, sides multiples of 32): it may be compiled,
-    differentiated and mapped. The pattern "" finds every module. Of several values a module returns, each has a number:
-    "neck/0", "neck/1".
+    Args:
+      model: from `create_model` or `load`.
+      variables: of the model.
+      images: [B, H, W, 3] RGB 0..1, sides multiples of 32.
+      patterns: regular expressions, found anywhere in a path; "" finds every module.
+
+    Returns: values by path, {"backbone/stem": [B, h, w, C], ...}; of several values of a module, each has a number:
+      "neck/0", "neck/1".
 
     Raises: ValueError for a pattern that is found in no module's path.
     """

@@ -32,7 +32,7 @@ from instseg_jax.training.step import update_state
 from instseg_jax.types import Array, Batch, TrainingOutputs
 
 Assign = Callable[[Array, Array], Array]  # costs [S, B, Q, N], valid [B, N] -> query_index [S, B, N], -1 for none
-ExtraLoss = Callable[[TrainingOutputs, Batch], Mapping[str, Array]]
+ExtraLoss = Callable[[TrainingOutputs, Batch, Array], Mapping[str, Array]]  # the array: query_index, as of Assign
 Losses = Callable[[dict, dict, Batch, Array], tuple[Array, tuple[dict[str, Array], dict]]]
 Init = Callable[[dict], TrainState]
 Step = Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]
@@ -65,7 +65,8 @@ def make_losses(
       model: the network.
       settings: of the loss.
       denoising: num_denoising, label_noise_ratio and box_noise_scale, as in a config.
-      extra: (outputs, batch) -> terms of one's own {name: [] weighted}; they are added, and appear among the terms.
+      extra: (outputs, batch, query_index) -> terms of one's own {name: [] weighted}; they are added, and appear among
+        the terms. query_index [S, B, N] is the query of each object in each prediction set, -1 for none.
       assign: "callback" (SciPy on the host), "program" (part of the program, see `assignment.py`), or one's own
         function (costs [S, B, Q, N], valid [B, N]) -> query_index [S, B, N] int32, -1 for none; no gradient flows
         through it.
@@ -98,7 +99,7 @@ def make_losses(
         query_index = match(jax.lax.stop_gradient(costs), jnp.asarray(batch.targets.valid))
         draws = draw_points(points_key, settings, outputs)
         loss, terms = compute_losses(outputs, batch.targets, noised, query_index, draws, settings)
-        for name, value in (extra(outputs, batch) if extra else {}).items():
+        for name, value in (extra(outputs, batch, query_index) if extra else {}).items():
             if name in terms:
                 raise ValueError(f"extra has a term {quote(name)}, which the loss has already; give it another name")
             terms[name] = value

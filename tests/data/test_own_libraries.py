@@ -46,6 +46,29 @@ def test_hugging_face_datasets():
     check(datasets.Dataset.from_dict({"number": list(NUMBERS)}).with_transform(to_items))
 
 
+def test_loaders_of_pytorch():
+    """A loader of rows, with workers too; a data set that is asked for rows; tensors in place of arrays."""
+    torch = pytest.importorskip("torch")
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(NUMBERS)
+
+        def __getitem__(self, index):
+            item = make_item(index)
+            return {name: torch.as_tensor(np.asarray(value)) for name, value in item.items()}
+
+    check(Rows())
+    tiny = {"data.image_size": 64, "data.max_instances": 2, "train.batch_size": 2}
+    config = instseg_jax.load_config("mask_rtdetr:n", tiny)
+    expected = list(instseg_jax.batches(map(make_item, NUMBERS), config, num_classes=1))
+    for workers in (0, 2):
+        loader = torch.utils.data.DataLoader(Rows(), batch_size=None, num_workers=workers)
+        for batch, truth in zip(instseg_jax.batches(loader, config, num_classes=1), expected, strict=True):
+            np.testing.assert_array_equal(batch.images, truth.images)
+            np.testing.assert_array_equal(batch.targets.masks, truth.targets.masks)
+
+
 def test_albumentations_keeps_masks():
     albumentations = pytest.importorskip("albumentations")
     flip = albumentations.Compose([albumentations.HorizontalFlip(p=1.0)])

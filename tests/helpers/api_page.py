@@ -19,6 +19,13 @@ def signature_of(function) -> str:
     return str(inspect.Signature(plain))
 
 
+def functions_of(module) -> str:
+    """A line for each public function that a module defines, with the first line of its docstring."""
+    found = [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
+    public = [f for f in found if not f.__name__.startswith("_")]
+    return "\n".join(f"{f.__name__}{signature_of(f)}\n    {inspect.getdoc(f).splitlines()[0]}" for f in public)
+
+
 def api_page() -> str:
     """The text of the page."""
     parts = [HEAD]
@@ -26,6 +33,9 @@ def api_page() -> str:
         if name == "__version__":
             continue
         function = getattr(instseg_jax, name)
+        if inspect.ismodule(function):
+            parts.append(f"## {name}\n\n```text\n{function.__doc__.strip()}\n\n{functions_of(function)}\n```\n")
+            continue
         text = re.sub(r"(?<=\S)\n(?=(Args|Returns|Raises|Yields):)", "\n\n", inspect.getdoc(function))
         parts.append(f"## {name}\n\n```text\n{name}{signature_of(function)}\n\n{text}\n```\n")
     return "\n".join(parts)

@@ -20,7 +20,8 @@ QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_le
 FROZEN = ("backbone",)
 
 
-def mean_logit(outputs, batch) -> dict:
+def mean_logit(outputs, batch, query_index) -> dict:
+    assert query_index.shape == (len(outputs.matching.boxes), *batch.targets.valid.shape)
     return {"mean_logit": 0.1 * jnp.mean(jnp.square(outputs.matching.class_logits))}
 
 
@@ -100,7 +101,9 @@ def test_the_loss_is_a_function_to_differentiate_and_its_matching_one_to_replace
     assert jax.tree.structure(batch_stats) == jax.tree.structure(variables["batch_stats"])
     assert {"mean_logit", "loss/class", "loss/mask_dice"} <= set(terms)
     assert asked == [(3, 2, 8, 3)]
-    twice = functional.build_losses(model, config, extra=lambda outputs, batch: {"loss/class": jnp.zeros(())})
+    twice = functional.build_losses(
+        model, config, extra=lambda outputs, batch, query_index: {"loss/class": jnp.zeros(())}
+    )
     with pytest.raises(ValueError, match="extra has a term 'loss/class', which the loss has already"):
         jax.eval_shape(twice, *given)
 
