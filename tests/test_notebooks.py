@@ -21,6 +21,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_BYTES, MAX_BYTES_IN_ALL = 400_000, 2_000_000
 QUICK = "01_data_and_augmentations.ipynb"
 NEEDS_GEO = "06_from_qgis_to_a_map.ipynb"
+# Import lines of rooms, by notebook: what it looks into has no public name. All else is of the public face.
+INSIDE = {"01": 1, "02": 4, "03": 9, "04": 1, "05": 1, "06": 3}
 # A folder of somebody's machine, in an output: /home/anna, /Users/anna, /tmp/x, C:\Users.
 PLACES = re.compile(r"(?<![\w.])/(home|Users|root|tmp|work|mnt|var|opt)/|[A-Z]:\\\\")
 
@@ -86,11 +88,18 @@ class TestKept:
                 assert not named, f"{path.name}: line {node.lineno} of\n{cell.source}"
             assert len(cell.source.splitlines()) <= 40, cell.source
 
+    def test_imports_the_public_face(self, path):
+        lines = "\n".join(cell.source for cell in code_cells(path)).splitlines()
+        inside = [line for line in lines if re.match(r"\s*(from|import) instseg_jax\.", line)]
+        assert len(inside) <= INSIDE.get(path.name[:2], 0), inside
+        assert any(line.startswith(("from instseg_jax import", "import instseg_jax")) for line in lines)
+
     def test_reads_like_a_chapter(self, path):
         cells = read(path).cells
         assert cells[0].cell_type == "markdown"
         assert re.match(rf"# {int(path.name[:2])} · ", cells[0].source)
         assert "?" in cells[0].source  # it begins with a question
+        assert "*To run it anywhere: " in cells[0].source
         markdown = sum(cell.cell_type == "markdown" for cell in cells)
         assert markdown >= 0.4 * len(cells)
 

@@ -1,8 +1,8 @@
 """The assignment as part of a program: shortest augmenting paths in JAX, for programs that shall not call the host.
 
 The result is that of `matching.assign`, up to ties and rounding; costs are worked on in float32. On a CPU SciPy is
-quicker: 8 sets of 4 images, 300 queries and 10, 40 or 100 objects took 61, 113 and 163 ms here, 10, 17 and 32 ms there,
-on two shared cores. It is for programs without a callback, which are kept compiled and don't wait for the host.
+two to seven times quicker (`python -m pytest -s -m slow tests/training/test_assignment.py`, figures in training.md).
+This is for programs without a callback, which are kept compiled and don't wait for the host.
 """
 
 import functools
