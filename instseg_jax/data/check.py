@@ -18,6 +18,7 @@ from instseg_jax.data.check_images import PictureFacts
 from instseg_jax.data.coco_entries import ImageRecord
 from instseg_jax.data.examples import Layout
 from instseg_jax.data.findings import Flaw, has_errors
+from instseg_jax.data.split import LEFT_OUT
 from instseg_jax.messages import quote
 from instseg_jax.progress import Track
 
@@ -81,13 +82,15 @@ def check_dataset(
     progress: Track,
     pictures: dict[Path, PictureFacts],
     allow_outside: bool,
+    shifted: Sequence[Flaw] | None,
 ) -> Check:
     """Check both splits of a data set.
 
     `pictures` keeps what is known about files that were looked at before (by path, added to): a second check of
     the same pictures is quick. `train_sizes` (height, width) and `layout` are those of training, `bands` too: how
     pictures are read. `num_workers` threads look at pictures at the same time. Pictures outside of their folder are
-    not opened, unless `allow_outside`.
+    not opened, unless `allow_outside`. `shifted` is what is known of labels of maps that are off, by a check before;
+    None: they are searched for.
     """
     flaws = list(known_flaws)
     contents: dict[str, dict[str, Any]] = {}
@@ -135,7 +138,9 @@ def check_dataset(
     if len(files) == len(SPLITS):
         flaws += check_annotations.compare_categories(files["train"], files["val"])
         flaws += check_images.find_leaks(*(_pairs(files[split], facts_of[split]) for split in SPLITS))
-    flaws += overview.find_shift_flaws(overview.find_tiles(_folders(source), contents, files, facts_of))
+    if shifted is None:
+        shifted = overview.find_shift_flaws(overview.find_tiles(_folders(source), contents, files, facts_of))
+    flaws += shifted
     measured = {
         split: check_numbers.measure_split(file, image_size, layout.resize) | {"objects_trained": trained[split]}
         for split, file in files.items()
@@ -149,8 +154,13 @@ def check_dataset(
 
 
 def find_map_tiles(check: Check) -> dict[str, list[overview.MapTile]]:
-    """The pictures of each raster, where the set was cut from a map."""
-    return overview.find_tiles(_folders(check.source), check.contents, check.files, check.pictures)
+    """The pictures of each raster, where the set was cut from a map, and those that a split has left out."""
+    found = overview.find_tiles(_folders(check.source), check.contents, check.files, check.pictures)
+    left_out = [file.parent / LEFT_OUT for file, _ in check.source.splits.values()]
+    for tile in overview.find_left_out(left_out[0]) if left_out and found else ():
+        if tile.raster in found:
+            found[tile.raster].append(tile)
+    return found
 
 
 def _folders(source: Source) -> dict[str, Path]:

@@ -284,7 +284,9 @@ def _draw_overviews(workdir: Path, check: Check) -> list[dict[str, str]]:
         path = f"{FOLDER}/overview_{number}.jpg"
         _save(workdir / path, Image.fromarray(overview.draw_overview(tiles, base, size)))
         counts = {split: sum(tile.split == split for tile in tiles) for split in COLORS}
-        caption = f"{raster}: " + ", ".join(f"{count} pictures of {split}" for split, count in counts.items() if count)
+        said = [f"{count} pictures of {split}" for split, count in counts.items() if count]
+        left_out = sum(tile.split == overview.LEFT for tile in tiles)
+        caption = f"{raster}: " + ", ".join(said + [f"{left_out} left out"] * bool(left_out))
         drawn.append({"file": path, "caption": caption})
     if len(rasters) > len(drawn):
         drawn[-1]["caption"] += f"; {len(rasters) - len(drawn)} more rasters are not drawn"

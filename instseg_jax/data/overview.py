@@ -23,7 +23,8 @@ from instseg_jax.messages import quote
 
 SIDE = 1600  # pixels of an overview's longer side
 MOST_RASTERS = 12  # that are drawn, those with most pictures
-COLORS = {"train": (43, 108, 176), "val": (221, 107, 32)}  # as in the histogram
+LEFT = "left_out"  # the split of pictures that belong to none
+COLORS = {"train": (43, 108, 176), "val": (221, 107, 32), LEFT: (110, 110, 110)}  # as in the histogram
 GROUND = 235  # grey where nothing is known
 MAX_SIDE = 10**7  # pixels of a raster
 # Pictures that are searched for shifts; rasters of their own where there are few, and these have many pictures.
@@ -66,8 +67,24 @@ def find_tiles(
     return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))
 
 
+def find_left_out(file: Path) -> list[MapTile]:
+    """The pictures that a split into blocks has left out, without labels; none where its file is not there, or odd."""
+    try:
+        content = files.read_json(file) if file.is_file() else {}
+    except (ValueError, OSError, RecursionError):
+        return []
+    entries = content.get("images") if isinstance(content, dict) else None
+    found = []
+    for entry in entries if isinstance(entries, list) else ():
+        window = _window(entry.get("window")) if isinstance(entry, dict) else None
+        if window is not None and isinstance(entry.get("raster"), str):
+            found.append(MapTile(LEFT, file, (window[3], window[2]), entry["raster"], window, None, ()))
+    return found
+
+
 def draw_overview(tiles: Sequence[MapTile], base: np.ndarray | None, size: tuple[int, int] | None) -> np.ndarray:
-    """Draw the pictures of a raster [H, W, 3] uint8: frames and labels in the colour of the split.
+    """Draw the pictures of a raster [H, W, 3] uint8: frames and labels in the colour of the split; of those that are
+    left out the frames.
 
     `base` is a picture of the whole raster of `size` (height, width) for the ground between; None: grey, as far as
     there are pictures.
@@ -90,14 +107,16 @@ def draw_overview(tiles: Sequence[MapTile], base: np.ndarray | None, size: tuple
         last = np.minimum(np.round((corner + tile.window[2:]) * scale).astype(int), (width, height))
         if (last <= first).any():
             continue
+        frame = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * (last - first - 1) + first
+        lines.append((frame, tile.split))
+        if tile.split == LEFT:
+            continue
         side = np.maximum(1, np.round(np.array(tile.window[2:]) * scale)).astype(int).tolist()
         picture = cv2.resize(images.read_image(tile.path), side, interpolation=cv2.INTER_AREA)
         shown = last - first
         canvas[first[1] : last[1], first[0] : last[0]] = picture[: shown[1], : shown[0]]
         factor = np.array(tile.window[2:]) / tile.size[::-1] * scale  # pixels of the overview for one of the picture
         lines += [(ring * factor + corner * scale, tile.split) for label in tile.labels for ring in _rings(label, tile)]
-        frame = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * (last - first - 1) + first
-        lines.append((frame, tile.split))
     for ring, split in lines:  # above all pictures
         cv2.polylines(canvas, [np.round(ring).astype(np.int32)], True, COLORS[split], 1, cv2.LINE_AA)
     return canvas

@@ -130,9 +130,11 @@ def export_model(
         )
         path = aside / FORMATS[request.format].file
         said = FORMATS[request.format].write(path, make_detect, shape, request.precision, calibration)
+        config = _describe(model, request, source, said)
+        finish = FORMATS[request.format].finish
+        config |= {} if finish is None else finish(path, config)
         seconds = time.monotonic() - started
-        digests = {file.name: digest_file(file) for file in sorted(aside.glob("model.*"))}
-        config = _describe(model, request, source, said) | {"files": digests}
+        config["files"] = {file.name: digest_file(file) for file in sorted(aside.glob("model.*"))}
         write_json(aside / CONFIG, seal(config), indent=2)
         write_text(aside / "postprocess.py", standalone_text())
         report = _compare(model, aside, request, images, score, say)

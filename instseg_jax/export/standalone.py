@@ -46,7 +46,7 @@ def load(folder=None, threads: int = 0) -> Export:
             if f"{zlib.crc32((folder / name).read_bytes()):08x}" != wanted:
                 raise ValueError(f"{folder / name} is damaged: its content is not what was written; export again")
     openers = {"onnx": _open_onnx, "ort": _open_onnx, "openvino": _open_openvino, "stablehlo": _open_stablehlo}
-    openers["litert"] = _open_litert
+    openers |= {"litert": _open_litert, "deepness": _open_deepness}
     return Export(config, openers[config["format"]](folder / config["model_file"], config, threads))
 
 
@@ -212,6 +212,26 @@ def _open_onnx(path: Path, config: dict, threads: int) -> Callable:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = config["inputs"][0]["name"]
     return lambda images: session.run(list(OUTPUTS), {name: np.ascontiguousarray(images, np.float32)})
+
+
+def _open_deepness(path: Path, config: dict, threads: int) -> Callable:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    size, classes = config["preprocessing"]["size"], len(config["class_names"])
+
+    def run(images):
+        pixels = np.ascontiguousarray(np.moveaxis(np.asarray(images, np.float32), 3, 1))
+        rows, prototypes = session.run(None, {"image": pixels})
+        rows = rows.transpose(0, 2, 1)
+        middle, half, scores = rows[..., :2], rows[..., 2:4] / 2, rows[..., 4 : 4 + classes]
+        boxes = np.concatenate([middle - half, middle + half], axis=2) / np.array([size[1], size[0]] * 2, np.float32)
+        logits = np.einsum("btm,bmhw->bthw", rows[..., 4 + classes :], prototypes)
+        return scores.max(axis=2), scores.argmax(axis=2), boxes, logits
+
+    return run
 
 
 def _open_openvino(path: Path, config: dict, threads: int) -> Callable:

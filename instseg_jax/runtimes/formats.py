@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from instseg_jax.runtimes import litert, onnx, openvino, stablehlo
+from instseg_jax.runtimes import deepness, litert, onnx, openvino, stablehlo
 from instseg_jax.runtimes.shape import Shape
 
 # Gives the function from images to the arrays of `shape.OUTPUTS`, in a floating type (None: as the network has it).
@@ -35,6 +35,8 @@ class Format:
     needs: tuple[str, ...]  # modules that write it
     extra: str = ""  # extras that install these
     has_dynamic_batch: bool = True
+    # Changes the written file by what config.json says; gives what that says anew.
+    finish: Callable[[Path, Mapping[str, Any]], dict[str, Any]] | None = None
 
 
 RUNTIMES = {
@@ -42,6 +44,7 @@ RUNTIMES = {
     "onnxruntime": Runtime(onnx.open_onnx, "export"),
     "openvino": Runtime(openvino.open_openvino, "openvino"),
     "litert": Runtime(litert.open_litert, "litert"),
+    "deepness": Runtime(deepness.open_deepness, "export"),
 }
 FORMATS = {
     "stablehlo": Format("model.stablehlo", stablehlo.write_stablehlo, ("jax",), {"half": "bfloat16"}, ()),
@@ -77,6 +80,16 @@ FORMATS = {
         ("tensorflow", "ai_edge_litert"),
         "litert",
         has_dynamic_batch=False,
+    ),
+    "deepness": Format(
+        "model.deepness.onnx",
+        deepness.write_deepness,
+        ("deepness",),
+        {"half": "float16"},
+        ("onnx", "onnxruntime"),
+        "export",
+        has_dynamic_batch=False,
+        finish=deepness.finish_deepness,
     ),
 }
 

@@ -173,6 +173,13 @@ def describe_graph(graph: "onnx.ModelProto") -> dict[str, Any]:
 
 def open_onnx(path: Path, settings: Mapping[str, Any], device: str, num_threads: int | None) -> Any:
     """A function that runs an ONNX or ORT file in ONNX Runtime. Raises ValueError for a device that it lacks."""
+    session = open_session(path, device, num_threads)
+    name = session.get_inputs()[0].name
+    return lambda images: tuple(session.run(list(OUTPUTS), {name: np.ascontiguousarray(images)}))
+
+
+def open_session(path: Path, device: str, num_threads: int | None) -> Any:
+    """ONNX Runtime's session for a file. Raises ValueError for a device that it lacks."""
     import onnxruntime
 
     available = onnxruntime.get_available_providers()
@@ -185,6 +192,4 @@ def open_onnx(path: Path, settings: Mapping[str, Any], device: str, num_threads:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = num_threads or 0
-    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    name = session.get_inputs()[0].name
-    return lambda images: tuple(session.run(list(OUTPUTS), {name: np.ascontiguousarray(images)}))
+    return onnxruntime.InferenceSession(str(path), options, providers=providers)

@@ -76,11 +76,11 @@ def _check_dataset(config: ConfigDict, workdir: pathlib.Path, *, is_fixed: bool)
         pictures={},
         allow_outside=bool(data.allow_outside),
     )
-    checked = run(source, flaws)
+    checked = run(source, flaws, shifted=None)
     fixed = None
     if is_fixed:
         repaired = repair.write_repaired(checked, workdir / check_report.FOLDER / "fixed")
-        again = run(repaired.source, flaws)
+        again = run(repaired.source, flaws, shifted=[flaw for flaw in checked.flaws if flaw.code == "shifted_labels"])
         fixed = {
             "files": {split: str(file) for split, (file, _) in repaired.source.splits.items()},
             # Where masks were moved a person has to look: the check can't see whether they fit.

@@ -1,6 +1,7 @@
 """Labels of a map that are off, all by the same way, are told from those that fit, and from those of nothing."""
 
 import functools
+import json
 
 import cv2
 import numpy as np
@@ -86,3 +87,18 @@ def test_pictures_lie_on_the_overview_where_their_windows_are(tmp_path):
         assert np.abs(alone[20, column].astype(int) - overview.COLORS[split]).max() <= 20  # lines are smooth
     whole = overview.draw_overview(drawn, np.zeros((150, 200, 3), np.uint8), (300, 400))
     assert whole.shape == (300, 400, 3) and (whole[140, 140] == 60).all() and (whole[50, 50] == 117).all()
+
+
+def test_pictures_that_are_left_out_are_frames(tmp_path):
+    file = tmp_path / "instance_left_out.json"
+    assert overview.find_left_out(file) == []
+    good = {"id": 1, "file_name": "a.png", "raster": "a.tif", "window": [100, 100, 64, 64]}
+    file.write_text(json.dumps({"images": [good, good | {"window": "odd"}, 3, good | {"raster": None}]}))
+    (tile,) = overview.find_left_out(file)
+    drawn = overview.draw_overview([tile], np.zeros((300, 400, 3), np.uint8), (300, 400))
+    assert np.abs(drawn[100, 130].astype(int) - overview.COLORS["left_out"]).max() <= 5  # lines are smooth
+    assert (drawn[130, 130] == 117).all()
+    file.write_text('{"images": 3}')
+    assert overview.find_left_out(file) == []
+    file.write_text("{")
+    assert overview.find_left_out(file) == []

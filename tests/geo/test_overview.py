@@ -13,7 +13,7 @@ pyproj = pytest.importorskip("pyproj")
 shapely = pytest.importorskip("shapely")
 
 from instseg_jax.cli import main  # noqa: E402
-from instseg_jax.data import coco, scenes  # noqa: E402
+from instseg_jax.data import coco, overview, scenes  # noqa: E402
 from instseg_jax.geo.layer_files import read_layer_file, write_layer  # noqa: E402
 
 UTM, ORIGIN, PX = 32632, (395_000.0, 5_268_000.0), 0.5
@@ -56,3 +56,21 @@ def test_a_layer_that_is_off_is_named(tmp_path, capsys, monkeypatch, offset):
     picture = cv2.imread(str(work / drawn["file"]))
     assert picture.shape == (700, 900, 3) and "pictures of val" in drawn["caption"]
     assert drawn["file"] in (work / "check_dataset.html").read_text()
+
+
+def test_shifts_are_searched_once_and_what_is_left_out_is_said(tmp_path, capsys, monkeypatch):
+    """A repair changes no place; the pictures that a split has left out are on the overview."""
+    monkeypatch.setenv("INSTSEG_HUGE_PAGES", "0")
+    monkeypatch.setenv("INSTSEG_COMPILED", "")
+    make_map(tmp_path, (0.0, 0.0))
+    options = [f"--rasters={tmp_path / 'a.tif'}", f"--labels={tmp_path / 'a.gpkg'}", "--class_field=kind"]
+    target = f"--save_path={tmp_path / 'out'}"
+    assert main(["convert", "--src_dataset_type=geo", "--tile=192", "--overlap=0", *options, target]) == 0
+    data = f"--config.data.dir={tmp_path / 'out'}"
+    split = ["split", data, "--by=blocks", "--block=100m", "--gap=5m", "--train_percent=70", "--val_percent=30"]
+    assert main(split) == 0
+    left_out = json.loads((tmp_path / "out" / "annotations" / "instance_left_out.json").read_text())["images"]
+    asked = []
+    monkeypatch.setattr(overview, "find_shift_flaws", lambda rasters: asked.append(rasters) or [])
+    main(["check_dataset", "--config=configs/quickstart.py", data, "--fix", f"--workdir={tmp_path / 'work'}"])
+    assert len(asked) == 1 and f", {len(left_out)} left out" in capsys.readouterr().out and left_out

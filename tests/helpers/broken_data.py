@@ -65,7 +65,7 @@ def run_check(root_or_source, flaws=(), **changes):
         "layout": Layout("stretch", mask_stride=1, mask_rasterization="exact", refit_boxes=False, max_instances=100),
     }
     arguments |= {"bands": None, "num_workers": 1, "progress": lambda items, total: items, "pictures": {}}
-    arguments["allow_outside"] = False
+    arguments |= {"allow_outside": False, "shifted": None}
     return check.check_dataset(source, flaws, **(arguments | changes))
 
 
