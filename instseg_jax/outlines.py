@@ -14,8 +14,12 @@ import numpy as np
 from instseg_jax.crops import crop_rle
 from instseg_jax.masks import compress_rle, rle_box_xyxy_px
 
-# Steps along the four directions right, down, left, up, as (x, y). The object lies to the right of an edge.
-STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))
+# Corners are told apart by the pixels around them: 1 above left, 2 above right, 4 below left, 8 below right.
+RISING, FALLING = 6, 9  # only diagonal pixels are set
+TURNS = np.array([0, 1, 1, 0, 1, 0, 2, 1, 1, 2, 0, 1, 0, 1, 1, 0])  # of outlines, for each of the 16
+IS_TURN = (np.arange(256) < 16).astype(np.uint8) * np.resize(TURNS > 0, 256)  # a table of cv2.LUT
+# Where a turn goes on: along the row, and there to the right (of a falling corner's two turns the second).
+LEAVES_ACROSS, GOES_RIGHT = np.isin(range(16), (1, 8, 9, 11, 13)), np.isin(range(16), (8, 9, 13))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,7 @@ def rle_to_polygons(rle: dict, *, tolerance: float = 0.0) -> list[Polygon]:
 def ring_area(ring: np.ndarray) -> float:
     """Signed area of a ring [P, 2]: positive when it runs clockwise on the screen (y down)."""
     x, y = ring[:, 0], ring[:, 1]
-    return 0.5 * float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))
+    return 0.5 * float(np.dot(x, np.append(y[1:], y[:1])) - np.dot(y, np.append(x[1:], x[:1])))
 
 
 def bridge_holes(polygon: Polygon) -> np.ndarray:
@@ -88,51 +92,83 @@ def _simplify(ring: np.ndarray, tolerance: float) -> np.ndarray:
 
 def _trace_parts(mask: np.ndarray) -> list[tuple[np.ndarray, list[np.ndarray]]]:
     """Outer ring and hole rings [P, 2] of each 4-connected part of a mask [h, w]."""
-    padded = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
-    count, parts = cv2.connectedComponents(padded, connectivity=4)
+    traced = _trace_rings(mask)
+    if len(traced) == 1:
+        return [(traced[0][0], [])]
+    count, parts = cv2.connectedComponents(mask, connectivity=4)
     outers: list[np.ndarray | None] = [None] * count
     holes: list[list[np.ndarray]] = [[] for _ in range(count)]
-    for part, ring in _trace_rings(padded, parts):
-        if ring_area(ring) > 0:
-            outers[part] = ring
+    for ring, area, (x, y) in traced:
+        if area > 0:
+            outers[parts[y, x]] = ring
         else:
-            holes[part].append(ring)
+            holes[parts[y, x]].append(ring)
     return [(outer, inner) for outer, inner in zip(outers, holes, strict=True) if outer is not None]
 
 
-def _trace_rings(padded: np.ndarray, parts: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Walk the borders of a padded mask, object to the right: (part, simple ring [P, 2]) in the unpadded frame.
+def _trace_rings(mask: np.ndarray) -> list[tuple[np.ndarray, float, tuple[int, int]]]:
+    """Borders of a mask [h, w], object to the right: simple rings [P, 2], their areas, and a pixel (x, y) beside each.
 
-    At a corner where only diagonal pixels are set, the walk turns right and so stays with its own pixel. A ring that
-    meets itself in such a corner is split there.
+    At a corner where only diagonal pixels are set, a ring turns right and so stays with its own pixel. One that meets
+    itself in such a corner is split there.
     """
-    inside = padded != 0
-    # An edge leaves corner (x, y), the top left of pixel (x, y), in direction d.
-    leaves = np.zeros((4, padded.shape[0] + 1, padded.shape[1] + 1), bool)
-    leaves[0, 1:-1, :-1] = inside[1:] & ~inside[:-1]  # along the top of a pixel, to the right
-    leaves[1, :-1, 1:-1] = inside[:, :-1] & ~inside[:, 1:]  # down its right side
-    leaves[2, 1:-1, 1:] = inside[:-1] & ~inside[1:]  # along its bottom, to the left
-    leaves[3, 1:, 1:-1] = inside[:, 1:] & ~inside[:, :-1]  # up its left side
-    rings = []
-    for y, x in zip(*np.nonzero(leaves[0]), strict=True):
-        if leaves[0, y, x]:
-            corners = _walk(leaves, int(x), int(y))
-            for ring in _split_at_repeats(corners):
-                rings.append((int(parts[y, x]), _without_straight(np.array(ring)) - 1))
-    return rings
+    height, width = mask.shape
+    padded = np.zeros((height + 2, width + 2), np.uint8)
+    padded[1:-1, 1:-1] = mask != 0
+    rows = padded[:, :-1] + 2 * padded[:, 1:]
+    around = rows[:-1] + 4 * rows[1:]
+    at = np.flatnonzero(cv2.LUT(around, IS_TURN))
+    if not len(at):
+        return []
+    kinds = around.ravel()[at]
+    turns = TURNS[kinds]
+    at, kinds = (
+        np.repeat(at, turns),
+        np.repeat(kinds, turns),
+    )  # where there are two, first that with the edge left of it
+    is_second = np.zeros(len(at), bool)
+    is_second[1:] = at[1:] == at[:-1]
+    y, x = np.divmod(at, width + 1)
+    # Along a row, and along a column, each two turns that follow each other are the ends of an edge.
+    across = np.arange(len(at)) ^ 1
+    has_edge_below = (kinds == RISING) ^ is_second
+    order = np.argsort((x * (height + 1) + y) * 2 + has_edge_below)
+    down = np.empty_like(across)
+    down[order] = order[across]
+    after = np.where(LEAVES_ACROSS[kinds], across, down)
+    starts = np.flatnonzero(GOES_RIGHT[kinds] & ((kinds != FALLING) | is_second))
+    walk, ends = _cycles(after.tolist(), starts.tolist())
+
+    points = np.stack([x, y], axis=1)[walk]
+    begins = [0, *ends[:-1]]
+    areas = np.add.reduceat((x * y[after] - y * x[after])[walk], begins) / 2
+    may_meet = np.logical_or.reduceat((TURNS[kinds] == 2)[walk], begins)
+    traced = []
+    for i, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+        ring, beside = points[begin:end], (int(x[walk[begin]]), int(y[walk[begin]]))
+        if not may_meet[i]:
+            traced.append((ring, areas[i], beside))
+            continue
+        apart = [np.array(each) for each in _split_at_repeats([*map(tuple, ring.tolist())])]
+        traced += [(each, ring_area(each), beside) for each in apart]
+    return traced
 
 
-def _walk(leaves: np.ndarray, x: int, y: int) -> list[tuple[int, int]]:
-    """Follow edges from the one that leaves a corner rightwards until it comes again; takes them off `leaves`."""
-    corners, direction, start = [(x, y)], 0, (x, y)
-    while True:
-        x, y = x + STEPS[direction][0], y + STEPS[direction][1]
-        # Right turn, straight on, left turn: in this order the walk stays with its own pixel.
-        direction = next(d for turn in (1, 0, 3) if leaves[d := (direction + turn) % 4, y, x])
-        leaves[direction, y, x] = False
-        if (x, y) == start and direction == 0:
-            return corners
-        corners.append((x, y))
+def _cycles(after: list[int], starts: list[int]) -> tuple[list[int], list[int]]:
+    """Walk a permutation from those starts that no walk has met before: all that is met, and where each walk ends."""
+    is_met = [False] * len(after)
+    walk: list[int] = []
+    ends = []
+    for start in starts:
+        if is_met[start]:
+            continue
+        at = start
+        while not is_met[at]:
+            is_met[at] = True
+            walk.append(at)
+            at = after[at]
+        ends.append(len(walk))
+    return walk, ends
 
 
 def _split_at_repeats(corners: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
@@ -151,9 +187,3 @@ def _split_at_repeats(corners: list[tuple[int, int]]) -> list[list[tuple[int, in
             position[corner] = len(path)
             path.append(corner)
     return [*rings, path]
-
-
-def _without_straight(ring: np.ndarray) -> np.ndarray:
-    """Leave out the corners at which a ring [P, 2] does not turn."""
-    step = np.roll(ring, -1, axis=0) - ring
-    return ring[(step != np.roll(step, 1, axis=0)).any(axis=1)]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from edge_walk import walk_edges
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -9,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from instseg_jax.crops import crop_bounds, crop_rle, paste_mask
 from instseg_jax.masks import decode_rle, encode_mask, rasterize_polygons
-from instseg_jax.outlines import bridge_holes, join_rings, ring_area, rle_to_polygons
+from instseg_jax.outlines import _trace_parts, bridge_holes, join_rings, ring_area, rle_to_polygons
 
 MASKS = hnp.arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)))
 
@@ -49,6 +50,19 @@ def test_masks_of_huge_images_cost_what_they_cover():
 )
 def test_a_box_always_has_a_pixel(box, bounds):
     assert crop_bounds(box, (10, 20)) == bounds
+
+
+def test_rings_are_those_of_a_walk_along_the_edges():
+    numbers, holes, touches = np.random.default_rng(0), 0, 0
+    for share in np.linspace(0.1, 0.95, 150):
+        mask = (numbers.random(numbers.integers(1, 16, 2)) < share).astype(np.uint8)
+        wanted = walk_edges(mask)
+        found = [(outer.tolist(), [hole.tolist() for hole in inner]) for outer, inner in _trace_parts(mask)]
+        assert found == wanted
+        holes += sum(len(inner) for _, inner in wanted)
+        corners = [tuple(corner) for outer, inner in wanted for ring in (outer, *inner) for corner in ring]
+        touches += len(corners) - len(set(corners))
+    assert holes > 100 and touches > 200
 
 
 @settings(max_examples=300, deadline=None)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -248,18 +249,18 @@ class RasterImage:
 
     def _to_rgb(self, bands: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """[3, h, w] of the file's type to [h, w, 3] uint8; turned as the file says, black where no band is valid."""
-        values = np.moveaxis(bands, 0, -1)
         if self._table is not None:
-            values = self._table[np.minimum(values[..., 0], len(self._table) - 1)]
-        elif self._range is not None:
-            low, extent = self._range
-            values = np.clip(np.nan_to_num((values - low) / extent), 0, 1) * 255
-        values = values.astype(np.uint8)
+            values = self._table[np.minimum(bands[0], len(self._table) - 1)]
+        else:
+            if self._range is not None:
+                low, extent = (limit[:, None, None] for limit in self._range)
+                bands = np.clip(np.nan_to_num((bands - low) / extent), 0, 1) * 255
+            values = cv2.merge(list(bands.astype(np.uint8, copy=False)))  # many times as fast as a transposed copy
         if self._is_inverted:
             values = 255 - values
         if self._is_masked:
             values[~(valid > 0).any(axis=0)] = 0
-        return pixels.turn(np.ascontiguousarray(values), self._orientation)
+        return pixels.turn(values, self._orientation)
 
 
 def is_remote(path: str | Path) -> bool:

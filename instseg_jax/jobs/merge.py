@@ -37,6 +37,7 @@ from instseg_jax.types import Instances
 
 MOST_HELD = 50_000  # instances of a raster's result; more are written from the disk
 READ_AHEAD = 4096  # instances
+MERGING = ".merging"  # folders of masks, as large as all parts
 
 
 def merged_results(
@@ -47,7 +48,9 @@ def merged_results(
     What failed is added to `failed`. `with_images`: results have the pictures that are drawn on. Raises ValueError for
     a part that is damaged, FileNotFoundError for one that is missing.
     """
-    folder = Path(tempfile.mkdtemp(prefix=".merging", dir=job))
+    for left in job.glob(f"{MERGING}*"):  # by merges that were killed: one merges at a time
+        shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=MERGING, dir=job))
     try:
         for first, group in itertools.groupby(plan.parts, key=lambda part: part.first):
             parts, source = list(group), plan.inputs[first]

@@ -1,9 +1,14 @@
 """Jobs of any size: gigapixels that survive kills and a bad block, two workers for one, and what a plan costs."""
 
+import contextlib
 import filecmp
+import itertools
 import json
+import math
 import os
 import random
+import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -16,7 +21,7 @@ from repeating_raster import BLOCK, write_repeating
 pytest.importorskip("rasterio")
 pytestmark = pytest.mark.slow
 GIGAPIXELS = float(os.environ.get("INSTSEG_GIGAPIXELS", "20"))
-KILLS = 20
+KILLS, IN_MERGE = 20, 5
 TILE, STRIDE = 1280, 1200
 SECONDS = 4 * 3600
 
@@ -46,36 +51,57 @@ def num_parts(job: Path) -> int:
     return len(list((job / "parts").glob("*.npz")))
 
 
-def is_computed(job: Path) -> bool:
-    plan = job / "plan.json"
-    return plan.is_file() and num_parts(job) == json.loads(plan.read_text())["parts"]
+def total_parts(job: Path) -> int:
+    return json.loads((job / "plan.json").read_text())["parts"]
 
 
-def kill_at_random(arguments: list[str], job: Path, seconds: float) -> tuple[int, float]:
-    """Start a command KILLS times and kill it; how many had not ended before, and the most memory of one in MB.
+def calm_seconds(job: Path, ended: float) -> tuple[float, float]:
+    """Of an undisturbed job: seconds a part, and of the merge."""
+    written = sorted(path.stat().st_mtime for path in (job / "parts").iterdir())
+    return statistics.median(b - a for a, b in itertools.pairwise(written)), ended - written[-1]
 
-    Most are killed in the parts; the last five in the merge, when all parts are there.
+
+def holds_lease(process: subprocess.Popen, job: Path) -> bool:
+    """Whether a process is at a part, or at the merge."""
+    for path in (job / "leases").glob("[!.]*"):
+        with contextlib.suppress(OSError, ValueError):  # given back, or being written
+            if json.loads(path.read_text())["process"] == process.pid:
+                return True
+    return False
+
+
+def kill_at_random(arguments: list[str], job: Path, calm: Path, ended: float) -> tuple[int, int, float]:
+    """Start a command KILLS times and kill it: how often in the parts, how often in the merge, and its most MB.
+
+    The moments are drawn from the progress of the work, of which starting is no part: evenly over the parts (1.5 is
+    half a part's time after the second part began), the last IN_MERGE ones evenly over the merge.
     """
-    rng, killed, most = random.Random(0), 0, 0.0
-    for i in range(KILLS):
+    rng, total = random.Random(0), total_parts(calm)
+    part_seconds, merge_seconds = calm_seconds(calm, ended)
+    moments = sorted(rng.uniform(0, total) for _ in range(KILLS - IN_MERGE))
+    moments += [total + rng.random() for _ in range(IN_MERGE)]
+    in_parts, in_merge, most = 0, 0, 0.0
+    for moment in moments:
+        whole, rest = int(moment), moment % 1
         process = start(*arguments)
-        in_parts = i < KILLS - 5
-        begun, patience = time.monotonic(), rng.uniform(1, 2 * seconds / KILLS) if in_parts else rng.uniform(0, 20)
-        while process.poll() is None and time.monotonic() - begun < patience:
-            time.sleep(0.05)
-            if not in_parts and not is_computed(job):
-                begun = time.monotonic()
-        if process.poll() is None:
-            most = max(most, memory_mb(process))
-            process.kill()
-            killed += 1
+        while process.poll() is None and not (num_parts(job) >= whole and holds_lease(process, job)):
+            time.sleep(0.01)
+        begun, patience = time.monotonic(), 0.9 * rest * (merge_seconds if whole == total else part_seconds)
+        while process.poll() is None and num_parts(job) <= whole and time.monotonic() - begun < patience:
+            time.sleep(0.01)
+        memory = memory_mb(process)
+        process.kill()
         process.communicate()
-    return killed, most
+        if process.returncode == -signal.SIGKILL:
+            most = max(most, memory)
+            in_parts += num_parts(job) < total
+            in_merge += num_parts(job) == total
+    return in_parts, in_merge, most
 
 
 def test_gigapixels_survive_kills_and_a_bad_block(tmp_path):
     """INSTSEG_GIGAPIXELS (20) in at most 1.5 GB: killed 20 times, the files are those of an undisturbed run."""
-    side = round((GIGAPIXELS * 1e9) ** 0.5)
+    side = math.ceil((GIGAPIXELS * 1e9) ** 0.5 / BLOCK) * BLOCK
     bad = (side // BLOCK // 2, side // BLOCK // 2)
     path = write_repeating(tmp_path / "huge.tif", side, bad=bad)
     options = [f"--input={path}", f"--tile={TILE}", f"--overlap={1 - STRIDE / TILE}", "--no-whole_image"]
@@ -84,19 +110,19 @@ def test_gigapixels_survive_kills_and_a_bad_block(tmp_path):
     cpu, memory, began, ended = finish(start(*options, f"--workdir={calm}"), code=1)
     print(f"{side} x {side}: undisturbed {ended - began:.0f} s, {cpu:.0f} s of CPU time, {memory:.0f} MB")
     arguments = [*options, f"--workdir={killed}"]
-    kills, most = kill_at_random(arguments, killed, ended - began)
+    in_parts, in_merge, most = kill_at_random(arguments, killed, calm, ended)
     _, last, *_ = finish(start(*arguments), code=1)
-    print(f"killed {kills} times of {KILLS}: {max(most, last):.0f} MB at most")
+    print(f"killed {in_parts} times in the parts, {in_merge} in the merge: {max(most, last):.0f} MB at most")
     names = sorted(file.name for file in (calm / "predictions").iterdir())
     assert names == ["failed.json", "huge_res.json"]
     assert filecmp.cmpfiles(calm / "predictions", killed / "predictions", names, shallow=False)[1:] == ([], [])
     assert sorted(p.name for p in (calm / "parts").iterdir()) == sorted(p.name for p in (killed / "parts").iterdir())
-    assert kills >= KILLS - 5 and max(memory, most, last) <= 1500
+    assert in_parts + in_merge >= KILLS - 5 and min(in_parts, in_merge) > 0 and max(memory, most, last) <= 1500
+    assert not list(killed.glob(".merging*"))
 
     starts = [x for x in range(0, side, STRIDE) if x < (bad[0] + 1) * BLOCK and x + TILE > bad[0] * BLOCK]
     failed = {tuple(one["window"]) for one in json.loads((calm / "predictions" / "failed.json").read_text())}
     assert failed == {(x, y, x + TILE, y + TILE) for x in starts for y in starts}
-    # Of the last block only the edge lies in the image, not its object.
     objects, touched = (side // BLOCK) ** 2, ((starts[-1] + TILE - starts[0]) // BLOCK + 2) ** 2
     with (calm / "predictions" / "huge_res.json").open() as file:
         found = sum('"cls_id"' in line for line in file)
