@@ -27,6 +27,9 @@ from instseg_jax.windows import Window, fill_up, view_size
 SUFFIXES = (".tif", ".tiff")
 REMOTE = ("https://", "http://", "s3://", "gs://")  # read by GDAL in ranges, with the credentials of its environment
 PICTURE_DRIVERS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP"}  # that a world file may place
+# Only who names such a map has it read: folders and patterns give none, and its driver is that of its name alone.
+MAP_DRIVERS = {".vrt": "VRT", ".jp2": "JP2OpenJPEG", ".img": "HFA"}
+MOST_AT_ONCE = 2**32 - 1  # pixels; masks of larger images can't be counted
 CACHE_BYTES = 128 << 20  # of decoded blocks; GDAL's own default is a part of the machine's memory
 PREVIEW_SIDE = 4096  # pixels of the picture that is kept for drawing, where the image itself is too large to hold
 SAME_GSD = 1.1  # resolutions that differ by less are one
@@ -40,31 +43,37 @@ log = logging.getLogger(__name__)
 def open_raster(path: Path, reading: Reading | None = None) -> "RasterImage | None":
     """Open a raster for reading in windows, where rasterio is installed; None for what is better decoded as a picture.
 
-    That is a TIFF that has a georeference or is plain 8 bit RGB or grey, and a picture beside which lies a world file.
+    That is a TIFF that has a georeference or is plain 8 bit RGB or grey, a file of MAP_DRIVERS, and a picture beside
+    which lies a world file.
     `reading` is that of the rasters a model was trained on: a georeferenced TIFF is read with the same bands and
-    stretch, and at their resolution. Raises ValueError where it lacks a band.
+    stretch, and at their resolution. Raises ValueError where it lacks a band, or rasterio is not there for a map.
     """
     if not path.is_file():  # a pipe would be waited for
         return None
     suffix = path.suffix.lower()
-    is_tiff = suffix in SUFFIXES
-    if not is_tiff and (suffix not in PICTURE_DRIVERS or world_file(path) is None):
+    is_tiff, is_map = suffix in SUFFIXES, suffix in MAP_DRIVERS
+    if not (is_tiff or is_map) and (suffix not in PICTURE_DRIVERS or world_file(path) is None):
         return None
     if importlib.util.find_spec("rasterio") is None:
+        if is_map:
+            raise ValueError(f'{str(path)!r} is a map, which is read with pip install "instseg_jax[geo]".')
         if not is_tiff:
             log.warning('%s: its map is in pixels; world files are read with pip install "instseg_jax[geo]"', path)
         return None
+    driver = "GTiff" if is_tiff else {**MAP_DRIVERS, **PICTURE_DRIVERS}[suffix]
     try:
-        raster = RasterImage(path, driver="GTiff" if is_tiff else PICTURE_DRIVERS[suffix])
+        raster = RasterImage(path, driver=driver)
     except ValueError:
+        if is_map:  # which nothing else reads
+            raise
         return None
     if raster.georeference is None:
-        return raster if is_tiff and raster.is_plain else None
+        return raster if is_map or (is_tiff and raster.is_plain) else None
     if reading is None:
         return raster
-    if is_tiff and (reading.bands or (raster.is_stretched and reading.stretch)):
+    if (is_tiff or is_map) and (reading.bands or (raster.is_stretched and reading.stretch)):
         raster.close()
-        raster = RasterImage(path, bands=reading.bands, stretch=reading.stretch)
+        raster = RasterImage(path, driver=driver, bands=reading.bands, stretch=reading.stretch)
     if reading.gsd is not None:
         _scale_to(raster, reading.gsd)
     return raster
@@ -215,7 +224,12 @@ class RasterImage:
         return fill_up(self._to_rgb(*part), window)
 
     def whole(self) -> np.ndarray:
-        """All pixels [height, width, 3]."""
+        """All pixels [height, width, 3]. Raises ValueError where they are more than MOST_AT_ONCE."""
+        if self.size[0] * self.size[1] > MOST_AT_ONCE:
+            width, height = self.size[::-1]
+            raise ValueError(
+                f"{self.name!r} has {width} x {height} pixels, at most {MOST_AT_ONCE} are read at once; --tile cuts it."
+            )
         return self.read(Window(0, 0, self.size[1], self.size[0]))
 
     def view(self, side: int) -> np.ndarray:
