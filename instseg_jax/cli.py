@@ -32,6 +32,8 @@ from instseg_jax.options import (
 DEFAULT_CONFIG = "configs/mask_rtdetr.py:l"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 HUGE_PAGES_SWITCH = "INSTSEG_HUGE_PAGES"
+# On a CPU: half of the time to compile a training step, and the programs are no slower.
+QUICK_COMPILATION = "xla_cpu_disable_new_fusion_emitters,xla_cpu_disable_loop_unrolling"
 OPENCV_SWITCH = "OPENCV_LOG_LEVEL"
 XLA_SWITCH = "TF_CPP_MIN_LOG_LEVEL"
 VERB_FILES = {  # the file of `verbs/` that holds a verb, where it has another name
@@ -248,6 +250,7 @@ def run() -> NoReturn:
     """
     if peers.is_wanted(sys.argv[1:]):
         raise SystemExit(peers.stand_by(sys.argv[1:]))
+    compile_quickly()
     code = main()
     if code in (1, 130) and peers.SWITCH in os.environ:  # JAX would wait for the others, who see that this one is gone
         sys.stdout.flush()
@@ -296,6 +299,13 @@ def run_verb(options: argparse.Namespace, overrides: dict[str, str]) -> int | No
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text or type(error).__name__
+
+
+def compile_quickly() -> None:
+    """Ask XLA for what compiles sooner; it reads this when the first program is compiled."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_backend_extra_options" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_extra_options={QUICK_COMPILATION}".strip()
 
 
 def _relaunch_with_huge_pages() -> None:

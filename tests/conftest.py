@@ -8,6 +8,9 @@ import jax
 import pytest
 from reference import REPORT
 
+from instseg_jax import cli
+
+cli.compile_quickly()  # as the command line does; commands that the tests start inherit it
 # What one test compiled is there for all others, also of the other process and in the commands that they start.
 MADE = None if "INSTSEG_COMPILED" in os.environ else tempfile.mkdtemp(prefix="instseg-compiled-")
 COMPILED = os.environ.setdefault("INSTSEG_COMPILED", str(MADE))
