@@ -133,7 +133,9 @@ def find_split(
     candidates = [root / annotations] if annotations is not None else layouts.annotation_files(root, split)
     file = next((path for path in candidates if files.is_regular(path)), None)
     if file is None:
-        hint = layouts.describe_other(root) or _say_split(root)
+        others = (path for name in ("train", "val") for path in layouts.annotation_files(root, name))
+        is_ours = any(map(files.is_regular, others))  # with one split only: nothing to convert
+        hint = (not is_ours and layouts.describe_other(root)) or _say_split(root)
         raise MissingAnnotations(f"The {split} annotations are missing: there is no {_either(candidates[:2])}{hint}")
     folders = [root / images] if images is not None else layouts.image_folders(root, split, file)
     folder = layouts.choose_folder(folders, file)
