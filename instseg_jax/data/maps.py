@@ -16,6 +16,7 @@ from instseg_jax.data.convert import Conversion, write_converted
 from instseg_jax.data.converted import ConvertedImage, ConvertedObject
 from instseg_jax.data.map_windows import SLIVER_PX, Cutting, around, check_cutting, grid, objects_in, window_sides
 from instseg_jax.files import write_bytes
+from instseg_jax.geo import stac
 from instseg_jax.geo.layer_files import require_extra
 from instseg_jax.geo.layers import Layer, find_ground, pixel_sides, read_layer, shapes_in_pixels
 from instseg_jax.geo.rasters import SAME_GSD, SUFFIXES, RasterImage, find_stretch, is_remote
@@ -138,7 +139,7 @@ def _write_overview(raster: RasterImage, folder: Path, number: int) -> dict[str,
 
 def _find_rasters(rasters: Sequence[str]) -> list[str]:
     found: list[str] = []
-    for name in rasters:
+    for name in map(_named, rasters):
         path = Path(name)
         if is_remote(name) or path.is_file():
             found.append(name)
@@ -150,6 +151,10 @@ def _find_rasters(rasters: Sequence[str]) -> list[str]:
         else:
             raise FileNotFoundError(f"There is no raster {quote(name)}.")
     return list(dict.fromkeys(found))
+
+
+def _named(name: str) -> str:
+    return stac.find_asset(name) if stac.is_asset(name) and not Path(name).exists() else name
 
 
 def _look_at(

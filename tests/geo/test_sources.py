@@ -14,6 +14,7 @@ shapely = pytest.importorskip("shapely")
 from instseg_jax.cli import main  # noqa: E402
 from instseg_jax.geo.layer_files import write_layer  # noqa: E402
 from instseg_jax.geo.rasters import open_raster  # noqa: E402
+from instseg_jax.inference.sources import find_files, find_sources  # noqa: E402
 
 UTM = 32633
 PLACE = rasterio.Affine(1, 0, 500_000, 0, -1, 5_500_000)
@@ -116,6 +117,11 @@ def test_a_folder_of_tiles_as_one_raster(tmp_path):
     content = convert(tmp_path / "out", vrt, write_labels(tmp_path / "l.gpkg", [(492, 100)]))
     areas = [entry["area"] for entry in content["annotations"] if not entry["iscrowd"]]
     assert areas == [1600]
+    (source,), count = find_sources(str(vrt), channels="rgb")  # as in prediction
+    assert count == 1 and source.raster.size == (512, 1024) and source.georeference.epsg == UTM
+    np.testing.assert_array_equal(source.read()[:, 512:], open_raster(folder / "east.tif").whole())
+    (folder / "all.vrt").write_bytes(vrt.read_bytes())  # nobody names that one
+    assert [path.name for path in find_files(folder)] == ["east.tif", "west.tif"]
     disguised = tmp_path / "harmless.tif"  # never because a file's content says so
     disguised.write_bytes(vrt.read_bytes())
     assert open_raster(disguised) is None
@@ -127,3 +133,26 @@ def test_an_address_without_a_raster_is_named(tmp_path, capsys):
         options = [f"--rasters={address}/none.tif", f"--labels={labels}", "--class_field=kind"]
         assert main(["convert", "--src_dataset_type=geo", *options, f"--save_path={tmp_path / 'out'}"]) != 0
         assert f"{address}/none.tif" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_asset_of_a_stac_item(tmp_path, capsys):
+    """By the address of the item, with an asset beside it, or as a file, with an asset elsewhere."""
+    write_raster(tmp_path / "a.tif", 512)
+    labels = write_labels(tmp_path / "l.gpkg", [(100, 100)])
+    with serve_ranges(tmp_path) as (address, count_sent):
+        assets = {"near": {"href": "./a.tif"}, "far": {"href": f"{address}/a.tif"}, "odd": {"title": "none"}}
+        (tmp_path / "item.json").write_text(json.dumps({"type": "Feature", "assets": assets}))
+        for name in (f"{address}/item.json#near", f"{tmp_path / 'item.json'}#far"):
+            content = convert(tmp_path / str(len(name)), name, labels)
+            assert content["images"][0]["raster"] == f"{address}/a.tif" and count_sent() > 100_000
+        content = convert(tmp_path / "near", f"{tmp_path / 'item.json'}#near", labels)
+        assert content["images"][0]["raster"] == str(tmp_path / "a.tif")
+        options = [f"--labels={labels}", "--class_field=kind", f"--save_path={tmp_path / 'out'}"]
+        for name, message in (
+            (f"{tmp_path / 'item.json'}#blue", "has no asset 'blue'; it has near, far, odd"),
+            (f"{tmp_path / 'item.json'}#odd", "has no asset 'odd'"),
+            (f"{address}/none.json#near", "can't be fetched"),
+            (f"{tmp_path / 'none.json'}#near", "There is no STAC item"),
+        ):
+            assert main(["convert", "--src_dataset_type=geo", f"--rasters={name}", *options]) == 1
+            assert message in capsys.readouterr().err
