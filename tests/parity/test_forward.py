@@ -31,12 +31,9 @@ from instseg_jax.types import Detections, Outputs
 from instseg_jax.weights.names import official_to_flax
 
 EVAL_CASES = find_cases("*/eval_*.json")
-# Quick: a small picture through S stage by stage, and a large one through L as a whole; the rest takes minutes.
-QUICK, QUICK_AS_A_WHOLE = ("s/eval_small",), ("s/eval_small", "l/eval_640")
-QUICK_FIRST, QUICK_FIRST_AS_A_WHOLE = (
-    [name if name in quick else pytest.param(name, marks=HEAVY) for name in EVAL_CASES]
-    for quick in (QUICK, QUICK_AS_A_WHOLE)
-)
+# In the quick suite a small picture through S; the rest takes minutes.
+QUICK = ("s/eval_small",)
+QUICK_FIRST = [name if name in QUICK else pytest.param(name, marks=HEAVY) for name in EVAL_CASES]
 VARIANTS = {load_case(name).variant for name in EVAL_CASES} | {
     name.split("/")[0] for name in find_cases("*/train_*.json")
 }
@@ -224,7 +221,7 @@ def test_float32_is_within_five_times_the_noise_of_the_reference(name):
         np.testing.assert_array_equal(pair[0].astype(bool), pair[1])
 
 
-@pytest.mark.parametrize("name", QUICK_FIRST_AS_A_WHOLE)
+@pytest.mark.parametrize("name", QUICK_FIRST)
 def test_end_to_end_selects_and_segments_the_same(name):
     """From the picture to its instances; from the reference's queries on where rounding made ours others."""
     case = load_case(name)
