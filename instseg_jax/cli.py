@@ -91,10 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--fix", action="store_true", help="write repaired copies of the annotation files")
     about = "turn LabelMe, VOC, YOLO, Label Studio, CVAT or COCO files, or rasters and polygons, into a data set"
     sub = add("convert", about, DEFAULT_CONFIG)
-    about, kinds = (
-        "format of config.data.dir; geo: --rasters and --labels",
-        "LabelMe|VOC|YOLO|LabelStudio|CVAT|COCO|geo",
-    )
+    about = "format of config.data.dir; geo: --rasters and --labels"
+    kinds = "LabelMe|VOC|YOLO|LabelStudio|CVAT|COCO|geo"
     sub.add_argument("--src_dataset_type", metavar=kinds, required=True, help=about)
     sub.add_argument("--save_path", metavar="DIR", help="where annotations/ and images/ go (default: config.data.dir)")
     about = "class names, one a line (default: labels.txt and the like); geo: FILE[:LAYER] of polygons"
@@ -297,6 +295,8 @@ def run_verb(options: argparse.Namespace, overrides: dict[str, str]) -> int | No
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, NotADirectoryError | FileExistsError) and error.filename:
+        return f"{error.filename} can't be made or read: a file is where a folder is needed"
     text = " ".join(str(error).split())
     return text or type(error).__name__
 

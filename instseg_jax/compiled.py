@@ -5,6 +5,7 @@ and the version of XLA; the folder's name adds what a program on a CPU also depe
 cores the process may use. A program is machine code that is run: whoever can write in the folder can run code here.
 """
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -65,8 +66,9 @@ def _drop_damaged(folder: Path) -> None:
     last = stamp.stat().st_mtime if stamp.exists() else 0.0
     begun = time.time()
     for path in folder.glob("*-cache"):
-        if path.stat().st_mtime >= last and not _is_whole(path.read_bytes()):
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process cleans up too
+            if path.stat().st_mtime >= last and not _is_whole(path.read_bytes()):
+                path.unlink()
     stamp.touch()
     os.utime(stamp, (begun, begun))
 
@@ -86,10 +88,8 @@ def _drop_oldest(folder: Path, limit: int) -> None:
     """Remove programs that nobody has read for longest until the rest has at most `limit` bytes."""
     kept = []
     for path in folder.glob("*/*-cache"):
-        try:
+        with contextlib.suppress(FileNotFoundError):
             kept.append((path.stat(), path))
-        except FileNotFoundError:  # another process cleans up too
-            continue
     kept.sort(key=lambda entry: max(entry[0].st_atime, entry[0].st_mtime))
     total = sum(stat.st_size for stat, _ in kept)
     for stat, path in kept:

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import stat
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -56,6 +57,30 @@ def read_regular(path: str | Path) -> bytes:
 def read_regular_text(path: str | Path) -> str:
     """The content of a regular file of UTF-8, with or without a BOM. Raises UnicodeDecodeError too."""
     return read_regular(path).decode("utf-8-sig")
+
+
+def read_address(url: str, *, most: int, seconds: float) -> bytes:
+    """The bytes at an address. Raises ValueError in one sentence when they don't come or are more than `most`."""
+    import urllib.request  # few commands need it, and all wait for this file
+
+    try:
+        with urllib.request.urlopen(url, timeout=seconds) as response:
+            data = response.read(most + 1)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{url} can't be fetched ({error}).") from error
+    if len(data) > most:
+        raise ValueError(f"{url} is larger than {most >> 20} MiB.")
+    return data
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, unless it is there, and see that it can be written to. Raises OSError that names it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(f"can't write to the folder {folder} ({error.strerror})") from error
 
 
 def is_regular(path: str | Path) -> bool:

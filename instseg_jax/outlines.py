@@ -122,10 +122,8 @@ def _trace_rings(mask: np.ndarray) -> list[tuple[np.ndarray, float, tuple[int, i
         return []
     kinds = around.ravel()[at]
     turns = TURNS[kinds]
-    at, kinds = (
-        np.repeat(at, turns),
-        np.repeat(kinds, turns),
-    )  # where there are two, first that with the edge left of it
+    # Where there are two, first that with the edge left of it.
+    at, kinds = np.repeat(at, turns), np.repeat(kinds, turns)
     is_second = np.zeros(len(at), bool)
     is_second[1:] = at[1:] == at[:-1]
     y, x = np.divmod(at, width + 1)

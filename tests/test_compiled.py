@@ -76,6 +76,22 @@ def test_a_half_written_program_is_dropped_and_a_whole_one_kept(tmp_path, monkey
     assert {path.name for path in tmp_path.glob("*-cache")} == {"whole-cache"}
 
 
+def test_what_another_process_has_just_dropped_is_no_matter(tmp_path, monkeypatch):
+    monkeypatch.setenv(compiled.SWITCH, str(tmp_path))
+    for name in ("gone-cache", "half-cache"):
+        (tmp_path / name).write_bytes(b"no")
+    look = compiled._is_whole
+
+    def is_whole(data):
+        (tmp_path / "gone-cache").unlink(missing_ok=True)
+        (tmp_path / "half-cache").unlink(missing_ok=True)
+        return look(data)
+
+    monkeypatch.setattr(compiled, "_is_whole", is_whole)
+    compiled.keep_compiled_programs()
+    assert folder_of_jax() == str(tmp_path) and not list(tmp_path.glob("*-cache"))
+
+
 def test_what_was_read_last_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "MAX_BYTES", 2500)
     for name, read_at in (("a/new-cache", 3e9), ("a/old-cache", 1e9), ("b/middle-cache", 2e9)):

@@ -70,12 +70,7 @@ def _other_kind(root: Path) -> str | None:
     if next((root / "Annotations").glob("*.xml"), None):
         return "VOC"
     for path in sorted(root.rglob("*.json"))[:20]:
-        try:
-            check_regular(path)
-            with path.open("rb") as file:
-                head = file.read(HEAD_BYTES)
-        except (OSError, ValueError):
-            continue
+        head = _head(path)
         if b'"shapes"' in head or b'"imagePath"' in head:
             return "LabelMe"
         if b'"file_name"' in head:
@@ -83,6 +78,16 @@ def _other_kind(root: Path) -> str | None:
         if b'"data"' in head and (b'"annotations"' in head or b'"predictions"' in head):
             return "LabelStudio"
     for path in sorted(root.rglob("*.xml"))[:20]:
-        if is_regular(path) and b"<annotations" in path.read_bytes()[:HEAD_BYTES]:
+        if b"<annotations" in _head(path):
             return "CVAT"
     return None
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a regular file; nothing of what can't be read."""
+    try:
+        check_regular(path)
+        with path.open("rb") as file:
+            return file.read(HEAD_BYTES)
+    except (OSError, ValueError):
+        return b""

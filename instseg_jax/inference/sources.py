@@ -8,9 +8,7 @@ import dataclasses
 import functools
 import glob
 import pathlib
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from instseg_jax.bands import Bands
-from instseg_jax.files import check_regular
+from instseg_jax.files import check_regular, read_address
 from instseg_jax.geo.rasters import RasterImage, open_raster
 from instseg_jax.geo.reading import Reading
 from instseg_jax.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, decode_image, is_video, read_image, to_pixels
@@ -157,7 +155,9 @@ def _one(
         name = getattr(x, "filename", "") or f"image_{number}"
         return iter([Source(name, lambda: to_pixels(from_pil(x), bands))]), 1
     if isinstance(x, str) and x.startswith(URL_PREFIXES):
-        return iter([Source(x, lambda: decode_image(_download(x), x, bands))]), 1
+        return iter(
+            [Source(x, lambda: decode_image(read_address(x, most=MAX_DOWNLOAD, seconds=DOWNLOAD_SECONDS), x, bands))]
+        ), 1
     if not isinstance(x, (str, pathlib.Path)):
         raise ValueError(f"An input must be a path, URL, array or PIL image, got {type(x).__name__}.")
     files = find_files(x)
@@ -214,15 +214,3 @@ def _from_files(files: list[pathlib.Path], bands: Bands | None, reading: Reading
 
 def _raise(error: Exception) -> np.ndarray:
     raise error
-
-
-def _download(url: str) -> bytes:
-    """The bytes at a URL. Raises ValueError in one sentence when they do not come or are too many."""
-    try:
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as response:
-            data = response.read(MAX_DOWNLOAD + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise ValueError(f"{url} can't be fetched ({error}).") from error
-    if len(data) > MAX_DOWNLOAD:
-        raise ValueError(f"{url} is larger than {MAX_DOWNLOAD >> 20} MiB.")
-    return data

@@ -8,7 +8,6 @@ import os
 import pathlib
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 from instseg_jax.commands import changed
 from instseg_jax.data import coco
 from instseg_jax.data.source import FILLED_IN
-from instseg_jax.files import digest, digest_file, read_json, write_json, write_text
+from instseg_jax.files import digest, digest_file, make_folder, read_json, write_json, write_text
 from instseg_jax.messages import first_few, quote, shorten
 from instseg_jax.weights import checkpoint
 
@@ -58,12 +57,7 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict, state_bytes: int, to
       can't be written to or has no room for the checkpoints.
     """
     epochs_before = config.train.epochs
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise type(error)(f"can't write to the folder {workdir} ({error.strerror})") from error
+    make_folder(workdir)
     if (workdir / CONFIG).exists() and (steps := saved_steps(workdir)):
         check_can_go_on(workdir, config)
         saved = read_json(workdir / CONFIG)

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from instseg_jax.cluster import PROGRAM, join_ray, run_commands
 from instseg_jax.commands import print_next, without
-from instseg_jax.files import write_json
+from instseg_jax.files import make_folder, write_json
 from instseg_jax.geo.shaping import Shaping
 from instseg_jax.inference.pipeline import DEFAULT_WEIGHTS, Pipeline
 from instseg_jax.inference.sources import URL_PREFIXES, find_files
@@ -80,7 +80,10 @@ def predict_job(
             return 1
         return _merge(options, formats, plan, say, started)
     pipeline = make_pipeline()
-    begin_layer(options, pipeline.class_names)  # a layer that can't be written is told before hours of work
+    # What can't be written is told before hours of work.
+    begin_layer(options, pipeline.class_names)
+    if options.save_path:
+        make_folder(Path(options.save_path))
     plan = build_plan(names, _settings(options, pipeline))
     _agree(plan, job)
     again = failed_parts(job, plan) if options.retry_failed else {}

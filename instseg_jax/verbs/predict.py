@@ -17,7 +17,7 @@ from rich.progress import Progress
 from instseg_jax.commands import print_next
 from instseg_jax.config import load_config
 from instseg_jax.export.accelerate import accelerate
-from instseg_jax.files import write_json, written_aside
+from instseg_jax.files import make_folder, write_json, written_aside
 from instseg_jax.inference.pipeline import Pipeline, create_pipeline
 from instseg_jax.inference.pipeline_config import write_pipeline_config
 from instseg_jax.inference.sources import find_sources
@@ -42,6 +42,7 @@ def predict(options: argparse.Namespace) -> int:
     _, count = find_sources(given, channels="rgb")  # before the weights: a wrong path is told at once
     pipeline = _pipeline(options)
     folder = pathlib.Path(options.save_path or pathlib.Path(options.workdir) / "predictions")
+    make_folder(folder)  # one that can't be is told before hours of work
     tiles = {"tile": options.tile, "overlap": options.overlap, "whole_image": options.whole_image}
     with Progress(transient=False) as bars:
 
@@ -115,6 +116,7 @@ def suggest(options: argparse.Namespace) -> int:
     if folder.resolve() == pathlib.Path(options.input).resolve():
         raise ValueError(f"--save_path is the folder of the pictures, {folder}; name another one")
     pipeline = _pipeline(options)
+    make_folder(folder)
     found, unsure, looks, failed = [], [], [], []
     for result in track(pipeline.predict(options.input, threshold=SEEN), "looking", count):
         reason = result.error

@@ -141,6 +141,7 @@ def test_an_asset_of_a_stac_item(tmp_path, capsys):
     labels = write_labels(tmp_path / "l.gpkg", [(100, 100)])
     with serve_ranges(tmp_path) as (address, count_sent):
         assets = {"near": {"href": "./a.tif"}, "far": {"href": f"{address}/a.tif"}, "odd": {"title": "none"}}
+        assets |= {"file": {"href": f"file://{tmp_path / 'a.tif'}"}, "driver": {"href": f"/vsicurl/{address}/a.tif"}}
         (tmp_path / "item.json").write_text(json.dumps({"type": "Feature", "assets": assets}))
         for name in (f"{address}/item.json#near", f"{tmp_path / 'item.json'}#far"):
             content = convert(tmp_path / str(len(name)), name, labels)
@@ -149,8 +150,11 @@ def test_an_asset_of_a_stac_item(tmp_path, capsys):
         assert content["images"][0]["raster"] == str(tmp_path / "a.tif")
         options = [f"--labels={labels}", "--class_field=kind", f"--save_path={tmp_path / 'out'}"]
         for name, message in (
-            (f"{tmp_path / 'item.json'}#blue", "has no asset 'blue'; it has near, far, odd"),
+            (f"{tmp_path / 'item.json'}#blue", "has no asset 'blue'; it has near, far, odd, file, driver"),
             (f"{tmp_path / 'item.json'}#odd", "has no asset 'odd'"),
+            (f"{address}/item.json#file", "lies at 'file://"),
+            (f"{tmp_path / 'item.json'}#file", "lies at 'file://"),
+            (f"{tmp_path / 'item.json'}#driver", "lies at '/vsicurl/"),
             (f"{address}/none.json#near", "can't be fetched"),
             (f"{tmp_path / 'none.json'}#near", "There is no STAC item"),
         ):

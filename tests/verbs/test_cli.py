@@ -193,3 +193,23 @@ def test_progress_goes_through_everything_and_is_quiet_in_a_notebook(monkeypatch
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     assert list(track(iter("abc"), "counting", 3)) == ["a", "b", "c"]
     assert capsys.readouterr().out == "" and not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "--input=samples", "--save_path={}"], "can't write to the folder {} (File exists)"),
+        (["predict", "--input=samples", "--workdir={}"], "{}/merged.json can't be made or read: a file is where"),
+        (["convert", "--src_dataset_type=COCO", "--save_path={}"], "{}/images can't be made or read: a file is where"),
+    ],
+)
+def test_a_file_where_a_folder_is_needed_is_told_before_any_work(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("INSTSEG_HUGE_PAGES", "0")
+    file = tmp_path / "file"
+    file.write_text("kept")
+    given = [argument.format(file) for argument in arguments]
+    given += [f"--config.data.dir={EMBEDDED}"] if arguments[0] == "convert" else []
+    assert main(given) == 1
+    said = capsys.readouterr()
+    assert message.format(file) in said.err and "pictures," not in said.out
+    assert file.read_text() == "kept"
