@@ -1,20 +1,23 @@
-"""The road of official weights, on this machine: an address, a cache, a conversion, a network."""
+"""The road of official weights, on this machine: an address, a cache, a conversion, a training that begins there."""
 
 import functools
 import http.server
+import json
 import threading
 
 import jax
 import numpy as np
 import pytest
+from tiny_runs import TINY, write_subset
 
 import instseg_jax
+from instseg_jax.cli import main
 from instseg_jax.weights import download
 from instseg_jax.weights.names import flax_to_official
 from instseg_jax.weights.paddle import write_pdparams
 
 NAME = "mask_rtdetr_s_coco"
-pytestmark = pytest.mark.slow  # the weights of a whole S, written, sent and read
+pytestmark = pytest.mark.slow  # 30 MB of weights; the training step of S is compiled
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -58,3 +61,20 @@ def test_a_known_name_is_fetched_once_and_becomes_the_network(official):
     (cache / "s.pdparams").write_bytes(damaged)
     with pytest.raises(ValueError, match=r"s\.pdparams"):
         instseg_jax.create_model("mask_rtdetr_s", weights=NAME)
+
+
+def test_a_training_begins_with_them(official, tmp_path, capsys):
+    data, run = write_subset(tmp_path / "data", 4), tmp_path / "run"
+    fields = {key: value for key, value in TINY.items() if key != "model.num_decoder_layers"}
+    fields |= {"model.weights": NAME, "data.dir": str(data), "train.epochs": "1", "eval.every_epochs": "1"}
+    options = [f"--config.{key}={value}" for key, value in fields.items()]
+    assert main(["train", "--config=finetune:s", *options, f"--workdir={run}"]) == 0
+    assert Handler.asked == ["/s.pdparams"] and "classes" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    _, before = instseg_jax.create_model("mask_rtdetr_s", weights=NAME)
+    _, after = instseg_jax.create_model(weights=run)
+    backbone = [tree["params"]["backbone"] for tree in (before, after)]
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *backbone)
+    assert 0 < max(jax.tree.leaves(moved)) < 0.01  # it started there, and went on
