@@ -118,7 +118,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, own: Own) -> dict:
         "steps": steps,
         "total_steps": run.total_steps,
         "best_metric": config.eval.best_metric,
-        "best_score": history.best,
+        "best_score": history.highest,
         "dropped_objects": run.train_loader.counters["dropped_objects"],
         "seconds": round(time.monotonic() - started, 1),
         "workdir": str(workdir),
@@ -154,7 +154,7 @@ def _run_steps(
         nonlocal saved
         if done > saved:
             settle()  # killed right after, the run would go on from here without its last row
-            checkpoint.save(manager, done, state, run.metadata(done, history.best), wait=wait)
+            checkpoint.save(manager, done, state, run.metadata(done, history.highest), wait=wait)
             saved = done
 
     def advance(shape: tuple[int, ...], parts: list) -> tuple[TrainState, dict]:
@@ -243,7 +243,6 @@ def _evaluate(
         return
     metrics, results = stop.listen(functools.partial(run.score, state.ema_variables))
     score = metrics[history.metric]
-    is_best = history.add(step, metrics)
     text = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_SCORES if metrics[name] is not None)
     run.logger.info("step %d  validation: %s", step, text or "no objects to find")
     dropped = run.train_loader.counters
@@ -254,9 +253,10 @@ def _evaluate(
             dropped["dropped_objects"] + dropped["objects"],
             run.config.data.max_instances,
         )
-    if is_best:
+    if history.is_best(score):
         variables = jax.device_get(state.ema_variables)
-        keep_best(run.workdir, variables, run.metadata(step, history.best, score), metrics, results)
+        keep_best(run.workdir, variables, run.metadata(step, score, score), metrics, results)
+    history.add(step, metrics)
     if jax.process_index() == 0:
         draw_training(run.workdir)
         tracking.score(step, metrics, run.draw(step, results) if run.draw else {})

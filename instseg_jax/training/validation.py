@@ -99,28 +99,37 @@ class History:
 
     workdir: pathlib.Path
     metric: str  # that decides which weights are best
-    best: float | None = None
+    best: float | None = None  # of the evaluations that were noted
+    kept: float | None = None  # of best_model/: one whose evaluation a kill left unnoted, or will be made again
     last_step: int = -1  # of the last evaluation
     since_better: int = 0  # evaluations since one was better than all before it, not just as good
 
-    def add(self, step: int, metrics: dict[str, float | None]) -> bool:
-        """Note an evaluation; says whether it is the best so far (or as good as it)."""
+    @property
+    def highest(self) -> float | None:
+        """The score to beat."""
+        return max((score for score in (self.best, self.kept) if score is not None), default=None)
+
+    def is_best(self, score: float | None) -> bool:
+        """Whether weights of this score are the best so far, or as good as them."""
+        return self.highest is None or (score is not None and score >= self.highest)
+
+    def add(self, step: int, metrics: dict[str, float | None]) -> None:
+        """Note an evaluation whose weights are kept, if they are to be: after a kill, what is noted is not made again."""
         if jax.process_index() == 0:
             with (self.workdir / VALIDATION).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
-        return self._count(step, metrics.get(self.metric))
+        self._count(step, metrics.get(self.metric))
 
     def has(self, step: int) -> bool:
         """Whether this step was evaluated, and none after it."""
         return step == self.last_step
 
-    def _count(self, step: int, score: float | None) -> bool:
+    def _count(self, step: int, score: float | None) -> None:
         self.last_step = step
-        is_best = self.best is None or (score is not None and score >= self.best)
-        is_better = self.best is None or (score is not None and score > self.best)
-        self.best = score if is_best else self.best
-        self.since_better = 0 if is_better else self.since_better + 1
-        return is_best
+        if self.best is None or (score is not None and score > self.best):
+            self.best, self.since_better = score, 0
+        else:
+            self.since_better += 1
 
 
 def open_history(workdir: pathlib.Path, metric: str, start_step: int) -> History:
@@ -135,9 +144,7 @@ def open_history(workdir: pathlib.Path, metric: str, start_step: int) -> History
         if row["step"] <= start_step:
             history._count(row["step"], row.get(metric))
     if checkpoint.is_checkpoint(workdir / checkpoint.BEST_MODEL):
-        score = checkpoint.read_metadata(workdir / checkpoint.BEST_MODEL)["score"]
-        if score is not None:
-            history.best = score if history.best is None else max(score, history.best)
+        history.kept = checkpoint.read_metadata(workdir / checkpoint.BEST_MODEL)["score"]
     return history
 
 

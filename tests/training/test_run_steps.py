@@ -18,7 +18,7 @@ from trial_runs import Trial
 
 from instseg_jax.config import load_config
 from instseg_jax.progress import say_duration
-from instseg_jax.training import loop, metrics
+from instseg_jax.training import loop, metrics, validation
 from instseg_jax.training.signals import Interrupted, StopSignals
 from instseg_jax.training.workdir import read_rows
 
@@ -77,6 +77,30 @@ def test_an_evaluation_that_breaks_loses_no_epoch_and_is_made_again(tmp_path, mo
     assert [row["step"] for row in read_rows(tmp_path / "validation.jsonl")] == trial.scored
     trial.train()
     assert trial.scored == list(range(2, 2 * epochs + 1, 2))  # what is finished is not scored again
+
+
+@pytest.mark.parametrize("part", ["keep_weights", "write_evaluation", "History.add"])
+@pytest.mark.parametrize("at", [2, 6])
+def test_an_evaluation_that_is_killed_after_its_score_keeps_the_best_model(tmp_path, monkeypatch, part, at):
+    trial = Trial(tmp_path, monkeypatch, **{"train.early_stopping": 2})  # the third of three equal scores is the last
+    owner = validation.History if part == "History.add" else validation
+    name = part.rpartition(".")[2]
+    whole = getattr(owner, name)
+
+    def killed(*arguments, **options):
+        if trial.saved[-1] == at:
+            raise KeyboardInterrupt  # nothing that is left to do is done
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, killed)
+    with pytest.raises(KeyboardInterrupt):
+        trial.train()
+    monkeypatch.setattr(owner, name, whole)
+    result = trial.train()
+    assert [row["step"] for row in read_rows(tmp_path / "validation.jsonl")] == [2, 4, 6]
+    assert result["models"]["best"] == {"step": 6, "score": 0.25, "path": "best_model"}
+    assert (result["best_score"], result["steps"]) == (0.25, 6)
+    assert (tmp_path / "predictions.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
