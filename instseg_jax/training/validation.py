@@ -114,7 +114,7 @@ class History:
         return self.highest is None or (score is not None and score >= self.highest)
 
     def add(self, step: int, metrics: dict[str, float | None]) -> None:
-        """Note an evaluation whose weights are kept, if they are to be: after a kill, what is noted is not made again."""
+        """Note an evaluation; its weights are kept by then, since after a kill what is noted is not made again."""
         if jax.process_index() == 0:
             with (self.workdir / VALIDATION).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
