@@ -12,7 +12,6 @@ import numpy as np
 
 from instseg_jax import masks
 from instseg_jax.data import coco, copy_paste, examples, rasterize
-from instseg_jax.files import write_bytes, write_json
 from instseg_jax.geo.layer_files import write_layer
 from instseg_jax.geo.rasters import write_geotiff
 from instseg_jax.outlines import rle_to_polygons
@@ -65,43 +64,6 @@ def make_ground(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     colors = GROUND_COLORS[0] * (1 - share) + GROUND_COLORS[1] * share
     colors += rng.normal(0, GRAIN, (height, width, 1)).astype(np.float32)
     return np.rint(np.clip(colors, 0, 255)).astype(np.uint8)
-
-
-def write_examples(
-    folder: str | Path, split: str, scenes: Sequence[examples.Example], categories: Sequence[str]
-) -> Path:
-    """Write examples as one split ("train", "val") of a COCO data set below `folder`; return the annotation file.
-
-    Pictures become images/SPLIT_0000.png and so on. Examples must be as loaded or scattered, without augmentation.
-    """
-    folder = Path(folder)
-    records: list[dict] = []
-    annotations: list[dict] = []
-    for number, scene in enumerate(scenes):
-        name, (height, width) = f"{split}_{number:04d}.png", scene.image.shape[:2]
-        write_bytes(folder / "images" / name, cv2.imencode(".png", scene.image[..., ::-1])[1].tobytes())
-        records.append({"id": number + 1, "file_name": name, "height": height, "width": width})
-        for label, segmentation in zip(scene.labels, scene.segmentations, strict=True):
-            rle = masks.segmentation_to_rle(segmentation, height, width)
-            x1, y1, x2, y2 = masks.rle_box_xyxy_px(rle)
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number + 1,
-                    "category_id": int(label) + 1,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": masks.rle_area(rle),
-                    "iscrowd": 0,
-                    "segmentation": coco.segmentation_to_json(rle),
-                }
-            )
-    content = {
-        "info": {"description": f"scenes, {split}"},
-        "images": records,
-        "annotations": annotations,
-        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(categories)],
-    }
-    return write_json(folder / "annotations" / f"instance_{split}.json", content)
 
 
 def write_map(

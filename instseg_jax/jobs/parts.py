@@ -18,13 +18,12 @@ from instseg_jax.geo.rasters import RasterImage, open_raster
 from instseg_jax.geo.reading import Reading
 from instseg_jax.inference.piece_tables import (
     LARGE,
-    Grid,
     PieceTable,
     concatenate,
     number_pieces,
     table_of,
 )
-from instseg_jax.inference.pieces import Piece, WindowInstances, window_pieces
+from instseg_jax.inference.pieces import WindowInstances, window_pieces
 from instseg_jax.inference.pipeline import Pipeline
 from instseg_jax.inference.sources import Source
 from instseg_jax.inference.tiling import OVERVIEW_SIDE
@@ -158,11 +157,6 @@ def read_part(path: Path, plan: Plan) -> Content:
     ]
     pieces = PieceTable(**columns) if columns else table_of([], [], [])
     return Content(results, pieces, [Failure(*row) for row in head["failed"]])
-
-
-def large_pieces(table: PieceTable, grid: Grid) -> list[Piece]:
-    """The pieces that were found in the view of a whole image."""
-    return [table.piece(i, grid) for i in range(len(table))]
 
 
 def _open(path: Path) -> Any:

@@ -17,12 +17,13 @@ import optax
 import synth
 from jax import Array, lax
 from reference import Case, load_case, official_weights
+from sums import sum_terms
 
 from instseg_jax.config import load_config
 from instseg_jax.models.denoising import noise_targets
 from instseg_jax.models.mask_rtdetr import build_model
 from instseg_jax.models.sampling import sample_map
-from instseg_jax.training.criterion import PointDraws, build_loss_settings, sum_terms
+from instseg_jax.training.criterion import PointDraws, build_loss_settings
 from instseg_jax.training.matching import assign
 from instseg_jax.training.optimizer import build_optimizer, build_schedule
 from instseg_jax.training.state import initial_state

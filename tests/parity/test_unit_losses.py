@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import stored_values, whole_tensor
+from sums import sum_terms
 
 from instseg_jax import boxes as box_ops
 from instseg_jax.models.denoising import noise_targets
 from instseg_jax.models.sampling import sample_map
-from instseg_jax.training.criterion import LossSettings, PointDraws, compute_losses, compute_match_costs, sum_terms
+from instseg_jax.training.criterion import LossSettings, PointDraws, compute_losses, compute_match_costs
 from instseg_jax.training.losses import uncertain_point_weights
 from instseg_jax.training.mask_planes import pack_masks
 from instseg_jax.training.matching import TermWeights, assign, match_cost

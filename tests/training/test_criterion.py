@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 from ml_collections import ConfigDict
 from places import HELPERS, ROOT
+from sums import sum_terms
 
 from instseg_jax.devices import make_mesh, put_batch, split_over_batch
 from instseg_jax.models.denoising import make_denoising_queries
@@ -26,7 +27,6 @@ from instseg_jax.training.criterion import (
     draw_match_points,
     draw_points,
     set_names,
-    sum_terms,
 )
 from instseg_jax.training.matching import TermWeights, assign
 from instseg_jax.types import Predictions, Targets, TrainingOutputs
