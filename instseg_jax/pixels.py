@@ -21,7 +21,8 @@ PNG_MARK = b"\x89PNG\r\n\x1a\n"
 TIFF_MARKS = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 EXIF_HEAD = b"Exif\x00\x00"
 # Tags of TIFFs, which EXIF's blocks are too.
-BITS, PHOTOMETRIC, ORIENTATION, SAMPLES, PLANAR, KIND = 258, 262, 274, 277, 284, 339
+WIDTH, HEIGHT, BITS, PHOTOMETRIC, ORIENTATION = 256, 257, 258, 262, 274
+SAMPLES, PLANAR, KIND = 277, 284, 339
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # of PHOTOMETRIC
 NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # types of TIFF tags that are whole numbers
 MAX_TAGS = 4096  # of a directory
@@ -129,10 +130,14 @@ def exif_orientation(block: Any) -> int:
 
 def tiff_tags(data: Any) -> dict[int, int]:
     """The whole numbers in the first directory of a TIFF (bytes, or a map of a file): tag to its first value."""
+    return dict(_tiff_entries(data))
+
+
+def _tiff_entries(data: Any) -> list[tuple[int, int]]:
     order = {b"II": "<", b"MM": ">"}.get(bytes(data[:2]))
-    tags: dict[int, int] = {}
+    entries: list[tuple[int, int]] = []
     if order is None:
-        return tags
+        return entries
     with contextlib.suppress(struct.error, OverflowError):
         is_big = struct.unpack_from(order + "H", data, 2)[0] == 43
         offset, count, head, value = ("Q", "Q", 8, 8) if is_big else ("I", "H", 2, 4)
@@ -145,8 +150,8 @@ def tiff_tags(data: Any) -> dict[int, int]:
                 place, code = entry + 4 + value, order + NUMBERS[kind]
                 if length * struct.calcsize(code) > value:
                     place = struct.unpack_from(order + offset, data, place)[0]
-                tags[tag] = struct.unpack_from(code, data, place)[0]
-    return tags
+                entries.append((tag, struct.unpack_from(code, data, place)[0]))
+    return entries
 
 
 def is_avif(data: bytes) -> bool:
@@ -196,7 +201,11 @@ def _decode_picture(data: bytes, name: str, is_color: bool) -> np.ndarray | None
 
 def _decode_tiff(data: bytes, name: str) -> np.ndarray | None:
     """Each layout by a library that reads it right: OpenCV mistakes planes and extra samples, Pillow deep colours."""
-    tags = tiff_tags(data)
+    entries = _tiff_entries(data)
+    tags = dict(entries)
+    for what, tag in (("width", WIDTH), ("height", HEIGHT)):
+        if len(said := {value for found, value in entries if found == tag}) > 1:  # one for each library
+            raise ValueError(f"{name!r} can't be read as an image: it says more than one {what}, {sorted(said)[:4]}.")
     bits, samples, photometric = tags.get(BITS, 1), tags.get(SAMPLES, 1), tags.get(PHOTOMETRIC, BLACK_IS_ZERO)
     depth = (bits, tags.get(KIND, 1))
     is_grey = samples == 1 and photometric == BLACK_IS_ZERO

@@ -297,3 +297,17 @@ def test_layouts_of_tiffs_that_libraries_mistake(tmp_path):
             file.write(np.moveaxis(array, 2, 0))
         np.testing.assert_array_equal(pixels.decode(path.read_bytes(), "x"), array, err_msg=str((dtype, options)))
         assert check_images.inspect_picture(path, Bands(channels, ((0.0, 200.0),) * channels)).error is None
+
+
+@pytest.mark.parametrize("tag", [256, 257])
+def test_a_tiff_of_two_sizes_is_refused(tag):
+    """One library would take 8 pixels, another 30,000."""
+    sizes = [(256, 8), (257, 8), (tag, 30_000)]
+    entries = [*sorted(sizes), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 8), (279, 64)]
+    body = b"".join(struct.pack("<HHII", found, 4, 1, value) for found, value in entries)
+    data = b"II*\0" + struct.pack("<I", 72) + bytes(64) + struct.pack("<H", len(entries)) + body + bytes(4)
+    what = "width" if tag == 256 else "height"
+    with pytest.raises(
+        ValueError, match=rf"'a\.tif' can't be read as an image: it says more than one {what}, \[8, 30000\]"
+    ):
+        pixels.decode(data, "a.tif")
