@@ -1,9 +1,9 @@
 """A thousand `kill -9` at random moments of train, sweep, predict and serve: nothing is half, lost or changed.
 
-`INSTSEG_KILLS=30 pytest -s -m slow tests/test_random_kills.py` takes a part of them: minutes instead of hours.
+`INSTSEG_KILLS=30 pytest -s -m slow tests/test_random_kills.py` takes a part of them: minutes instead of an hour.
+Commands begin with all modules imported, so that kills strike their work.
 """
 
-import contextlib
 import http.client
 import json
 import os
@@ -12,11 +12,11 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import cv2
 import pytest
+from fork_commands import Command, Commands
 from places import ROOT
 from tiny_runs import QUICK_COMPILATION, TINY, write_subset
 
@@ -24,7 +24,7 @@ from instseg_jax.training.workdir import read_rows
 from instseg_jax.weights import checkpoint
 
 KILLS = int(os.environ.get("INSTSEG_KILLS", "1000"))
-SHARES = {"train": 0.3, "sweep": 0.1, "predict": 0.3, "serve": 0.3}
+SHARES = {"train": 0.15, "sweep": 0.05, "predict": 0.4, "serve": 0.4}  # a training takes longest
 EPOCHS = 8  # of two steps
 SECONDS = 900
 
@@ -36,8 +36,11 @@ class Runs:
         self.folder, self.data = folder, write_subset(folder / "data", 4)
         self.whole = folder / "whole"  # a training that was never disturbed
         self.seconds: dict[str, float] = {}
+        environment = os.environ | {"XLA_FLAGS": QUICK_COMPILATION, "INSTSEG_HUGE_PAGES": "0", "PYTHONUNBUFFERED": "1"}
+        environment.setdefault("INSTSEG_COMPILED", str(self.folder / "compiled"))
+        self.commands = Commands(ROOT, environment)
 
-    def command(self, verb: str, workdir: pathlib.Path) -> list[str]:
+    def arguments(self, verb: str, workdir: pathlib.Path) -> list[str]:
         fields = TINY | {"data.dir": self.data, "train.epochs": EPOCHS, "checkpoint.every_steps": 1}
         fields |= {"eval.every_epochs": 4, "eval.best_metric": "bbox/AR_100"}
         overrides = [f"--config.{name}={value}" for name, value in fields.items()]
@@ -50,14 +53,8 @@ class Runs:
             "serve": ["serve", weights, "--port=0"],
         }[verb]
 
-    def start(self, verb: str, workdir: pathlib.Path) -> subprocess.Popen:
-        environment = os.environ | {"XLA_FLAGS": QUICK_COMPILATION, "INSTSEG_HUGE_PAGES": "0", "PYTHONUNBUFFERED": "1"}
-        environment.setdefault("INSTSEG_COMPILED", str(self.folder / "compiled"))
-        log = (self.folder / f"{verb}.log").open("w+")
-        command = [sys.executable, "run.py", *self.command(verb, workdir)]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
-        process.log = log
-        return process
+    def start(self, verb: str, workdir: pathlib.Path) -> Command:
+        return self.commands.start(self.arguments(verb, workdir), self.folder / f"{verb}.log")
 
     def finish(self, verb: str, workdir: pathlib.Path) -> None:
         """Run a verb to its end; a server answers once and is then asked to end."""
@@ -68,30 +65,21 @@ class Runs:
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
                 connection.request("GET", "/health")
                 assert connection.getresponse().status == 200
-                process.send_signal(signal.SIGTERM)
+                os.kill(process.pid, signal.SIGTERM)
             assert process.wait(SECONDS) == 0, self.said(process)
         finally:
-            end(process)
+            process.kill()
         self.seconds[verb] = time.monotonic() - started
 
-    def wait_for_port(self, process: subprocess.Popen) -> int:
+    def wait_for_port(self, process: Command) -> int:
         deadline = time.monotonic() + SECONDS
         while "ready after" not in (text := self.said(process)):
             assert process.poll() is None and time.monotonic() < deadline, text
             time.sleep(0.1)
         return int(text.split("127.0.0.1:")[1].split("/")[0])
 
-    def said(self, process: subprocess.Popen) -> str:
-        process.log.flush()
-        return pathlib.Path(process.log.name).read_text()[-3000:]
-
-
-def end(process: subprocess.Popen) -> None:
-    """Kill a process with all that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.log.close()
+    def said(self, process: Command) -> str:
+        return process.log.read_text()[-3000:]
 
 
 def check_whole(folder: pathlib.Path) -> int:
@@ -132,13 +120,13 @@ def test_nothing_is_lost_by_kills(tmp_path):
         while killed[verb] < wanted:
             process = runs.start(verb, workdir)
             try:
-                process.wait(numbers.uniform(0, 1.2 * runs.seconds[verb]))
+                process.wait(numbers.uniform(0, runs.seconds[verb]))
             except subprocess.TimeoutExpired:
                 killed[verb] += 1
             else:
                 assert verb != "serve" and process.returncode == 0, runs.said(process)
                 finished[verb] += 1
-            end(process)
+            process.kill()
             if verb == "predict":
                 check_whole(workdir)
             if process.returncode == 0:  # the next one begins anew
@@ -160,4 +148,5 @@ def test_nothing_is_lost_by_kills(tmp_path):
             ]
             assert scores[0] == scores[1]
         print(f"\n{verb}: {killed[verb]} kills survived, {finished[verb]} runs ended before theirs", flush=True)
+    runs.commands.close()
     assert sum(killed.values()) >= min(KILLS, len(SHARES))
