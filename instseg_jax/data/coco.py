@@ -16,7 +16,7 @@ import numpy as np
 from instseg_jax import files, images, masks
 from instseg_jax.bands import Bands
 from instseg_jax.commands import shown
-from instseg_jax.data import coco_entries, layouts
+from instseg_jax.data import coco_entries, layouts, replacing
 from instseg_jax.data.coco_entries import Annotation, ImageRecord
 from instseg_jax.messages import first_few, quote
 
@@ -127,9 +127,10 @@ def find_split(
     """Find the annotation file and the image folder of a split ("train", "val") below `dir`.
 
     Paths given explicitly win; relative ones are relative to `dir`. Raises FileNotFoundError that
-    names everything that was looked for (`MissingAnnotations` for the file).
+    names everything that was looked for (`MissingAnnotations` for the file), ValueError for files half replaced.
     """
     root = data_root(dir)
+    replacing.check_whole(root / "annotations")
     candidates = [root / annotations] if annotations is not None else layouts.annotation_files(root, split)
     file = next((path for path in candidates if files.is_regular(path)), None)
     if file is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from instseg_jax import files, masks
-from instseg_jax.data import coco_entries, coco_files, cvat, label_studio, labelme, split, voc, yolo
+from instseg_jax.data import coco_entries, coco_files, cvat, label_studio, labelme, replacing, split, voc, yolo
 from instseg_jax.data.converted import (
     NOT_A_CLASS,
     ConvertedImage,
@@ -76,6 +76,8 @@ def convert_dataset(
     source, target = Path(source), Path(target)
     if not source.is_dir():
         raise FileNotFoundError(f"There is no data set folder {str(source)!r}.")
+    replacing.take_back(target / "annotations")  # which may be what is read
+    replacing.check_whole(source / "annotations")
     reader = READERS[kind.lower()]
     listing: Listing = reader.find_annotations(source, labels)
     notes: collections.Counter[str] = collections.Counter()
@@ -138,9 +140,10 @@ def write_converted(
         )
         contents = {"train": train, "val": val}
     written = {part: target / "annotations" / f"instance_{part}.json" for part in contents}
-    split.replace_files({written[part]: content for part, content in contents.items()})
     names_now = {entry["file_name"] for content in contents.values() for entry in content["images"]}
-    for file in _put_stale_aside(target / "annotations", set(written.values()), names_now):
+    stale = _find_stale(target / "annotations", set(written.values()), names_now)
+    replacing.replace_files({written[part]: content for part, content in contents.items()}, stale)
+    for file in stale:
         notes[f"files of an earlier split of these pictures, now .bak, as {file.name}"] += 1
     return Conversion(
         parts={part: (written[part], len(c["images"]), len(c["annotations"])) for part, c in contents.items()},
@@ -149,8 +152,8 @@ def write_converted(
     )
 
 
-def _put_stale_aside(folder: Path, written: set[Path], pictures: set[str]) -> list[Path]:
-    """Put splits aside that list some of these pictures, or none: what was dealt out before would be in two at once."""
+def _find_stale(folder: Path, written: set[Path], pictures: set[str]) -> list[Path]:
+    """Splits that list some of these pictures, or none: what was dealt out before would be in two at once."""
     stale = []
     for file in sorted(folder.glob("instance_*.json")):
         if file in written or not files.is_regular(file):
@@ -160,7 +163,6 @@ def _put_stale_aside(folder: Path, written: set[Path], pictures: set[str]) -> li
         except (ValueError, OSError, AttributeError):  # not ours to judge
             continue
         if not listed or listed & pictures:
-            split.put_aside(file)
             stale.append(file)
     return stale
 

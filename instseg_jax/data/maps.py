@@ -15,6 +15,7 @@ from instseg_jax.data import coco_entries
 from instseg_jax.data.convert import Conversion, write_converted
 from instseg_jax.data.converted import ConvertedImage, ConvertedObject
 from instseg_jax.data.map_windows import SLIVER_PX, Cutting, around, check_cutting, grid, objects_in, window_sides
+from instseg_jax.data.replacing import take_back
 from instseg_jax.files import write_bytes
 from instseg_jax.geo import stac
 from instseg_jax.geo.layer_files import require_extra
@@ -60,6 +61,7 @@ def convert_maps(
     """
     require_extra("--src_dataset_type=geo")
     check_cutting(cutting)
+    take_back(target / "annotations")
     notes: collections.Counter[str] = collections.Counter()
     layer = read_layer(labels, class_field=class_field, class_name=class_name, crs=labels_crs, notes=notes)
     area = None

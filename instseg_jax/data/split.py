@@ -6,16 +6,15 @@ import collections
 import itertools
 import json
 import re
-import secrets
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from instseg_jax import files
 from instseg_jax.data import coco, coco_entries
 from instseg_jax.data.coco_entries import is_id
+from instseg_jax.data.replacing import replace_files, take_back
 from instseg_jax.messages import quote, shorten
 
 Content = dict[str, Any]
@@ -34,6 +33,7 @@ def split_dataset(dir: str | Path, deal: Callable[[Content], dict[str, Content]]
     Raises: ValueError for files that can't be, FileNotFoundError without any, and what `deal` raises.
     """
     root = coco.data_root(dir)
+    take_back(root / "annotations")
     found = {}
     for part in ("train", "val"):
         try:
@@ -52,9 +52,8 @@ def split_dataset(dir: str | Path, deal: Callable[[Content], dict[str, Content]]
     parts = deal(whole)
     targets = {part: root / "annotations" / f"instance_{part}.json" for part in parts}
     old = set(listed) - set(targets.values())
-    replace_files({targets[part]: content for part, content in parts.items()})
-    for file in old if "train" in parts else ():  # COCO's own names would otherwise stand beside the new files
-        put_aside(file)
+    gone = sorted(old) if "train" in parts else ()  # COCO's own names would otherwise stand beside the new files
+    replace_files({targets[part]: content for part, content in parts.items()}, gone)
     return {part: (targets[part], len(c["images"]), len(c["annotations"])) for part, c in parts.items()}
 
 
@@ -139,26 +138,6 @@ def deal_groups(content: Content, groups: Sequence[Sequence[int]], val_share: fl
 def fold_split(number: int, part: str) -> str:
     """The name of a fold's split, as a file of annotations has it: `fold3_train`."""
     return f"fold{number}_{part}"
-
-
-def replace_files(contents: dict[Path, Content]) -> None:
-    """Write annotation files; what stood there before stays beside them as .bak.
-
-    All are written aside before the first one is moved into place, so that a full disk leaves everything as it was.
-    """
-    aside = {}
-    try:
-        for path, content in contents.items():
-            aside[path] = files.write_json(
-                path.with_name(f".{path.name}.{secrets.token_hex(4)}.new"), {"info": {}} | content
-            )
-        for path, new in aside.items():
-            if path.exists():
-                put_aside(path)
-            new.rename(path)
-    finally:
-        for new in aside.values():
-            new.unlink(missing_ok=True)
 
 
 def _deal(
@@ -264,15 +243,3 @@ def _join_entries(entries: Sequence[Content], key: str, joined: dict[str, Conten
             joined[str(entry[key])] = dict(entry, id=free.take(entry["id"]))
         new[entry["id"]] = joined[str(entry[key])]["id"]
     return new
-
-
-def put_aside(path: Path) -> Path:
-    """Rename a file to .bak (.bak2, ... where there is one already); the new path."""
-    return path.rename(_backup_name(path))
-
-
-def _backup_name(path: Path) -> Path:
-    number = 1
-    while (backup := path.with_name(f"{path.name}.bak{number if number > 1 else ''}")).exists():
-        number += 1
-    return backup

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instseg_jax.data import split
+from instseg_jax.data import coco, split
 
 
 def content(images, categories=((1, "a"), (2, "b"))):
@@ -211,3 +211,65 @@ def test_parts_have_what_pycocotools_asks_for(tmp_path):
     run(tmp_path)
     parts = [json.loads((tmp_path / "annotations" / f"instance_{part}.json").read_text()) for part in ("train", "val")]
     assert all("info" in part for part in parts) and sum(len(part["images"]) for part in parts) == 10
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_a_split_that_is_killed_between_its_files_is_begun_again_from_what_was_there(tmp_path, monkeypatch, at):
+    parts = {
+        "train": content([(i, f"{i}.jpg", [1]) for i in range(1, 9)]),
+        "val": content([(i, f"{i}.jpg", [2]) for i in range(9, 13)]),
+        "left_out": content([(13, "13.jpg", [1])]),
+    }
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for root in (whole, cut):
+        root.mkdir()
+        write(root, **parts)
+    wanted = run(whole, 60, 40)
+    renamed, rename = [], Path.rename
+
+    def killed(path, target):
+        if len(renamed) == at:
+            raise KeyboardInterrupt  # nothing that is left to do is done
+        renamed.append(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, 60, 40)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="are half replaced, split or convert was cut off"):
+        coco.read_split(cut, "val")
+    assert run(cut, 60, 40) == wanted != parts
+    names = [sorted(path.name for path in (root / "annotations").iterdir()) for root in (whole, cut)]
+    assert names[0] == names[1] and not [name for name in names[0] if name.startswith(".")]
+    for name in names[0]:
+        assert (whole / "annotations" / name).read_bytes() == (cut / "annotations" / name).read_bytes()
+
+
+def test_a_split_that_can_not_be_moved_into_place_leaves_what_was_there(tmp_path, monkeypatch):
+    parts = {part: content([(i, f"{part}{i}.jpg", [1]) for i in range(1, 5)]) for part in ("train", "val")}
+    write(tmp_path, **parts)
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name == "instance_val.json":
+            raise PermissionError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(PermissionError):
+        run(tmp_path)
+    there = {path.name: json.loads(path.read_text()) for path in (tmp_path / "annotations").iterdir()}
+    assert there == {f"instance_{part}.json": parts[part] for part in parts}
+
+
+@pytest.mark.parametrize("step", [{"file": "../../mine", "backup": None, "new": None}, {"file": None}, 1])
+def test_a_mark_of_somebody_else_moves_nothing(tmp_path, step):
+    root = tmp_path / "data"
+    root.mkdir()
+    write(root, train=content([(i, f"{i}.jpg", [1]) for i in range(1, 5)]))
+    (tmp_path / "mine").write_text("")
+    (root / "annotations/.replacing.json").write_text(json.dumps({"steps": [step]}))
+    with pytest.raises(ValueError, match="none of ours"):
+        run(root)
+    assert (tmp_path / "mine").exists()
