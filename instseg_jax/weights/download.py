@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-from instseg_jax.files import cache_folder, write_json, write_text
+from instseg_jax.files import cache_folder, sync, write_json, write_text
 from instseg_jax.messages import quote
 
 _COCO = "https://paddledet.bj.bcebos.com/models/mask_rtdetr_hgnetv2_{}_6x_coco.pdparams"
@@ -92,6 +92,7 @@ def _download(url: str, path: Path, attempts: int, timeout: float, show_progress
             before = part.stat().st_size if part.exists() else 0
             try:
                 if _fetch_rest(url, part, timeout, report):
+                    sync(part)
                     part.replace(path)
                     _record_path(part).unlink()
                     return
@@ -126,6 +127,8 @@ def _fetch_rest(url: str, part: Path, timeout: float, report: Callable[[int, int
         raise
     with response:
         size, total = _extent(response, have)
+        if not size:
+            part.unlink(missing_ok=True)  # before the record: of this version there is not a byte yet
         _write_record(part, url, response.headers, total)
         is_cut = False
         with part.open("r+b" if size else "wb") as file:

@@ -250,3 +250,25 @@ def test_progress_goes_to_the_error_stream(server, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "100%" in captured.err
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_a_file_that_changed_is_not_mixed_with_what_was_there_when_a_kill_comes_between(
+    server, tmp_path, monkeypatch, is_written
+):
+    server.cut_after = [1_200_000, 0, 0]
+    with pytest.raises(ConnectionError):
+        fetch(server, tmp_path, attempts=2)
+    server.content, server.etag = np.random.default_rng(1).bytes(3_000_000), '"v2"'
+    write_record = download._write_record
+
+    def killed(*arguments):
+        if is_written:
+            write_record(*arguments)
+        raise KeyboardInterrupt  # nothing that is left to do is done
+
+    monkeypatch.setattr(download, "_write_record", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fetch(server, tmp_path)
+    monkeypatch.undo()
+    assert fetch(server, tmp_path).read_bytes() == server.content
