@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import stat
 import tempfile
 import zlib
@@ -109,6 +110,20 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def replace_folder(folder: Path, aside: Path) -> None:
+    """Put the folder `aside`, which lies beside, in the place of `folder`, whether there is one or not."""
+    previous = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.previous")
+    if folder.exists():
+        folder.rename(previous)
+    try:
+        aside.rename(folder)
+    except OSError:
+        if previous.exists():
+            previous.rename(folder)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def write_bytes(path: str | Path, data: bytes, *, durable: bool = False) -> Path:

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from instseg_jax.devices import make_mesh, select_devices
-from instseg_jax.export.export import Request, export_model
-from instseg_jax.files import write_json
+from instseg_jax.export.export import PARITY, Request, export_model
+from instseg_jax.files import read_json, write_json
 from instseg_jax.inference.pipeline_config import HighPerformance
 from instseg_jax.inference.predictor import LoadedModel, bind
 from instseg_jax.runtimes.exported import CONFIG, Export, open_export, read_export, with_backend
@@ -56,7 +56,8 @@ def accelerate(model: LoadedModel, wanted: HighPerformance, *, device: str, batc
         raise ImportError(f'use_hpip needs {missing} and onnx: pip install "instseg_jax[{extras}]"')
     folder = _cache_folder(model, batch_size)
     export = _read_cached(folder, model) or _export(model, folder, batch_size)
-    if export is None:
+    if differences := read_json(folder / PARITY)["warnings"]:  # kept: the next start would find the same
+        log.warning("use_hpip: the compiled network is used, since %s", "; ".join(differences))
         return model
     if wanted.backend is None:
         times = _times(model, export, folder, installed, wanted.num_threads, batch_size)
@@ -90,23 +91,22 @@ def _read_cached(folder: Path, model: LoadedModel) -> Export | None:
         export = read_export(folder)
     except ValueError:
         return None
+    if not (folder / PARITY).is_file():
+        return None
     source = Path(model.source)
     is_current = not source.is_file() or source.stat().st_mtime <= (folder / CONFIG).stat().st_mtime
     return export if is_current and export.settings["num_detections"] == model.config.eval.num_detections else None
 
 
-def _export(model: LoadedModel, folder: Path, batch_size: int) -> Export | None:
-    """Export into `folder`; None, with a warning, where the export does not find what the checkpoint does."""
+def _export(model: LoadedModel, folder: Path, batch_size: int) -> Export:
+    """Export into `folder`."""
     data = model.config.data
     log.info("use_hpip: exporting %s, once", model.source)
     rng = np.random.default_rng(0)
     coarse = rng.random((2, data.image_size // 32, data.image_size // 32, data.channels), np.float32)
     images = list(coarse.repeat(32, axis=1).repeat(32, axis=2))
     request = Request("onnx", batch_size, data.image_size)
-    report = export_model(model, folder, request, source=str(model.source), images=images, say=log.info)
-    if report["warnings"]:
-        log.warning("use_hpip: the compiled network is used, since %s", "; ".join(report["warnings"]))
-        return None
+    export_model(model, folder, request, source=str(model.source), images=images, say=log.info)
     return read_export(folder)
 
 

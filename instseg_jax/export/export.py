@@ -29,7 +29,7 @@ import numpy as np
 from instseg_jax import pixels
 from instseg_jax.config import check_side
 from instseg_jax.export import parity
-from instseg_jax.files import digest_file, seal, sync_tree, write_json, write_text
+from instseg_jax.files import digest_file, replace_folder, seal, sync_tree, write_json, write_text
 from instseg_jax.inference.optimize import optimize_for_inference
 from instseg_jax.inference.pipeline import pick_threshold
 from instseg_jax.inference.pipeline_config import load_pipeline_config
@@ -54,6 +54,7 @@ VERSIONED = (
     "numpy",
 )
 
+PARITY = "parity.json"
 STANDALONE, PIXELS = Path(__file__).with_name("standalone.py"), Path(pixels.__file__)
 
 if TYPE_CHECKING:
@@ -140,9 +141,9 @@ def export_model(
         report = _compare(model, aside, request, images, score, say)
         report["seconds"] = {"writing": round(seconds, 1), "all": round(time.monotonic() - started, 1)}
         report["megabytes"] = round(sum(file.stat().st_size for file in aside.glob("model.*")) / 1e6, 2)
-        write_json(aside / "parity.json", report, indent=2)
+        write_json(aside / PARITY, report, indent=2)
         sync_tree(aside)
-        _replace(folder, aside)
+        replace_folder(folder, aside)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return report
@@ -280,17 +281,3 @@ def standalone_text() -> str:
     """The text of postprocess.py: `standalone.py`, and in place of its import the whole of `pixels.py`."""
     shared = "from instseg_jax.pixels import decode, to_uint8\n"
     return STANDALONE.read_text(encoding="utf-8").replace(shared, PIXELS.read_text(encoding="utf-8"), 1)
-
-
-def _replace(folder: Path, aside: Path) -> None:
-    """Put `aside` in the place of `folder`."""
-    previous = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.previous")
-    if folder.exists():
-        folder.rename(previous)
-    try:
-        aside.rename(folder)
-    except OSError:
-        if previous.exists():
-            previous.rename(folder)
-        raise
-    shutil.rmtree(previous, ignore_errors=True)

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from instseg_jax.files import read_json, write_text
+from instseg_jax.files import read_json, replace_folder, write_text
 from instseg_jax.runtimes.exported import CONFIG
 
 MODEL, NETWORK = "instseg", "instseg_network"
@@ -45,8 +45,7 @@ def write_repository(export: str | os.PathLike[str], repository: str | os.PathLi
             shutil.copyfile(source, aside / name)
         write_text(aside / NETWORK / "config.pbtxt", network_config(said, batch))
         write_text(aside / MODEL / "config.pbtxt", model_config(batch))
-        shutil.rmtree(repository, ignore_errors=True)
-        aside.rename(repository)
+        replace_folder(repository, aside)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return repository

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 from unittest import mock
 
 import jax
@@ -283,6 +284,29 @@ def test_the_quickest_runtime_is_taken_and_remembered(run, exports, wanted, pict
         next((run / "best_model").glob("hpip-*/choice.json")).unlink()
     assert len(made) == 1 and (made[0].format, made[0].batch, made[0].size) == ("onnx", 1, SIZE)
     assert load_model(run).exported is None  # the run is still a checkpoint
+
+
+def test_an_export_that_finds_something_else_is_not_taken_by_the_next_start_either(tmp_path, monkeypatch, caplog):
+    made = []
+
+    def export_model(model, folder, request, **_):
+        made.append(folder)
+        report = {"warnings": ["the mean mask IoU is 0.2"]}
+        (folder / "parity.json").write_text(json.dumps(report))
+        return report
+
+    monkeypatch.setattr(accelerate_room, "export_model", export_model)
+    monkeypatch.setattr(accelerate_room, "read_export", lambda folder: "an export")
+    monkeypatch.setattr(accelerate_room, "_read_cached", lambda folder, model: "an export" if made else None)
+    monkeypatch.setattr(accelerate_room, "_cache_folder", lambda model, batch_size: tmp_path)
+    monkeypatch.setattr(accelerate_room.importlib.util, "find_spec", lambda name: name)
+    data = types.SimpleNamespace(image_size=SIZE, channels=3)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(data=data), source="run")
+    for _ in range(2):
+        caplog.clear()
+        taken = accelerate_room.accelerate(model, HighPerformance("onnxruntime"), device="cpu", batch_size=1)
+        assert taken is model and "the compiled network is used, since the mean mask IoU is 0.2" in caplog.text
+    assert made == [tmp_path]
 
 
 def test_a_named_runtime_is_taken(run, wanted, pictures, monkeypatch):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from instseg_jax.cli import main
 from instseg_jax.export import export as export_room
+from instseg_jax.export import triton
 from instseg_jax.export.triton import MODEL, NETWORK, write_repository
 
 SIZE, BATCH = 64, 2
@@ -158,6 +159,23 @@ def test_what_is_refused(repository):
     with pytest.raises(ValueError, match="is no ONNX export with --dynamic_batch"):
         write_repository(repository.parent / "onnx", repository, batch=1)
     assert (repository / NETWORK / "1" / "model.onnx").read_bytes() == b"a network"
+
+
+def test_a_repository_that_is_replaced_by_a_command_that_is_killed_can_be_written_again(repository, monkeypatch):
+    export = repository.with_name("onnx")
+
+    def killed(folder, **_):
+        if folder.name.endswith(".tmp"):
+            return
+        rmtree(folder / MODEL)
+        raise KeyboardInterrupt  # nothing that is left to do is done
+
+    rmtree = triton.shutil.rmtree
+    monkeypatch.setattr(triton.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_repository(export, repository, batch=BATCH)
+    monkeypatch.undo()
+    assert (write_repository(export, repository, batch=BATCH) / MODEL / "config.pbtxt").is_file()
 
 
 @pytest.mark.slow
