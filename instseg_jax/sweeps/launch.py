@@ -13,7 +13,7 @@ from pathlib import Path
 from instseg_jax.files import write_json
 from instseg_jax.messages import quote
 from instseg_jax.sweeps.plan import Run
-from instseg_jax.sweeps.state import State, lock, read_state
+from instseg_jax.sweeps.state import State, lock, read_ended, read_state
 from instseg_jax.training.workdir import RESULT
 
 PROGRAM = (sys.executable, "-m", "instseg_jax.cli")
@@ -107,7 +107,7 @@ def launch(
                     break
                 device = free.popleft()
                 process = _start(run, workdir, spec, device)
-                if process is None:  # somebody else trains in this folder
+                if process is None:  # somebody else trains in this folder, or has
                     free.append(device)
                     tell("end", run, read_state(workdir / run.name))
                     continue
@@ -135,6 +135,10 @@ def _start(run: Run, workdir: Path, spec: str, device: str | None) -> subprocess
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = _lock_patiently(folder)
     if descriptor is False:
+        return None
+    if read_ended(folder).status == "finished":  # by another process, since this one looked
+        if descriptor is not None:
+            os.close(descriptor)
         return None
     (folder / RESULT).unlink(missing_ok=True)  # of an earlier try
     overrides = run.overrides | ({"device": device} if device else {})

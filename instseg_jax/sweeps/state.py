@@ -30,6 +30,11 @@ def read_state(folder: Path) -> State:
     if is_locked(folder):
         row = last_row(folder / METRICS)
         return State("running", steps=int(row.get("step", -1)) + 1, epoch=row.get("epoch", 0.0))
+    return read_ended(folder)
+
+
+def read_ended(folder: Path) -> State:
+    """The state of a run that does not go on, or that this process holds the lock of."""
     if not (folder / RESULT).is_file():
         row = last_row(folder / METRICS)
         if not row:

@@ -173,6 +173,20 @@ def test_several_at_a_time_have_a_device_each(sweep, tmp_path, monkeypatch):
     assert code == 1 and "--jobs is 4, but config.device=auto has 3: cpu:0, cpu:1, cpu:2" in said
 
 
+def test_a_run_that_another_process_has_finished_meanwhile_is_not_begun_again(sweep, tmp_path, monkeypatch):
+    lock_patiently = launch._lock_patiently
+
+    def lock_late(folder):
+        descriptor = lock_patiently(folder)
+        result = {"done_flag": True, "steps": 30, "seconds": 6.0, "best_metric": "segm/AP"}
+        (folder / "train_result.json").write_text(json.dumps(result))
+        return descriptor
+
+    monkeypatch.setattr(launch, "_lock_patiently", lock_late)
+    assert sweep(RATES)[0] == 0
+    assert not list(tmp_path.rglob("starts.txt")) and len(list(tmp_path.rglob("train_result.json"))) == 2
+
+
 def test_one_cpu_is_shared(monkeypatch):
     monkeypatch.setattr(launch, "list_devices", lambda device: ["cpu:0"])
     assert launch.assign_devices("auto", 3) == [None, None, None]
