@@ -94,7 +94,8 @@ class Search:
             if state.status not in ("finished", "failed"):
                 return run
             self.end(run, state)
-        number = len(self.study.get_trials(deepcopy=False))
+        trials = self.study.get_trials(deepcopy=False)
+        number = sum(trial.params.keys() == self.space.distributions.keys() for trial in trials)  # proposed as a whole
         if number >= self.num_trials:
             return None
         self.study.sampler = TPESampler(seed=self.seed + number)

@@ -100,7 +100,15 @@ def test_a_process_that_was_killed_while_it_proposed_ends_nothing(tmp_path):
     some = dict(list(search.space.distributions.items())[:1])
     search.study.ask(fixed_distributions=some)
     assert main(command(tmp_path)) == 0
-    assert [row["state"] for row in rows(tmp_path)] == ["FAIL", "COMPLETE", "COMPLETE"]
+    found = rows(tmp_path)
+    assert [row["state"] for row in found] == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    assert main(command(undisturbed)) == 0
+    for row, wanted in zip(found[1:], rows(undisturbed), strict=True):
+        assert {name: row[name] for name in search.space.distributions} == {
+            name: wanted[name] for name in search.space.distributions
+        }
 
 
 def test_processes_that_propose_in_turn_never_propose_the_same(tmp_path):
