@@ -1,7 +1,8 @@
 """The trackers of a run: they get what its own files get, in a thread of their own, so that no step waits for them.
 
-What a tracker fails at is told once, and it is left out from there on. trackers.json in the workdir notes how far each
-has come: a run that resumes sends no row twice, and a tracker that comes later or was left out gets what it lacks.
+What a tracker fails at is told once, and it is left out from there on. trackers.json in the workdir notes after each
+row how far each has come: a run that resumes sends no row twice (but one, where a kill came between row and note), and
+a tracker that comes later, was left out or had not got all when the run was killed gets what it lacks.
 """
 
 import dataclasses
@@ -121,6 +122,7 @@ class Tracking:
         item.send(follower.tracker)
         if item.kind:
             follower.sent[item.kind] = item.step
+            self._note()
 
     def _note(self) -> None:
         state = {
@@ -133,10 +135,7 @@ class Tracking:
 
 
 def open_tracking(workdir: pathlib.Path, makers: Mapping[str, Make], logger: logging.Logger) -> Tracking:
-    """The trackers of a run, of its first process alone; they go on after the last step that the workdir knows of.
-
-    It looks into metrics.jsonl and validation.jsonl: what a checkpoint does not know was sent all the same.
-    """
+    """The trackers of a run, of its first process alone; they go on after what trackers.json says they got."""
     followers = {}
     for name, make in makers.items() if jax.process_index() == 0 else ():
         sent, run = {ROWS: -1, EVALUATIONS: -1}, ""
@@ -144,9 +143,6 @@ def open_tracking(workdir: pathlib.Path, makers: Mapping[str, Make], logger: log
             state = read_json(workdir / STATE)[name]
             run = str(state["run"])
             sent = {kind: int(state[kind]) for kind in sent}
-            if not state["is_left_out"] and run:
-                for kind, file in ((ROWS, METRICS), (EVALUATIONS, VALIDATION)):
-                    sent[kind] = max([sent[kind], *(row["step"] for row in read_rows(workdir / file))])
         except (OSError, ValueError, KeyError, TypeError):  # none yet, or none of this name
             pass
         followers[name] = Follower(make, run, sent)

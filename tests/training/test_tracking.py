@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import struct
+import threading
 
 import numpy as np
 import pytest
@@ -63,12 +64,32 @@ def test_a_run_that_resumes_sends_every_step_once(tmp_path, monkeypatch):
     assert max(trial.saved) == 4 and recorder.rows == [0, 1, 2, 3]  # step 4 had not been fetched
     with (tmp_path / "metrics.jsonl").open("a") as file:  # as if it was sent, and the run killed after that
         file.write(json.dumps({"step": 4, "loss": 1.0}) + "\n")
+    noted = json.loads((tmp_path / "trackers.json").read_text())
+    (tmp_path / "trackers.json").write_text(json.dumps({"mine": noted["mine"] | {"rows": 4}}))
     assert trial.train(**mine)["end"] == "finished"
     assert recorder.rows == [0, 1, 2, 3, 5] and recorder.scores == [2, 4, 6]
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == list(range(6))
     assert recorder.closed == 2 and set(recorder.files) == {"train.log", "evaluate_result.json"}
     trial.train(**mine)
     assert recorder.closed == 2  # nothing is missing: it is not even opened
+
+
+def test_what_waited_for_a_slow_tracker_when_the_run_was_killed_is_sent_when_it_resumes(tmp_path, monkeypatch):
+    trial, recorder, gone = Trial(tmp_path, monkeypatch), Recorder(), threading.Event()
+    kept = {}
+
+    def log(step, numbers):
+        if step == 2:  # nothing that is noted from here on outlasts the kill
+            kept.setdefault("state", (tmp_path / "trackers.json").read_bytes())
+            gone.wait(10)
+        recorder.log(step, numbers)
+
+    trial.on_step = lambda number: gone.set() if number == 5 else None
+    trial.train(trackers={"mine": dataclasses.replace(recorder.tracker, log=log)})
+    (tmp_path / "trackers.json").write_bytes(kept["state"])
+    recorder.rows, recorder.scores = [0, 1], []
+    trial.train(trackers={"mine": recorder.tracker})
+    assert recorder.rows == list(range(6)) and recorder.scores == [2, 4, 6]
 
 
 def test_a_tracker_that_fails_is_told_left_out_and_caught_up(tmp_path, monkeypatch):
