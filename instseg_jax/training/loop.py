@@ -9,6 +9,7 @@ import functools
 import math
 import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -49,13 +50,19 @@ from instseg_jax.weights import checkpoint
 SHOWN_SCORES = ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50")
 
 
-def train(config: ConfigDict, workdir: str | pathlib.Path, own: Own | None = None) -> dict:
+def train(
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    own: Own | None = None,
+    finish: Callable[[], object] = lambda: None,
+) -> dict:
     """Train as `config` says; the same call on the same workdir goes on where it stopped.
 
     Writes below `workdir`: checkpoints/ (the last few training states), best_model/ (averaged weights of the
     best evaluation), metrics.jsonl (a row a step), validation.jsonl and validation/ (a few pictures of the last
     evaluation), train.log, config.json, training.png, train_result.json. Of several processes (`jax.distributed`) all
-    call this, and the first one writes.
+    call this, and the first one writes. `finish` is what belongs to a finished run besides, which that one does:
+    train_result.json, by which others know it, is gone while the run goes on and comes last.
 
     Returns: what train_result.json holds: done_flag, steps, best_score, models, seconds, and so on.
 
@@ -67,7 +74,14 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, own: Own | None = Non
     try:
         with lock_workdir(workdir):
             write_here_if_lost(workdir / RESULT)
+            if is_first:
+                (workdir / RESULT).unlink(missing_ok=True)  # of the run as far as it was
             result = _train(config, workdir, own or Own())
+            if is_first:
+                draw_training(workdir)
+                if result["done_flag"]:
+                    finish()
+                write_json(workdir / RESULT, result, indent=2)
     except BusyError:
         raise
     except Exception as error:
@@ -79,9 +93,6 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, own: Own | None = Non
         if told is error:
             raise
         raise told from error
-    if is_first:
-        write_json(workdir / RESULT, result, indent=2)
-        draw_training(workdir)
     return result
 
 
@@ -154,6 +165,7 @@ def _run_steps(
         nonlocal saved
         if done > saved:
             settle()  # killed right after, the run would go on from here without its last row
+            metrics_file.sync()
             checkpoint.save(manager, done, state, run.metadata(done, history.highest), wait=wait)
             saved = done
 
@@ -256,7 +268,8 @@ def _evaluate(
     if history.is_best(score):
         variables = jax.device_get(state.ema_variables)
         keep_best(run.workdir, variables, run.metadata(step, score, score), metrics, results)
+    pictures = run.draw(step, results) if run.draw and jax.process_index() == 0 else {}
     history.add(step, metrics)
     if jax.process_index() == 0:
         draw_training(run.workdir)
-        tracking.score(step, metrics, run.draw(step, results) if run.draw else {})
+        tracking.score(step, metrics, pictures)

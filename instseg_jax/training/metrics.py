@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import pathlib
 import sys
 import time
@@ -35,10 +36,15 @@ class MetricsFile:
         self._file = (workdir / METRICS).open("a", encoding="utf-8")
 
     def write(self, row: dict) -> None:
-        """Append the row of a step (plain numbers, with `step`) and send it to the disk."""
+        """Append the row of a step (plain numbers, with `step`) and hand it to the system."""
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
+
+    def sync(self) -> None:
+        """Have the system write the rows to the disk, so that they outlast a power cut."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; nothing may be written afterwards."""

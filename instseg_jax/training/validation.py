@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Callable
 
@@ -114,10 +115,12 @@ class History:
         return self.highest is None or (score is not None and score >= self.highest)
 
     def add(self, step: int, metrics: dict[str, float | None]) -> None:
-        """Note an evaluation; its weights are kept by then, since after a kill what is noted is not made again."""
+        """Note an evaluation; what it leaves is kept by then, since after a kill what is noted is not made again."""
         if jax.process_index() == 0:
             with (self.workdir / VALIDATION).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # later checkpoints outlast a power cut as well
         self._count(step, metrics.get(self.metric))
 
     def has(self, step: int) -> bool:

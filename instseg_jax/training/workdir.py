@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from instseg_jax.commands import changed
 from instseg_jax.data import coco
 from instseg_jax.data.source import FILLED_IN
-from instseg_jax.files import digest, digest_file, make_folder, read_json, write_json, write_text
+from instseg_jax.files import digest, digest_file, make_folder, read_json, write_bytes, write_json
 from instseg_jax.messages import first_few, quote, shorten
 from instseg_jax.weights import checkpoint
 
@@ -260,7 +260,8 @@ def _listed(value: Any) -> str:
 
 def keep_rows(path: pathlib.Path, is_kept: Callable[[dict], bool]) -> None:
     """Rewrite a file of JSON lines with some of its rows."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if is_kept(row)))
+    text = "".join(json.dumps(row) + "\n" for row in read_rows(path) if is_kept(row))
+    write_bytes(path, text.encode(), durable=True)
 
 
 def describe_models(workdir: pathlib.Path, metric: str) -> dict:

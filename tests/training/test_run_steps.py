@@ -103,6 +103,41 @@ def test_an_evaluation_that_is_killed_after_its_score_keeps_the_best_model(tmp_p
     assert (tmp_path / "predictions.json").exists()
 
 
+@pytest.mark.parametrize("at", [2, 6])
+def test_pictures_of_an_evaluation_are_drawn_where_a_kill_came_before_them(tmp_path, monkeypatch, at):
+    trial, drawn = Trial(tmp_path, monkeypatch), []
+
+    def killed(step, results):
+        if step == at:
+            raise KeyboardInterrupt  # nothing that is left to do is done
+        drawn.append(step)
+
+    trial.draw = killed  # called by each evaluation
+    with pytest.raises(KeyboardInterrupt):
+        trial.train()
+    trial.draw = lambda step, results: drawn.append(step)
+    trial.train()
+    assert drawn == [2, 4, 6]
+
+
+def test_a_run_is_called_finished_when_all_that_belongs_to_it_is_done(tmp_path, monkeypatch):
+    trial, result = Trial(tmp_path, monkeypatch), tmp_path / "train_result.json"
+    is_there = []
+
+    def killed():
+        raise KeyboardInterrupt  # nothing that is left to do is done
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(trial.config, tmp_path, finish=killed)
+    assert not result.exists()
+    loop.train(trial.config, tmp_path, finish=lambda: is_there.append(result.exists()))
+    assert is_there == [False] and json.loads(result.read_text())["done_flag"]
+    trial = Trial(tmp_path, monkeypatch, **{"train.epochs": 5})
+    trial.on_step = lambda number: is_there.append(result.exists())
+    loop.train(trial.config, tmp_path)
+    assert is_there == [False] * 5 and json.loads(result.read_text())["steps"] == 10
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_the_first_step_of_a_size_is_heard_at_once(tmp_path, monkeypatch, number):
     """XLA compiles outside of Python; a wait in a thread that no signal can end stands for it."""
