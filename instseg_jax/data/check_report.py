@@ -20,7 +20,7 @@ from instseg_jax.data.check import Check, find_map_tiles
 from instseg_jax.messages import shorten
 from instseg_jax.pixels import decode
 
-FOLDER = "check_dataset"
+FOLDER, RESULT = "check_dataset", "check_dataset_result.json"
 MAX_PICTURES = 10  # drawn of each split, as the official check does
 MAX_LABEL = 40  # letters of a class name in the histogram
 MAX_SIDE = 1280  # pixels of a drawing
@@ -45,6 +45,7 @@ def write_report(
         ranges = None if raw.dtype == np.uint8 else bands.find_ranges([raw], (1.0, 99.0))
         return bands.show_bands(images.to_pixels(raw, bands.Bands(raw.shape[2], ranges)))
 
+    (workdir / RESULT).unlink(missing_ok=True)  # of an earlier check, whose pictures are replaced now
     grouped = findings.group(check.flaws)
     paths = {split: _draw_pictures(workdir, split, check, draw_instances, read_shown) for split in check.files}
     counts = check_numbers.count_classes(check.files)
@@ -74,8 +75,8 @@ def write_report(
     }
     if fixed is not None:
         result["fixed"] = fixed
-    files.write_json(workdir / "check_dataset_result.json", result, indent=2)
     files.write_text(workdir / "check_dataset.html", make_page(result))
+    files.write_json(workdir / RESULT, result, indent=2)  # last, since it says that all is there
     return result
 
 

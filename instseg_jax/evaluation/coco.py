@@ -22,6 +22,7 @@ from instseg_jax.messages import quote
 from instseg_jax.types import Batch, Detections
 
 IOU_TYPES = ("bbox", "segm")
+RESULT = "evaluate_result.json"
 MAX_DETECTIONS = 100  # of a class in an image, as COCO counts them
 
 
@@ -141,9 +142,15 @@ def write_evaluation(
     output_dir: str | Path, metrics: dict[str, float | None], results: Sequence[dict], **more: Any
 ) -> None:
     """Write `evaluate_result.json` (metrics, and `more` beside them) and `predictions.json` (COCO result entries)."""
+    remove_result(output_dir)
     write_json(Path(output_dir) / "predictions.json", list(results))
     # Last, since its presence says that the evaluation is complete.
-    write_json(Path(output_dir) / "evaluate_result.json", {"done_flag": True, "metrics": metrics, **more}, indent=4)
+    write_json(Path(output_dir) / RESULT, {"done_flag": True, "metrics": metrics, **more}, indent=4)
+
+
+def remove_result(output_dir: str | Path) -> None:
+    """Take `evaluate_result.json` of an earlier evaluation away, before the first file is replaced that it is about."""
+    (Path(output_dir) / RESULT).unlink(missing_ok=True)
 
 
 def _evaluate(

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from instseg_jax.evaluation.analysis import Analysis, analyse
-from instseg_jax.evaluation.coco import coco_metrics, detection_limit, write_evaluation
+from instseg_jax.evaluation.coco import coco_metrics, detection_limit, remove_result, write_evaluation
 from instseg_jax.evaluation.gallery import choose_cases, draw_cases
 from instseg_jax.evaluation.report import write_report
 from instseg_jax.results.visualize import draw_instances
@@ -64,6 +64,7 @@ def _write(workdir: Path, evaluated: Evaluated, analyses: dict[str, Analysis]) -
             )
             for title, cases in choose_cases(main, evaluated.gallery_size).items()
         }
+    remove_result(workdir)
     write_report(
         workdir / "report.html",
         title="Evaluation",

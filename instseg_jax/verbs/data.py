@@ -34,7 +34,7 @@ def check_dataset(options: argparse.Namespace) -> int:
         result = _check_dataset(config, workdir, is_fixed=options.fix)
     except (ValueError, OSError) as error:
         failure = {"done_flag": False, "check_pass": False, "err_type": type(error).__name__, "err_msg": str(error)}
-        write_json(workdir / "check_dataset_result.json", failure, indent=2)
+        write_json(workdir / check_report.RESULT, failure, indent=2)
         raise
     *lines, verdict = check_report.summarise(result, workdir)
     print("\n".join(lines))

@@ -13,6 +13,7 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from instseg_jax.evaluation import coco as coco_room
 from instseg_jax.evaluation.coco import coco_metrics, coco_results, write_evaluation
 from instseg_jax.evaluation.read import read_results
 from instseg_jax.masks import encode_mask
@@ -230,6 +231,21 @@ def test_nothing_is_changed_or_printed(capsys):
         loaded.createIndex()
     assert coco_metrics(loaded, results) == first
     assert (truth, results) == before
+
+
+def test_an_evaluation_that_is_killed_between_its_files_leaves_no_word_of_the_one_before(tmp_path, monkeypatch):
+    write_evaluation(tmp_path, {"segm/AP": 0.5}, [{"score": 0.5}])
+    write_json = coco_room.write_json
+
+    def killed(path, *arguments, **options):
+        if path.name == "evaluate_result.json":
+            raise KeyboardInterrupt  # nothing that is left to do is done
+        return write_json(path, *arguments, **options)
+
+    monkeypatch.setattr(coco_room, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_evaluation(tmp_path, {"segm/AP": 0.25}, [{"score": 0.25}])
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.json"]
 
 
 def test_metrics_are_plain_json(tmp_path):
