@@ -39,6 +39,7 @@ from instseg_jax.results.saving import save_results
 from instseg_jax.weights.locate import is_there
 
 FAILED, MERGED = "failed.json", "merged.json"
+MERGING, PLANNING = "merge", "plan"  # leases of those who do that
 OURS = ("shard", "compute_only", "merge_only", "retry_failed", "engine", "jobs", "address")
 
 
@@ -87,6 +88,8 @@ def predict_job(
     plan = build_plan(names, _settings(options, pipeline))
     _agree(plan, job)
     again = failed_parts(job, plan) if options.retry_failed else {}
+    if again or missing_parts(job, plan):
+        (job / MERGED).unlink(missing_ok=True)  # from here on results are not those of the parts
     if options.engine and (again or missing_parts(job, plan)):
         _run_workers(options, job, plan)
         again = {}
@@ -151,7 +154,21 @@ def _known_plan(job: Path) -> Plan:
 
 
 def _agree(plan: Plan, job: Path) -> None:
-    """Write the plan, or see that it is the job's. A job that is merged gives way to another one."""
+    """Write the plan, or see that it is the job's. A job that is merged gives way to another one.
+
+    One process at a time does, so that none takes the parts of the new plan for those of the old one.
+    """
+    known = read_plan(job)
+    is_agreed = known is not None and known.digest == plan.digest
+    while not is_agreed:
+        with lease(job, PLANNING) as is_agreed:
+            if is_agreed:
+                _replace_plan(plan, job)
+        if not is_agreed:
+            time.sleep(POLL_SECONDS)
+
+
+def _replace_plan(plan: Plan, job: Path) -> None:
     known = read_plan(job)
     if known is not None and known.digest != plan.digest:
         if not (job / MERGED).exists():
@@ -159,8 +176,10 @@ def _agree(plan: Plan, job: Path) -> None:
                 f"{job} holds another job that is not finished: {difference(plan, known)}. "
                 "Finish it with the command it was begun with, or name another --workdir"
             )
-        for name in (PARTS, LEASES):
-            shutil.rmtree(job / name, ignore_errors=True)
+        shutil.rmtree(job / PARTS, ignore_errors=True)
+        for left in (job / LEASES).iterdir():
+            if left.name != PLANNING:
+                left.unlink(missing_ok=True)
         (job / PLAN).unlink()
         known = None
     if known is None:
@@ -180,8 +199,9 @@ def _merge(
     folder = Path(options.save_path or job / "predictions")
     failed: list[Failure] = []
     while True:
-        with lease(job, "merge") as is_mine:
+        with lease(job, MERGING) as is_mine:
             if is_mine:
+                (job / MERGED).unlink(missing_ok=True)
                 layer = begin_layer(options, plan.settings["class_names"])
                 results: Iterator = merged_results(plan, job, failed, with_images="img" in formats)
                 results = results if layer is None else layer.follow(results)

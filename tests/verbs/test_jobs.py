@@ -1,12 +1,14 @@
 """`predict` with a folder for its job, and `status`: what a person types and is told."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from fake_model import make_pipeline, picture
 from PIL import Image
 
 from instseg_jax.cli import main
-from instseg_jax.verbs import predict
+from instseg_jax.verbs import jobs, predict
 
 
 @pytest.fixture
@@ -63,6 +65,45 @@ def test_another_job_in_the_folder(run, tmp_path):
     Image.fromarray(picture()).save(tmp_path / "in" / "c.png")
     code, said = run(*PREDICT)
     assert code == 0 and "3 pictures, 2 instances" in said, "a finished job gives way"
+
+
+def test_a_job_is_merged_again_where_a_kill_came_after_parts_were_tried_again(run, tmp_path, monkeypatch):
+    (tmp_path / "in" / "c.png").write_bytes(b"broken")
+    run(*PREDICT)
+    assert "merged: yes" in run("status", "job")[1]
+    for verb, options in (("work_until_done", ["--retry_failed"]), ("save_results", [])):
+        assert run(*PREDICT)[0] == 1 and "merged: yes" in run("status", "job")[1]
+
+        def killed(*arguments, **options):
+            raise KeyboardInterrupt  # nothing that is left to do is done
+
+        monkeypatch.setattr(jobs, verb, killed)
+        with contextlib.suppress(KeyboardInterrupt):
+            run(*PREDICT, *options)
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(predict, "_pipeline", lambda options: make_pipeline())
+        assert "merged: not yet" in run("status", "job")[1]
+
+
+def test_two_that_begin_another_job_in_a_folder_at_once_keep_their_parts(run, tmp_path, monkeypatch):
+    assert run(*PREDICT)[0] == 0
+    Image.fromarray(picture()).save(tmp_path / "in" / "c.png")
+    job, read_plan, is_other = tmp_path / "job", jobs.read_plan, []
+    plan = jobs.build_plan([f"in/{name}.png" for name in "abc"], read_plan(job).settings)
+
+    def read_early(folder):
+        known = read_plan(folder)
+        if not is_other:  # the other one is quicker: it has a part of the new plan already
+            is_other.append(True)
+            jobs._agree(plan, job)
+            (job / "parts").mkdir()
+            (job / "parts" / "0000000.npz").write_bytes(b"new")
+        return known
+
+    monkeypatch.setattr(jobs, "read_plan", read_early)
+    jobs._agree(plan, job)
+    assert (job / "parts" / "0000000.npz").read_bytes() == b"new" and read_plan(job).digest == plan.digest
 
 
 def test_what_fails_is_told_and_tried_again(run, tmp_path):
