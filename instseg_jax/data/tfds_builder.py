@@ -4,7 +4,10 @@ Other programs read it with `tfds.builder_from_directory(FOLDER).as_data_source(
 takes the annotations from the index that `prepare` writes beside the records, so that none is read before its turn.
 """
 
+import functools
 import json
+import secrets
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -140,13 +143,21 @@ def prepare_dataset(datasets: Mapping[str, coco.CocoDataset], target: str | Path
         ids = [image.id for image in dataset.images] + [a.id for each in dataset.annotations for a in each]
         _check_bits(dataset, "ids", ids, 64)
         _check_bits(dataset, "sizes", [side for image in dataset.images for side in (image.height, image.width)], 32)
-    builder = InstanceSegmentation(datasets=datasets, data_dir=str(target), file_format="array_record")
-    folder = Path(builder.data_dir)
+    make = functools.partial(InstanceSegmentation, datasets=datasets, file_format="array_record")
+    folder = Path(make(data_dir=str(target)).data_dir)
     if folder.exists():
         raise ValueError(f"{str(folder)!r} is there already; name another --save_path, or remove it.")
-    builder.download_and_prepare()
-    for split, dataset in datasets.items():
-        files.write_json(_index_file(folder, split), coco.to_coco(dataset))
+    # Aside: records without their index would be there already, and no data set.
+    aside = folder.parents[1] / f".{NAME}.{secrets.token_hex(4)}.tmp"
+    try:
+        builder = make(data_dir=str(aside))
+        builder.download_and_prepare()
+        for split, dataset in datasets.items():
+            files.write_json(_index_file(Path(builder.data_dir), split), coco.to_coco(dataset))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        Path(builder.data_dir).rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 

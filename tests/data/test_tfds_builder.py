@@ -143,6 +143,27 @@ def test_it_is_found_below_the_folder_and_never_overwritten(folder, prepared):
         tfds_builder.read_prepared(folder / "images", "train")
 
 
+def test_what_was_killed_before_its_index_was_written_can_be_prepared_again(folder, tmp_path, monkeypatch):
+    datasets = {split: coco.read_split(folder, split) for split in ("train", "val")}
+    to_coco, done = coco.to_coco, []
+
+    def killed(dataset):
+        if done:
+            raise KeyboardInterrupt  # nothing that is left to do is done
+        done.append(dataset)
+        return to_coco(dataset)
+
+    monkeypatch.setattr(coco, "to_coco", killed)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(KeyboardInterrupt):
+        tfds_builder.prepare_dataset(datasets, tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match="no prepared train split"):
+        tfds_builder.read_prepared(tmp_path, "train")
+    tfds_builder.prepare_dataset(datasets, tmp_path)
+    assert [len(tfds_builder.read_prepared(tmp_path, split)) for split in datasets] == [2, 2]
+
+
 def test_config_says_where_data_come_from(folder):
     config = load_config("configs/mask_rtdetr.py:s", {"data.dir": str(folder), "data.source": "webdataset"})
     with pytest.raises(ValueError, match=r"data\.source must be one of folder, tfds, got 'webdataset'"):
