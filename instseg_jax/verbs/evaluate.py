@@ -14,7 +14,7 @@ from instseg_jax.evaluation.analysis import Analysis
 from instseg_jax.evaluation.read import read_results, read_truth
 from instseg_jax.files import write_json
 from instseg_jax.images import read_image
-from instseg_jax.inference.predictor import load_with_overrides
+from instseg_jax.inference.predictor import LoadedModel, load_with_overrides
 from instseg_jax.inference.tiling import Tiles
 from instseg_jax.runtimes.exported import read_export, save_export_thresholds
 from instseg_jax.scoring import tta as tta_room
@@ -46,7 +46,7 @@ def evaluate(options: argparse.Namespace) -> int:
         if jax.process_index() != 0:
             return 0
         if options.save_thresholds:
-            _save_thresholds(options.weights or options.workdir, next(iter(analyses.values())))
+            _save_thresholds(model, options.weights or options.workdir, next(iter(analyses.values())))
     except (ValueError, OSError) as error:
         if workdir.is_dir() and jax.process_index() == 0:
             failure = {"done_flag": False, "err_type": type(error).__name__, "err_msg": str(error)}
@@ -118,12 +118,14 @@ def _score_file(options: argparse.Namespace) -> Evaluated:
     )
 
 
-def _save_thresholds(weights: str | os.PathLike[str], analysis: Analysis) -> None:
+def _save_thresholds(model: LoadedModel, weights: str | os.PathLike[str], analysis: Analysis) -> None:
     if analysis.thresholds is None:
         raise ValueError("--save_thresholds: nothing was found on the validation images, so no score is a threshold")
     located = locate(weights)
     if located.kind == "export":
         file = save_export_thresholds(read_export(located.path), analysis.thresholds)
     else:
+        if located.kind == "checkpoint" and checkpoint.read_metadata(located.path) != model.metadata:
+            raise ValueError(f"--save_thresholds: {located} was replaced while it was evaluated, by a training perhaps")
         file = checkpoint.save_thresholds(located.path, analysis.thresholds)
     print(f"thresholds:  {file}")

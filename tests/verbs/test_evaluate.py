@@ -10,6 +10,7 @@ from instseg_jax.cli import main
 from instseg_jax.config import load_config
 from instseg_jax.inference import predictor
 from instseg_jax.inference.predictor import LoadedModel
+from instseg_jax.verbs import evaluate as evaluate_room
 from instseg_jax.weights import checkpoint, read_weights
 
 WEIGHTS = np.array(
@@ -29,7 +30,9 @@ def run(tmp_path, monkeypatch):
 
     def load_model(source, given=None, overrides=None):
         found = read_weights(source)
-        return LoadedModel(Network(), found.variables, config, ("building",), (1,), {}, "", found.thresholds)
+        return LoadedModel(
+            Network(), found.variables, config, ("building",), (1,), found.metadata, "", found.thresholds
+        )
 
     monkeypatch.setattr(predictor, "load_model", load_model)
     return tmp_path / "run"
@@ -52,6 +55,20 @@ def test_numbers_results_report_and_thresholds(run, capsys):
     assert thresholds == said["analysis"]["segm"]["thresholds"]
     assert 0 < thresholds["overall"] < 1 and set(thresholds["classes"]) == {"building"}
     assert "thresholds:" in capsys.readouterr().out
+
+
+def test_thresholds_are_not_kept_with_weights_that_they_were_not_found_for(run, monkeypatch, capsys):
+    write_outcome = evaluate_room.write_outcome
+
+    def replaced(*arguments):
+        metadata = checkpoint.read_metadata(run) | {"step": 7}
+        checkpoint.save_inference_checkpoint(run / checkpoint.BEST_MODEL, read_weights(run).variables, metadata)
+        return write_outcome(*arguments)
+
+    monkeypatch.setattr(evaluate_room, "write_outcome", replaced)  # a training goes on meanwhile
+    assert main(["evaluate", f"--weights={run}", f"--workdir={run}", "--save_thresholds"]) == 1
+    assert "was replaced while it was evaluated" in capsys.readouterr().err
+    assert read_weights(run).thresholds is None
 
 
 def test_no_thresholds_without_being_asked(run):
