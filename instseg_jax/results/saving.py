@@ -184,7 +184,7 @@ class _Saver:
         if Path(result.input_path).absolute().parent != file.absolute().parent:
             return False
         if file.suffix == ".txt":
-            return True
+            return file.read_bytes() != result.to_yolo().encode()
         try:
             check_seal(read_json(file), file, is_sealed=True)
         except (ValueError, AttributeError):  # another tool's, or ours corrected by hand

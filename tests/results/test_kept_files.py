@@ -75,6 +75,16 @@ def test_labels_made_by_hand_stay(pipe, tmp_path, name, kind, text):
     assert (tmp_path / name).read_text() != text
 
 
+def test_labels_of_a_run_that_was_killed_are_not_taken_for_a_persons(pipe, tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.fromarray(SCENE).save(tmp_path / name)
+    save_results(pipe.predict(tmp_path / "a.png"), tmp_path, formats=("yolo", "labelme"))
+    summary = save_results(pipe.predict(tmp_path), tmp_path, formats=("yolo", "labelme"))
+    assert summary.renamed == 0
+    labels = sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".png")
+    assert labels == ["a.json", "a.txt", "b.json", "b.txt"] and (tmp_path / "a.txt").read_text()
+
+
 def test_an_earlier_run_may_be_replaced(pipe, tmp_path):
     Image.fromarray(SCENE).save(tmp_path / "a.png")
     for _ in range(2):
