@@ -98,6 +98,20 @@ def is_inside(folder: str | Path, name: str | Path) -> bool:
 
 
 @contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process is inside with the same lock file; where there are no such locks, go on."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with lock.open("a") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
     """The path of a file to write, in a folder that is there; it becomes `path` at the end, or goes after an error."""
     path = Path(path)

@@ -13,6 +13,7 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
+from instseg_jax.files import alone
 from instseg_jax.geo.antimeridian import mend_torn
 from instseg_jax.geo.layer_files import (
     WGS84,
@@ -116,7 +117,15 @@ class FoundLayer:
         return shapely.transform(shaped.shape, lambda xy: xy / sides)
 
     def write(self) -> Path:
-        """Write the file; what it held of other rasters stays. Raises ValueError for a layer of somebody else."""
+        """Write the file; what it held of other rasters stays, also what another process writes just now.
+
+        Raises ValueError for a layer of somebody else.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with alone(self.path.with_name(f".{self.path.name}.lock")):
+            return self._write()
+
+    def _write(self) -> Path:
         import shapely
 
         geometries = np.array([*self.geometries, None], object)[:-1]

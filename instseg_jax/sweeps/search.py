@@ -5,7 +5,6 @@ A config file says what may vary in `search(space)`: `space.float("optimizer.lea
 study is a journal in the workdir: any number of processes share it, and what was killed goes on.
 """
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from instseg_jax.config import load_config, load_function
+from instseg_jax.files import alone
 from instseg_jax.messages import quote
 from instseg_jax.sweeps.plan import Run, Variant, get_field
 from instseg_jax.sweeps.state import State, is_locked, read_state
@@ -75,7 +75,7 @@ class Search:
         What a process has finished and not told is told. One process at a time proposes, so that there are no more
         trials than asked for, and each is drawn with a seed of its own: two with one seed propose the same.
         """
-        with _alone(self.workdir / PROPOSING):
+        with alone(self.workdir / PROPOSING):
             return self._propose()
 
     def _propose(self) -> Run | None:
@@ -171,7 +171,7 @@ def open_search(spec: str, overrides: Mapping[str, str], workdir: Path, *, num_t
     workdir.mkdir(parents=True, exist_ok=True)
     backend = JournalFileBackend(str(workdir / JOURNAL))
     storage = optuna.storages.JournalStorage(backend)
-    with _alone(workdir / PROPOSING):
+    with alone(workdir / PROPOSING):
         study = optuna.create_study(
             storage=storage,
             study_name=STUDY,
@@ -185,19 +185,6 @@ def open_search(spec: str, overrides: Mapping[str, str], workdir: Path, *, num_t
     return Search(
         spec, dict(overrides), workdir, space, study, base.eval.best_metric, num_trials, is_pruning, base.seed
     )
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait until no other process is inside; where there are no such locks, go on."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def num_evaluations(run: Run) -> int:

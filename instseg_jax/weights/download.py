@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-from instseg_jax.files import cache_folder, sync, write_json, write_text
+from instseg_jax.files import alone, cache_folder, sync, write_json, write_text
 from instseg_jax.messages import quote
 
 _COCO = "https://paddledet.bj.bcebos.com/models/mask_rtdetr_hgnetv2_{}_6x_coco.pdparams"
@@ -76,7 +76,7 @@ def fetch_weights(
         raise ValueError(f"{quote(source)} is neither an http(s) address nor one of {', '.join(KNOWN_WEIGHTS)}")
     url, path = KNOWN_WEIGHTS.get(source, source), cached_path(source, cache)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusive(path.with_name(f"{path.name}.lock")):
+    with alone(path.with_name(f"{path.name}.lock")):  # the processes of one machine download a file once
         if not path.exists():
             _download(url, path, attempts, timeout, show_progress)
         _check_sha256(path)
@@ -192,19 +192,6 @@ def _check_sha256(path: Path) -> None:
             )
         return
     write_text(record, f"{digest}  {path.name}\n")
-
-
-@contextlib.contextmanager
-def _exclusive(lock: Path) -> Iterator[None]:
-    """Hold a lock file, so that the processes of one machine download a file once."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: without the lock, at worst a file is downloaded twice
-        yield
-        return
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager

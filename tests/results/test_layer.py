@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import threading
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from instseg_jax.geo.georeference import Georeference  # noqa: E402
 from instseg_jax.geo.layer_files import read_layer_file  # noqa: E402
 from instseg_jax.geo.shaping import Shaping  # noqa: E402
 from instseg_jax.masks import encode_mask  # noqa: E402
+from instseg_jax.results import layer as layer_room  # noqa: E402
 from instseg_jax.results.layer import FIELDS, open_layer  # noqa: E402
 from instseg_jax.results.result import Result  # noqa: E402
 from instseg_jax.results.visualize import class_color  # noqa: E402
@@ -122,6 +124,23 @@ def test_the_same_command_again_changes_nothing_and_others_are_added(tmp_path, s
     written(path, [result("c.tif", where=place(east=200))])
     _, columns, _ = read(path)
     assert sorted(columns["source"]) == ["a.tif", "a.tif", "b.tif", "c.tif", "c.tif"]
+
+
+def test_two_that_write_at_once_lose_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "found.gpkg"
+    write_layer, begun = layer_room.write_layer, []
+
+    def write_late(*arguments, **options):
+        if not begun:  # the other one begins when this one has read the file
+            begun.append(threading.Thread(target=written, args=(path, [result("b.tif")])))
+            begun[0].start()
+            begun[0].join(0.5)
+        return write_layer(*arguments, **options)
+
+    monkeypatch.setattr(layer_room, "write_layer", write_late)
+    written(path, [result("a.tif")])
+    begun[0].join()
+    assert sorted(read(path)[1]["source"]) == ["a.tif"] * 2 + ["b.tif"] * 2
 
 
 def test_a_layer_of_somebody_else_stays_as_it_is(tmp_path):
