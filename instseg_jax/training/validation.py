@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from instseg_jax.data import coco, loader
 from instseg_jax.data.source import build_dataset
 from instseg_jax.devices import put_batch
-from instseg_jax.evaluation.coco import write_evaluation
+from instseg_jax.evaluation.coco import remove_result, write_evaluation
 from instseg_jax.files import write_bytes
 from instseg_jax.inference.predictor import make_predict
 from instseg_jax.messages import quote
@@ -164,6 +164,8 @@ def keep_best(
     results: list[dict],
 ) -> None:
     """Write best_model/ and, beside it, evaluate_result.json and predictions.json of the same weights."""
+    if jax.process_index() == 0:
+        remove_result(workdir)  # of the weights that go
     keep_weights(workdir, variables, metadata)
     if jax.process_index() == 0:
         write_evaluation(workdir, metrics, results)

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -68,8 +67,10 @@ def check_best_export(config: ConfigDict) -> None:
         require(name)
 
 
-def export_best(workdir: str | os.PathLike[str], format: str, say: Callable[[str], None] = print) -> Path:
-    """Export the best model of a run into best_model/inference, as `checkpoint.export` asks for."""
+def export_best(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
+    """Export the best model of a run into best_model/inference, where `checkpoint.export` asks for it."""
+    if not config.checkpoint.export:
+        return
     from instseg_jax.export.export import Request, export_model
     from instseg_jax.inference.predictor import load_model
 
@@ -78,9 +79,8 @@ def export_best(workdir: str | os.PathLike[str], format: str, say: Callable[[str
     size = model.config.data.image_size
     folder = best / BEST_EXPORT
     images = comparison_images(model, size)
-    report = export_model(model, folder, Request(format, 1, size), source=checkpoint.BEST_MODEL, images=images, say=say)
-    print_report(report, folder)
-    return folder
+    request = Request(config.checkpoint.export, 1, size)
+    print_report(export_model(model, folder, request, source=checkpoint.BEST_MODEL, images=images), folder)
 
 
 def print_report(report: dict, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The verb `quickstart`: data, training, evaluation and prediction in one go."""
 
 import argparse
+import functools
 import pathlib
 import time
 
@@ -35,12 +36,10 @@ def quickstart(options: argparse.Namespace) -> int:
         print(f"     {name}: {len(dataset)} images, {objects} objects of {', '.join(dataset.categories)}")
     coco.check_same_categories(*splits.values())
     print("2/4  training (the first step compiles the network)")
-    result = loop.train(config, workdir)
+    result = loop.train(config, workdir, finish=functools.partial(export_best, config, workdir))
     if not result["done_flag"]:
         print("stopped early; the same command goes on")
         return 1
-    if config.checkpoint.export:
-        export_best(workdir, config.checkpoint.export)
     print("3/4  evaluation of the best checkpoint")
     evaluated = score_model(load_model(workdir, config), str(workdir), ())
     write_outcome(workdir, evaluated)

@@ -4,7 +4,6 @@ import argparse
 import functools
 
 import jax
-from ml_collections import ConfigDict
 
 from instseg_jax.commands import changed, print_next
 from instseg_jax.config import load_config
@@ -17,7 +16,7 @@ def train(options: argparse.Namespace) -> int:
     """Train, or go on with the run in the workdir; the first process says how it ended and exports."""
     config = load_config(options.config, options.overrides)
     check_best_export(config)
-    result = loop.train(config, options.workdir, finish=functools.partial(_export, config, options.workdir))
+    result = loop.train(config, options.workdir, finish=functools.partial(export_best, config, options.workdir))
     code = REQUEUE if result["end"] == "requeue" else 0
     if jax.process_index() != 0:
         return code
@@ -32,8 +31,3 @@ def train(options: argparse.Namespace) -> int:
     verb = ("evaluate",) if best is not None else ("predict", "--input=YOUR_PICTURES")
     print_next(*verb, f"--weights={options.workdir}", f"--workdir={options.workdir}")
     return 0
-
-
-def _export(config: ConfigDict, workdir: str) -> None:
-    if config.checkpoint.export:
-        export_best(workdir, config.checkpoint.export)

@@ -226,8 +226,11 @@ def test_a_folder_of_something_else_is_not_replaced(run, tmp_path):
 
 def test_training_ends_with_an_export_where_the_config_says(run, write_a_copy, tmp_path):
     shutil.copytree(run / checkpoint.BEST_MODEL, tmp_path / checkpoint.BEST_MODEL)
-    folder = export_best(tmp_path, "stablehlo")
-    assert folder == tmp_path / "best_model" / "inference" == find_export(folder)
+    folder = tmp_path / "best_model" / "inference"
+    export_best(load_config("configs/quickstart.py"), tmp_path)
+    assert not folder.exists()
+    export_best(load_config("configs/quickstart.py", {"checkpoint.export": "stablehlo"}), tmp_path)
+    assert find_export(folder) == folder
     assert find_export(tmp_path) is None and find_export(tmp_path / "best_model") is None  # still the checkpoint
     assert load_model(tmp_path).exported is None and load_model(folder).exported is not None
     check_best_export(load_config("configs/quickstart.py", {"checkpoint.export": "stablehlo"}))

@@ -95,6 +95,7 @@ def test_an_evaluation_that_is_killed_after_its_score_keeps_the_best_model(tmp_p
     monkeypatch.setattr(owner, name, killed)
     with pytest.raises(KeyboardInterrupt):
         trial.train()
+    assert (tmp_path / "evaluate_result.json").exists() == (part == "History.add")  # never that of other weights
     monkeypatch.setattr(owner, name, whole)
     result = trial.train()
     assert [row["step"] for row in read_rows(tmp_path / "validation.jsonl")] == [2, 4, 6]
