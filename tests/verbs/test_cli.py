@@ -199,7 +199,7 @@ def test_progress_goes_through_everything_and_is_quiet_in_a_notebook(monkeypatch
     ("arguments", "message"),
     [
         (["predict", "--input=samples", "--save_path={}"], "can't write to the folder {} (File exists)"),
-        (["predict", "--input=samples", "--workdir={}"], "{}/merged.json can't be made or read: a file is where"),
+        (["predict", "--input=samples", "--workdir={}"], "{}/leases can't be made or read: a file is where"),
         (["convert", "--src_dataset_type=COCO", "--save_path={}"], "{}/images can't be made or read: a file is where"),
     ],
 )
