@@ -9,11 +9,11 @@ import os
 import resource
 import sys
 import time
-from pathlib import Path
 
 from fake_model import make_pipeline
 
 from instseg_jax.cli import main
+from instseg_jax.memory import peak_memory_mb
 from instseg_jax.verbs import predict
 
 size, seconds = os.environ.get("INSTSEG_STANDIN", "160,0").split(",")
@@ -31,7 +31,5 @@ predict._pipeline = lambda options: dataclasses.replace(pipeline, run=run)
 code = main(sys.argv[1:])
 used = resource.getrusage(resource.RUSAGE_SELF)
 first = began[0] if began else time.time()
-# Not ru_maxrss, which counts what the process that started this one held.
-peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-print("standin:", used.ru_utime + used.ru_stime, int(peak.split()[1]) / 1024, first, time.time())
+print("standin:", used.ru_utime + used.ru_stime, peak_memory_mb(), first, time.time())
 sys.exit(code)

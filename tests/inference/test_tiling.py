@@ -408,9 +408,10 @@ def test_evaluation_in_windows(tmp_path):
 # --- a raster that does not fit ------------------------------------------------------------------------------------
 
 HUGE = """
-    import resource, sys, time
+    import sys, time
     import numpy as np, rasterio
     from fake_model import make_pipeline
+    from instseg_jax.memory import peak_memory_mb
     from instseg_jax.results.saving import save_results
 
     path, side = sys.argv[1], int(sys.argv[2])
@@ -427,8 +428,7 @@ HUGE = """
     started = time.monotonic()
     results = pipe.predict(path, tile=640, overlap=0.2)
     summary = save_results(results, path + ".out", formats=("img", "json", "geojson"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(summary.instances, round(time.monotonic() - started, 1), round(peak))
+    print(summary.instances, round(time.monotonic() - started, 1), round(peak_memory_mb()))
 """
 
 

@@ -81,7 +81,8 @@ def rows_of(grid: Grid, count: int):
 
 
 MILLION = """
-import sys, time, resource
+import sys, time
+from instseg_jax.memory import peak_memory_mb
 sys.path.insert(0, sys.argv[1])
 import tempfile, pathlib
 from test_scale import *
@@ -103,7 +104,7 @@ with tempfile.TemporaryDirectory() as folder:
     started = time.monotonic()
     read = sum(len(chunk) for chunk in spool.chunks())
     print(pieces, read, round(seconds, 1), round(time.monotonic() - started, 1))
-print(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+print(round(peak_memory_mb()))
 """
 
 
