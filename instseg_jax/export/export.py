@@ -37,6 +37,7 @@ from instseg_jax.inference.postprocess import select_detections
 from instseg_jax.inference.predictor import LoadedModel, load_exported, make_predict
 from instseg_jax.messages import quote
 from instseg_jax.models.mask_rtdetr import MaskRTDETR
+from instseg_jax.runtimes.agreement import compare_runs
 from instseg_jax.runtimes.exported import CONFIG, open_export, read_export
 from instseg_jax.runtimes.formats import FORMATS, require
 from instseg_jax.runtimes.onnx import build_graph
@@ -139,6 +140,8 @@ def export_model(
         write_json(aside / CONFIG, seal(config), indent=2)
         write_text(aside / "postprocess.py", standalone_text())
         report = _compare(model, aside, request, images, score, say)
+        if "quantization" in config:
+            report["quantization"] = _in_short(config["quantization"])
         report["seconds"] = {"writing": round(seconds, 1), "all": round(time.monotonic() - started, 1)}
         report["megabytes"] = round(sum(file.stat().st_size for file in aside.glob("model.*")) / 1e6, 2)
         write_json(aside / PARITY, report, indent=2)
@@ -195,7 +198,7 @@ def _compare(
         "format": request.format,
         "precision": request.precision_name,
         "images": len(images),
-        **parity.compare_runs(
+        **compare_runs(
             lambda batch: predict(model.variables, jnp.asarray(batch)),
             open_export(export, device="auto", num_detections=count),
             images,
@@ -211,6 +214,13 @@ def _compare(
         report["ap"] = {"checkpoint": before, "export": after, "loss": loss}
     report["warnings"] = parity.find_warnings(report, request.precision_name)
     return report
+
+
+def _in_short(quantization: dict[str, Any]) -> dict[str, Any]:
+    """What parity.json says of the search that config.json tells in full."""
+    in_float = sum(len(group["layers"]) for group in quantization["in_float32"])
+    kept = {name: quantization[name] for name in ("layers", "in_8_bits", "too_small", "work_in_8_bits", "agreement")}
+    return kept | {"in_float32": in_float}
 
 
 def _with_size(model: LoadedModel, size: int) -> LoadedModel:

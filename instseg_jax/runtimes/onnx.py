@@ -3,7 +3,6 @@
 jax2onnx was tried first: it made 6,000 nodes of this network, in a graph that ONNX Runtime refused.
 """
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +18,12 @@ if TYPE_CHECKING:
 OPSET = 21
 LEAST_HALVED = 1024  # values of a weight that is stored as float16; smaller ones are not worth it
 LARGEST_HALF = 65504.0
-# Of the package's N an 8-bit export finds 0.66 of the detections again with none of them in float32, 0.83 with one,
-# 0.95 with three (its stem and first block) and with six; its mask IoU is 0.75, 0.81, 0.87 and 0.88.
-FIRST_IN_FLOAT = 3
 
 
 def write_onnx(
     path: Path, make_detect: Any, shape: Shape, precision: str, calibration: Sequence[np.ndarray]
 ) -> dict[str, Any]:
-    """Write an ONNX file; `precision` "half" stores weights as float16, "int8" has 8-bit convolutions."""
+    """Write an ONNX file; `precision` "half" stores weights as float16, "int8" has 8-bit layers."""
     import onnx
 
     graph, description = make_graph(make_detect, shape, precision, calibration)
@@ -57,7 +53,9 @@ def make_graph(
     graph = build_graph(make_detect(None), shape)
     description = describe_graph(graph)
     if precision == "int8":
-        graph = quantize_onnx(graph, calibration, INPUT)
+        from instseg_jax.runtimes.quantize import quantize
+
+        graph, description["quantization"] = quantize(graph, calibration)
     if precision:
         graph = halve_weights(graph)
     return graph, description
@@ -95,62 +93,6 @@ def halve_weights(graph: "onnx.ModelProto") -> "onnx.ModelProto":
     del halved.graph.node[:]
     halved.graph.node.extend(nodes)
     return halved
-
-
-def quantize_onnx(graph: "onnx.ModelProto", images: Sequence[np.ndarray], input_name: str) -> "onnx.ModelProto":
-    """The graph with 8-bit convolutions (QDQ, a scale for each output channel), calibrated on images [H, W, C].
-
-    The first convolutions, the projections behind the last ones, attention, heads and selection stay float32 (stored as
-    float16).
-    """
-    import onnx
-    from onnxruntime import quantization
-
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.images = iter(images)
-
-        def get_next(self) -> dict | None:
-            image = next(self.images, None)
-            return None if image is None else {input_name: image[None]}
-
-    with tempfile.TemporaryDirectory() as folder:
-        plain, quantized = Path(folder) / "plain.onnx", Path(folder) / "quantized.onnx"
-        marked = onnx.ModelProto()
-        marked.CopyFrom(graph)
-        quantization.quant_utils.add_pre_process_metadata(marked)  # lean already: no advice to make it so
-        onnx.save(marked, str(plain))
-        quantization.quantize_static(
-            str(plain),
-            str(quantized),
-            Reader(),
-            quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=["Conv"],
-            nodes_to_exclude=[*first_convolutions(graph), *last_convolutions(graph)],
-            per_channel=True,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            extra_options={"CalibMovingAverage": True},  # extremes of single images would widen the ranges
-        )
-        return onnx.load(str(quantized))
-
-
-def first_convolutions(graph: "onnx.ModelProto") -> list[str]:
-    """Names of the first convolutions, in the order of computing: those that see the picture itself."""
-    return [node.name for node in graph.graph.node if node.op_type == "Conv"][:FIRST_IN_FLOAT]
-
-
-def last_convolutions(graph: "onnx.ModelProto") -> list[str]:
-    """Names of the convolutions with no other one behind them: prototypes of the masks and the decoder's input."""
-    leads_on: set[str] = set()  # tensors from which a convolution is reached
-    found = []
-    for node in reversed(graph.graph.node):  # in the order of computing
-        is_last = not leads_on.intersection(node.output)
-        if node.op_type == "Conv" and is_last:
-            found.append(node.name)
-        if node.op_type == "Conv" or not is_last:
-            leads_on.update(node.input)
-    return found
 
 
 def describe_graph(graph: "onnx.ModelProto") -> dict[str, Any]:

@@ -29,9 +29,13 @@ class Value:
 
 
 class Graph:
-    """Nodes and initializers as they come. `batch`: name of [1] int64, the number of images, where it is not fixed."""
+    """Nodes and initializers as they come. `batch`: name of [1] int64, the number of images, where it is not fixed.
+
+    `layer` says in which layer of the network we are; convolutions and matrix products keep it as their `doc_string`.
+    """
 
     def __init__(self) -> None:
+        self.layer = ""
         self.nodes: list[onnx.NodeProto] = []
         self.made_by: dict[str, onnx.NodeProto] = {}
         self.initializers: dict[tuple, onnx.TensorProto] = {}
@@ -42,6 +46,8 @@ class Graph:
         stem = f"{kind.lower()}_{len(self.nodes)}"
         names = [stem] if outputs == 1 else [f"{stem}_{i}" for i in range(outputs)]
         made = helper.make_node(kind, list(inputs), names, name=stem, **attributes)
+        if kind in ("Conv", "MatMul"):
+            made.doc_string = self.layer
         self.nodes.append(made)
         self.made_by |= dict.fromkeys(names, made)
         return names[0] if outputs == 1 else names

@@ -50,6 +50,7 @@ def _add(graph: Graph, equation: Any, a: Value, b: Value) -> Value:
         if bias.constant.size == x.shape[channel] == (bias.shape or (0,) * (channel + 1))[channel]:
             whole = graph.node("Conv", *made.input, graph.constant(bias.constant.reshape(-1)))
             graph.made_by[whole].attribute.extend(made.attribute)
+            graph.made_by[whole].doc_string = made.doc_string
             return Value(x.shape, x.order, whole)
     return _elementwise("Add")(graph, equation, a, b)
 
@@ -92,8 +93,24 @@ def _select(graph: Graph, equation: Any, which: Value, if_false: Value, if_true:
 
 
 def _clamp(graph: Graph, equation: Any, low: Value, x: Value, high: Value) -> Value:
-    at_least = _elementwise("Max")(graph, equation, x, low)
-    return _elementwise("Min")(graph, equation, at_least, high)
+    return _min(graph, equation, _elementwise("Max")(graph, equation, x, low), high)
+
+
+def _min(graph: Graph, equation: Any, a: Value, b: Value) -> Value:
+    """The smaller; with a larger before it, both of a number, it is one operator, which runtimes join to convolutions.
+
+    Max and Min of ReLU6 took a fifth of the time of N at 640 px.
+    """
+    for x, high in ((a, b), (b, a)):
+        made = graph.made_by.get(x.name)
+        if made is None or made.op_type != "Max" or high.constant is None or high.shape:
+            continue
+        numbers = {tensor.name for tensor in graph.initializers.values() if not tensor.dims}
+        rest = [name for name in made.input if name not in numbers]
+        if len(rest) == 1:
+            (low,) = set(made.input) - set(rest)
+            return Value(x.shape, x.order, graph.node("Clip", *rest, low, graph.constant(high.constant)))
+    return _elementwise("Min")(graph, equation, a, b)
 
 
 def _integer_pow(graph: Graph, equation: Any, x: Value) -> Value:
@@ -478,6 +495,7 @@ PRIMITIVES: dict[str, Any] = {
     "convert_element_type": _convert,
     "select_n": _select,
     "clamp": _clamp,
+    "min": _min,
     "integer_pow": _integer_pow,
     "reshape": _reshape,
     "squeeze": _squeeze,
@@ -499,7 +517,7 @@ PRIMITIVES: dict[str, Any] = {
 } | {
     name: _elementwise(kind)
     for name, kind in {
-        "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "min": "Min", "neg": "Neg", "exp": "Exp", "log": "Log",
+        "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "neg": "Neg", "exp": "Exp", "log": "Log",
         "floor": "Floor", "sqrt": "Sqrt", "abs": "Abs", "sign": "Sign", "logistic": "Sigmoid", "tanh": "Tanh",
         "erf": "Erf", "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual", "eq": "Equal",
         "not": "Not", "and": "And", "or": "Or",

@@ -86,6 +86,7 @@ def _run(graph: Graph, jaxpr: Any, constants: Sequence, arguments: list[Value]) 
         return constant_value(np.asarray(atom.val, aval.dtype))
 
     for equation in jaxpr.eqns:
+        graph.layer = str(equation.source_info.name_stack).partition("/")[2] or graph.layer
         results = _translate(graph, equation, [read(atom) for atom in equation.invars])
         values |= dict(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]

@@ -93,6 +93,12 @@ def print_report(report: dict, folder: Path) -> None:
             f"largest difference of scores {largest['scores']:.2g}, boxes {largest['boxes_xyxy']:.2g}, "
             f"mask logits {largest['mask_logits']:.2g}"
         )
+    if "quantization" in report:
+        said = report["quantization"]
+        print(
+            f"     {said['in_8_bits']} of {said['layers']} layers in 8 bits, {said['work_in_8_bits']:.0%} of the work; "
+            f"{said['in_float32']} sensitive and {said['too_small']} small ones in float32 (config.json names them)"
+        )
     if report["ap"]:
         for name, before in report["ap"]["checkpoint"].items():
             after = report["ap"]["export"][name]

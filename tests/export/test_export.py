@@ -17,8 +17,9 @@ from instseg_jax.config import load_config
 from instseg_jax.data import coco
 from instseg_jax.export import export as export_room
 from instseg_jax.export.export import Request, export_model
-from instseg_jax.export.parity import Found, compare_runs, find_warnings, pair_detections
+from instseg_jax.export.parity import find_warnings
 from instseg_jax.inference.predictor import load_model, make_predict
+from instseg_jax.runtimes.agreement import Found, compare_runs, pair_detections
 from instseg_jax.runtimes.exported import find_export, open_export, read_export
 from instseg_jax.scoring.pictures import comparison_images
 from instseg_jax.types import Detections
@@ -276,7 +277,7 @@ def test_what_is_lost_is_told():
     report = compare_runs(lambda images: one, lambda images: other, [np.zeros((4, 8, 3), np.float32)])
     assert report["matched_share"] == 0.5 and "found again is 0.5000" in find_warnings(report, "float32")[0]
     report |= {"matched_share": 1.0, "ap": {"loss": 0.03}}
-    assert find_warnings(report, "int8") == ["the export loses 0.0300 mask AP, more than 0.01 for int8"]
+    assert find_warnings(report, "int8") == ["the export loses 0.0300 mask AP, more than 0.005 for int8"]
     assert find_warnings(report | {"ap": {"loss": -0.03}}, "float32") == []
 
 
