@@ -180,7 +180,7 @@ def add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--size", type=int, metavar="PIXELS", help="of the square input (default: as trained)")
     sub.add_argument("--dynamic_batch", action="store_true", help="any number of images a call")
     sub.add_argument("--half", action="store_true", help="16-bit numbers (of what, says the README)")
-    sub.add_argument("--int8", action="store_true", help="8-bit convolutions, calibrated on pictures")
+    sub.add_argument("--int8", action="store_true", help="8-bit layers where pictures show that it costs little")
     about = "folder of pictures or data set to calibrate --int8 on (default: the training images of the run)"
     sub.add_argument("--calibration", metavar="DIR", help=about)
     sub.add_argument("--data", metavar="DIR", help="data set on whose validation images AP is told before and after")

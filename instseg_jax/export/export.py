@@ -219,7 +219,7 @@ def _compare(
 def _in_short(quantization: dict[str, Any]) -> dict[str, Any]:
     """What parity.json says of the search that config.json tells in full."""
     in_float = sum(len(group["layers"]) for group in quantization["in_float32"])
-    kept = {name: quantization[name] for name in ("layers", "in_8_bits", "too_small", "work_in_8_bits", "agreement")}
+    kept = {name: quantization[name] for name in ("layers", "in_8_bits", "work_in_8_bits", "agreement")}
     return kept | {"in_float32": in_float}
 
 

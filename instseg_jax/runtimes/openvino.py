@@ -18,8 +18,8 @@ def write_openvino(
 ) -> dict[str, Any]:
     """Write the file (model.bin beside it); `precision` "half" stores float16.
 
-    8-bit graphs come quantized: NNCF's own quantization takes in more than convolutions, and cost 0.056 AP where this
-    one costs 0.007 (N, facades).
+    8-bit graphs come quantized (`quantize.py`): NNCF's own quantization knows nothing of what suffers, and cost 0.056 AP
+    (N, facades).
     """
     import onnx
 

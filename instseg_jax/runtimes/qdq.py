@@ -30,7 +30,7 @@ class Calibration:
     """What tensors were like on pictures."""
 
     ranges: dict[str, tuple[float, float]]  # least and largest value, the mean over batches
-    means: dict[str, np.ndarray]  # of each channel
+    means: dict[str, np.ndarray]  # of each channel of what convolutions are given
     costs: dict[str, float]  # of a layer, in multiplications
 
 
@@ -48,6 +48,7 @@ def calibrate(graph: onnx.ModelProto, layers: Sequence[onnx.NodeProto], batches:
     """Run the graph on batches of images, and take down what it takes to have `layers` in 8 bits."""
     plan = _Plan(graph, {node.name for node in layers})
     inputs = list(dict.fromkeys(node.input[0] for node in layers))
+    convolved = list(dict.fromkeys(node.input[0] for node in layers if node.op_type == "Conv"))
     ranged = list(dict.fromkeys([*inputs, *plan.outputs]))
     counted = list(dict.fromkeys(name for node in layers for name in (node.input[0], node.output[0])))
     observed = onnx.ModelProto()
@@ -64,24 +65,14 @@ def calibrate(graph: onnx.ModelProto, layers: Sequence[onnx.NodeProto], batches:
     highs = [observe("ReduceMax", [name], f"{name}/high", keepdims=0) for name in ranged]
     sizes = [observe("Size", [name], f"{name}/size", TensorProto.INT64) for name in counted]
     body.initializer.append(numpy_helper.from_array(np.array([0, 2, 3]), "axes/image"))
-    body.initializer.append(numpy_helper.from_array(np.array([0]), "axes/rows"))
-    kinds = {node.input[0]: node for node in layers}
-    means = []
-    for name in inputs:
-        source, axes = name, "axes/image"
-        if kinds[name].op_type == "MatMul":
-            channels = plan.weights[kinds[name].input[1]].dims[0]
-            body.initializer.append(numpy_helper.from_array(np.array([-1, channels]), f"{name}/rows_shape"))
-            body.node.append(helper.make_node("Reshape", [name, f"{name}/rows_shape"], [f"{name}/rows"]))
-            source, axes = f"{name}/rows", "axes/rows"
-        means.append(observe("ReduceMean", [source, axes], f"{name}/mean", keepdims=0))
+    means = [observe("ReduceMean", [name, "axes/image"], f"{name}/mean", keepdims=0) for name in convolved]
     run = open_graph(observed)
     found = [run(batch, [*lows, *highs, *means, *sizes]) for batch in batches]
     average = [np.mean([one[i] for one in found], axis=0) for i in range(len(found[0]))]
     named = dict(zip([*lows, *highs, *means, *sizes], average, strict=True))
     return Calibration(
         {name: (float(named[low]), float(named[high])) for name, low, high in zip(ranged, lows, highs, strict=True)},
-        {name: named[mean] for name, mean in zip(inputs, means, strict=True)},
+        {name: named[mean] for name, mean in zip(convolved, means, strict=True)},
         {node.name: _cost(node, plan.weights[node.input[1]], named) for node in layers},
     )
 
@@ -232,9 +223,8 @@ class _Quantizer:
             error = (rounded * scale.reshape(along) - weight).sum(axis=(2, 3))  # [O, I / groups]
             mean = self.calibration.means[given].astype(np.float32)
             groups = len(mean) // error.shape[1]
-            mean = mean.reshape(groups, -1).repeat(len(error) // groups, axis=0)
-            bias = numpy_helper.to_array(self.plan.weights[node.input[2]]) if len(node.input) > 2 else 0.0
-            bias = bias - (error * mean).sum(axis=1)
+            shift = -(error * mean.reshape(groups, -1).repeat(len(error) // groups, axis=0)).sum(axis=1)
+            bias = shift + (numpy_helper.to_array(self.plan.weights[node.input[2]]) if len(node.input) > 2 else 0)
             bias_scale = self.scales[given][0] * scale
             limits = np.iinfo(np.int32)
             whole = np.clip(np.rint(bias / bias_scale.astype(np.float64)), limits.min, limits.max).astype(np.int32)

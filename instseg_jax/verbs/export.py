@@ -97,7 +97,7 @@ def print_report(report: dict, folder: Path) -> None:
         said = report["quantization"]
         print(
             f"     {said['in_8_bits']} of {said['layers']} layers in 8 bits, {said['work_in_8_bits']:.0%} of the work; "
-            f"{said['in_float32']} sensitive and {said['too_small']} small ones in float32 (config.json names them)"
+            f"{said['in_float32']} sensitive ones stay float32 (config.json names them)"
         )
     if report["ap"]:
         for name, before in report["ap"]["checkpoint"].items():

@@ -36,6 +36,7 @@ from instseg_jax.runtimes.exported import find_export, open_export, read_export,
 from instseg_jax.runtimes.formats import RUNTIMES
 from instseg_jax.runtimes.onnx import halve_weights
 from instseg_jax.scoring.pictures import calibration_images, comparison_images
+from instseg_jax.verbs.export import print_report
 from instseg_jax.weights import PRETRAINED, checkpoint
 
 FORMATS = ("stablehlo", "onnx", "ort", "openvino", "litert")
@@ -347,7 +348,7 @@ def test_hpi_config_says_what_it_understands():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
-def test_int8_is_calibrated_and_smaller(format, exports, tmp_path):
+def test_int8_is_calibrated_and_smaller(format, exports, tmp_path, capsys):
     """On the trained weights of the package, and held to the bound that an export warns of itself."""
     needs(format)
     model = load_model(PRETRAINED, overrides={"data.dir": "embedded"})
@@ -362,6 +363,13 @@ def test_int8_is_calibrated_and_smaller(format, exports, tmp_path):
     assert report["megabytes"] < 0.75 * full["megabytes"] and report["precision"] == "int8"
     assert 1e-4 < report["largest_difference"]["scores"] < 0.5
     assert report["matched_share"] > BOUNDS["int8"]["matched_share"]
+    assert report["mask_iou_mean"] > BOUNDS["int8"]["mask_iou_mean"]
+    said, kept = report["quantization"], read_export(tmp_path / "int8").settings["quantization"]
+    assert said["in_8_bits"] + said["in_float32"] == said["layers"] == kept["layers"] > 100
+    assert said["work_in_8_bits"] > 0.5 and kept["agreement"]["matched_share"] >= kept["budget"]["matched_share"]
+    assert "backbone/stem/conv" in [name for group in kept["in_float32"] for name in group["layers"]]
+    print_report(report, tmp_path / "int8")
+    assert f"{said['in_8_bits']} of {said['layers']} layers in 8 bits" in capsys.readouterr().out
 
 
 def test_half_in_onnx_stores_less(exports, tmp_path):
