@@ -18,7 +18,7 @@ def write_openvino(
 ) -> dict[str, Any]:
     """Write the file (model.bin beside it); `precision` "half" stores float16.
 
-    8-bit graphs come quantized (`quantize.py`): NNCF's own quantization knows nothing of what suffers, and cost 0.056 AP
+    8-bit graphs come quantized (`quantize.py`): NNCF's own quantization of everything cost 0.056 AP
     (N, facades).
     """
     import onnx
