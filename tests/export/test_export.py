@@ -202,7 +202,7 @@ def test_a_failure_leaves_what_was_there(run, exported, write_a_copy, tmp_path, 
         raise ValueError("the comparison fails")
 
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="the comparison fails"):
-        patch.setattr(export_room.parity, "compare_runs", fail)
+        patch.setattr(export_room, "compare_runs", fail)
         export_model(model, folder, Request("stablehlo", 1, SIZE), source="", images=images)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert read_export(folder).settings["dynamic_batch"] is True
