@@ -366,7 +366,7 @@ def test_int8_is_calibrated_and_smaller(format, exports, tmp_path, capsys):
     assert report["mask_iou_mean"] > BOUNDS["int8"]["mask_iou_mean"]
     said, kept = report["quantization"], read_export(tmp_path / "int8").settings["quantization"]
     assert said["in_8_bits"] + said["in_float32"] == said["layers"] == kept["layers"] > 100
-    assert said["work_in_8_bits"] > 0.5 and kept["agreement"]["matched_share"] >= kept["budget"]["matched_share"]
+    assert said["work_in_8_bits"] >= 0.5 and kept["agreement"]["matched_share"] > 0.95
     assert "backbone/stem/conv" in [name for group in kept["in_float32"] for name in group["layers"]]
     print_report(report, tmp_path / "int8")
     assert f"{said['in_8_bits']} of {said['layers']} layers in 8 bits" in capsys.readouterr().out
