@@ -76,7 +76,7 @@ def expect_channels(array: np.ndarray, what: str, channels: int) -> None:
     """Raise ValueError that begins with `what` unless pixels are [h, w, channels] and not empty."""
     if array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:
         found = f"{array.shape[2]} channels" if array.ndim == 3 else f"the shape {list(array.shape)}"
-        raise ValueError(f"{what} has {found}, the model takes {channels} (data.channels).")
+        raise ValueError(f"{what} has {found}, data.channels is {channels}.")
 
 
 def from_pil(image: Any) -> np.ndarray:

@@ -75,7 +75,7 @@ def test_ranges_are_those_of_the_training_pictures_and_fixed(tmp_path):
     ("channels", "fields", "message"),
     [
         (4, {"data__scaling": "none"}, "pixels of uint16; set data.scaling=percentile"),
-        (3, {}, r"0\.png' has 4 channels, the model takes 3"),
+        (3, {}, r"0\.png' has 4 channels, data.channels is 3"),
         (4, {"data__scaling": "log"}, "data.scaling must be one of none, percentile, got 'log'"),
         (4, {"data__scale_percentiles": (50, 20)}, "data.scale_percentiles must be"),
         (4, {"data__channel_ranges": ((0.0, 1.0),)}, "holds 1 ranges, but data.channels is 4"),

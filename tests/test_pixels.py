@@ -200,7 +200,7 @@ def test_arrays_are_read_as_files_are():
     five = np.dstack([scene("rgb"), scene("rgb")[..., :2]])
     (source,) = find_sources(five, channels="rgb", bands=Bands(5, None))[0]
     np.testing.assert_array_equal(source.read(), five)
-    with pytest.raises(ValueError, match=r"An image has 5 channels, the model takes 4"):
+    with pytest.raises(ValueError, match=r"An image has 5 channels, data\.channels is 4"):
         find_sources(five, channels="rgb", bands=Bands(4, None))
     bgr = find_sources(scene("rgba")[..., [2, 1, 0, 3]], channels="bgr", bands=Bands(4, None))[0]
     np.testing.assert_array_equal(next(bgr).read(), scene("rgba"))
@@ -262,7 +262,7 @@ def test_the_check_passes_nothing_that_training_refuses(tmp_path):
     deep = write(tmp_path, "PNG", "grey16", 1)
     for bands, message in (
         (Bands(1, None), "pixels of uint16; set data.scaling=percentile"),
-        (Bands(2, None), "has 1 channels, the model takes 2"),
+        (Bands(2, None), "has 1 channels, data.channels is 2"),
     ):
         assert message in check_images.inspect_picture(deep, bands).error
         with pytest.raises(ValueError, match=message.split(";")[0]):

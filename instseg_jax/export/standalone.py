@@ -60,7 +60,11 @@ def read_image(path, config: dict) -> np.ndarray:
 def scale_channels(array: np.ndarray, config: dict, name: str = "the image") -> np.ndarray:
     """Bring pixels [h, w, C] of any type to uint8; by the ranges of config.json, where it has them."""
     feeding = config["preprocessing"]
-    return to_uint8(array, name, channels=feeding["channels"], ranges=feeding["channel_ranges"])
+    channels, ranges = feeding["channels"], feeding["channel_ranges"]
+    found = array.shape[2] if array.ndim == 3 else 1
+    if found != channels and (channels != 3 or ranges is not None):  # else grey and alpha become colours
+        raise ValueError(f"{name} has {found} channels, the model takes {channels} channels.")
+    return to_uint8(array, name, channels=channels, ranges=ranges)
 
 
 def preprocess(image: np.ndarray, config: dict) -> tuple[np.ndarray, tuple[int, int]]:

@@ -422,7 +422,7 @@ def test_channels_and_16_bits_travel_with_the_export(format, tmp_path):
     picture = standalone.read_image(tmp_path / "bands.npy", export.config)
     found = standalone.segment(export, picture, 0.1)
     assert [box["label"] for box in found["boxes"]] == [box["label"] for box in one.boxes]
-    with pytest.raises(ValueError, match="has 3 channels, the model takes 2"):
+    with pytest.raises(ValueError, match="the model takes 2 channels"):
         standalone.scale_channels(np.zeros((4, 4, 3), np.uint16), export.config)
 
 

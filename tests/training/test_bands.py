@@ -55,4 +55,4 @@ def test_train_evaluate_predict(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main([*predict, f"--input={wrong}"]) == 1
     said = capsys.readouterr()
-    assert "has 2 channels, the model takes 5" in said.err + said.out
+    assert "has 2 channels, data.channels is 5" in said.err + said.out
