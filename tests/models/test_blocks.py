@@ -64,7 +64,7 @@ def test_batch_norm_and_its_gradients(activation):
 
         def plain(x, scale, bias):
             mean, var = x.mean(axis=(0, 1, 2), keepdims=True), x.var(axis=(0, 1, 2), keepdims=True)
-            y = (x - mean) / jnp.sqrt(var + NORM_EPS) * scale + bias
+            y = (x - mean) / jnp.sqrt(var + NORM_EPS) * scale.reshape(1, 1, 1, -1) + bias.reshape(1, 1, 1, -1)
             return y if activation is None else jnp.clip(y, 0, 6), (mean.ravel(), var.ravel())
 
         results = []
